@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+DEMO_RUN ?= runs/demo
+
+.PHONY: demo test check env clean
+
+demo: env  ## train on real images, no download, and write a report
+	rm -rf $(DEMO_RUN)
+	$(RUN) train.py --config recipes/demo.yaml --run-dir $(DEMO_RUN)
+	$(RUN) evaluate.py $(DEMO_RUN)
+
+test: env check  ## style, types, and the whole test suite
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+check: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+env: $(VENV)/installed
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

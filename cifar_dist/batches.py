@@ -1,0 +1,87 @@
+"""From a step number to this process's ready micro-batches, on the device.
+
+This is the seam for other data paths: training only calls ``batches(step)`` and needs nothing
+else of where rows come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+
+from cifar_dist.config import AugmentConfig, Config, InputConfig
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.resident import ResidentSet
+from cifar_dist.ordering import global_batch, micro_batch_slice
+from cifar_dist.plan import Plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one process.
+
+    Attributes:
+        images: (B, 3, H, W), augmented and normalised.
+        targets: int64 (B,) or, under mixup and CutMix, float (B, K).
+        labels: int64 (B,), the classes before mixing.
+        weights: float32 (B,): 1 / (real rows of the global batch), or 0 for a filled row.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+class ResidentBatches:
+    """Batches of a set that lives on the device.
+
+    Args:
+        data: the whole training set, on the accelerator's device.
+        config: the run's configuration.
+        plan: the run's plan.
+        input: what the model expects.
+        accelerator: tells which slice is this process's.
+    """
+
+    def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, accelerator: Accelerator):
+        self._data, self._plan, self._seed = data, plan, config.run.seed
+        self._process = accelerator.process_index
+        self._augment = Augment(config.augment, input, config.run.seed, accelerator.device, torch.float32)
+        self._mixup = _make_mixup(config.augment, plan.num_classes)
+        self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+
+    def __call__(self, step: int) -> Iterator[Batch]:
+        """Yield this process's micro-batches of optimizer step `step`."""
+        plan = self._plan
+        batch = global_batch(plan.num_train, plan.batch_size, self._seed, step)
+        weight = np.float32(1 / batch.real.sum())
+        device = self._data.images.device
+        for micro in range(plan.grad_accum_steps):
+            part = micro_batch_slice(self._process, plan.num_processes, micro, plan.micro_batch_size)
+            rows = torch.from_numpy(batch.rows[part]).to(device, non_blocking=True)
+            weights = torch.from_numpy(batch.real[part] * weight).to(device, non_blocking=True)
+            labels = self._data.labels[rows]
+            images = self._augment(self._data.images[rows], self._data.ids[rows], step // plan.steps_per_epoch)
+            images, targets = images.contiguous(memory_format=self._layout), labels
+            if self._mixup is not None:
+                np.random.seed(np.random.SeedSequence([self._seed, step, part.start]).generate_state(1))
+                images, targets = self._mixup(images, labels)
+            yield Batch(images, targets, labels, weights)
+
+
+def _make_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:
+    """timm's batch-wise mixup/CutMix; it smooths the labels itself. Its draws follow from (seed, step, slice)."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )

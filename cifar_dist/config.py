@@ -1,0 +1,324 @@
+"""Every argument of train.py, declared once in frozen dataclasses that generate argparse.
+
+A recipe (``--config recipes/x.yaml``) is a saved command line: its keys are turned into flags and
+put in front of the real command line, so argparse checks both alike and the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "step", "constant")
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def _number(kind: type, low: float, high: float, open_low: bool, open_high: bool) -> Callable[[str], Any]:
+    """An argparse type that accepts finite numbers of `kind` in the interval and names it otherwise."""
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        too_low = value <= low if open_low else value < low
+        too_high = value >= high if open_high else value > high
+        if not math.isfinite(value) or too_low or too_high:
+            raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, 1, math.inf, False, True)
+any_seed = _number(int, 0, 2**32, False, True)
+positive = _number(float, 0, math.inf, True, True)
+non_negative = _number(float, 0, math.inf, False, True)
+non_negative_int = _number(int, 0, math.inf, False, True)
+fraction = _number(float, 0, 1, False, True)
+closed_fraction = _number(float, 0, 1, False, False)
+
+
+def option(
+    default: Any, help: str, *, type: Callable[[str], Any] = str, choices: Sequence[str] | None = None, nargs: int = 0
+) -> Any:
+    """A dataclass field that knows how to become a command line flag."""
+    return field(default=default, metadata={"help": help, "type": type, "choices": choices, "nargs": nargs})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data"""
+
+    dataset: str = option(
+        "cifar10",
+        "cifar10, cifar100 (from the Hub), digits (comes with scikit-learn, no download), or a local path: a folder "
+        "of parquet files, cifar-10-batches-py or its tar.gz, an image folder train/CLASS/*.png, or a folder "
+        "saved by datasets",
+    )
+    image_column: str | None = option(None, "column of images (default: the only one of image type)")
+    label_column: str | None = option(
+        None, "column of labels, e.g. coarse_label (default: the class-label column with the most classes)"
+    )
+    data_size: int = option(32, "pixels a side at which images are kept, cropped and flipped", type=positive_int)
+    val_fraction: float = option(
+        0.1, "stratified part of train set apart for validation; 0 trains on everything", type=fraction
+    )
+    split_seed: int = option(42, "seed of the train/val split", type=any_seed)
+    select_on: str = option(
+        "val",
+        "split that picks the best checkpoint; test only reproduces older studies and is labelled in every output",
+        choices=("val", "test"),
+    )
+    cache_dir: str | None = option(None, "folder of decoded data sets (default: ~/.cache/cifar-dist)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """model"""
+
+    model: str = option("resnet18_cifar", "any timm model, an alias (swin_base, vit_base, …) or a CIFAR-native one")
+    pretrained: bool = option(False, "start from timm's pretrained weights (Hub or its cache)")
+    init_weights: str | None = option(None, "start from this .safetensors or .pth file; a head of another size is new")
+    img_size: int | None = option(None, "pixels a side the model sees (default: the model's own)", type=positive_int)
+    drop: float | None = option(None, "dropout rate (default: the model's own)", type=fraction)
+    drop_path: float | None = option(None, "stochastic depth rate (default: the model's own)", type=fraction)
+    freeze: str = option("none", "parameters that stay as they are: all but the head", choices=("none", "backbone"))
+    mean: tuple[float, ...] | None = option(
+        None, "per-channel mean in [0,1] (default: the model's own)", type=closed_fraction, nargs=3
+    )
+    std: tuple[float, ...] | None = option(
+        None, "per-channel standard deviation (default: the model's own)", type=positive, nargs=3
+    )
+    interpolation: str | None = option(None, "resize filter (default: the model's own)", choices=INTERPOLATIONS)
+    channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
+    compile: bool = option(False, "torch.compile the model")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """augmentation"""
+
+    crop_padding: int = option(4, "random crop after zero padding of this many pixels; 0 is off", type=non_negative_int)
+    hflip: float = option(0.5, "probability of a horizontal flip", type=closed_fraction)
+    cutout: int = option(0, "side in pixels of the square set to the mean (Cutout); 0 is off", type=non_negative_int)
+    mixup: float = option(0.0, "mixup alpha; 0 is off", type=non_negative)
+    cutmix: float = option(0.0, "CutMix alpha; 0 is off", type=non_negative)
+    smoothing: float = option(0.0, "label smoothing", type=fraction)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """optimization"""
+
+    opt: str = option("adamw", "any optimizer of timm: adamw, adam, momentum (SGD), sgd (Nesterov), lamb, …")
+    lr: float = option(1e-3, "peak learning rate for the global batch", type=positive)
+    weight_decay: float = option(0.05, "weight decay; not applied to biases and norms", type=non_negative)
+    momentum: float = option(0.9, "momentum, where the optimizer has one", type=fraction)
+    layer_decay: float | None = option(None, "learning-rate factor from one layer to the one below", type=positive)
+    clip_grad: float | None = option(None, "largest gradient norm", type=positive)
+    sched: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    sched_on_updates: bool = option(True, "change the learning rate every step; else once an epoch")
+    warmup_epochs: float = option(0.0, "epochs of linear warmup before the schedule", type=non_negative)
+    warmup_lr: float = option(1e-6, "learning rate the warmup starts from", type=non_negative)
+    min_lr: float = option(0.0, "learning rate the schedule ends at", type=non_negative)
+    decay_epochs: float = option(10.0, "epochs between two drops of the step schedule", type=positive)
+    decay_rate: float = option(0.5, "factor of a drop of the step schedule", type=positive)
+    model_ema_decay: float | None = option(
+        None, "keep a moving average of the weights with this decay, evaluate and select with it", type=fraction
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run"""
+
+    epochs: int = option(10, "epochs the schedule spans", type=positive_int)
+    max_steps: int | None = option(
+        None, "stop after this many optimizer steps in all; the schedule still spans --epochs", type=positive_int
+    )
+    batch_size: int = option(128, "images per optimizer step, over all processes (HF: total batch)", type=positive_int)
+    micro_batch_size: int | None = option(
+        None,
+        "largest batch one process holds; accumulation follows from it (HF: per_device_train_batch_size)",
+        type=positive_int,
+    )
+    seed: int = option(0, "seed of order, augmentation, initial weights and dropout", type=any_seed)
+    precision: str = option("fp32", "compute type; weights stay fp32", choices=PRECISIONS)
+    patience: int | None = option(
+        None, "stop after this many epochs without a better top-1 (early stopping)", type=positive_int
+    )
+    min_delta: float = option(0.0, "smallest gain in top-1 (a fraction) that early stopping counts", type=fraction)
+    run_dir: str | None = option(None, "folder of this run (default: runs/MODEL-DATASET-TIME)")
+    resume: str = option(
+        "never", "auto: continue from the last checkpoint in --run-dir if there is one", choices=("never", "auto")
+    )
+    log_every: int = option(50, "steps between two training records", type=positive_int)
+    checkpoint_every: int | None = option(
+        None, "also checkpoint every so many steps (always at the end of an epoch)", type=positive_int
+    )
+    wandb: str | None = option(
+        None, "Weights & Biases (default: online if logged in, else offline)", choices=("online", "offline", "disabled")
+    )
+    wandb_project: str = option("cifar-dist", "Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run, one frozen section per concern."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its flag's name (with ``_``); a valid recipe once written as YAML."""
+        sections = (getattr(self, section.name) for section in dataclasses.fields(self))
+        return {f.name: getattr(s, f.name) for s in sections for f in dataclasses.fields(s)}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> Config:
+        """The inverse of `flat`; settings that are absent keep their defaults."""
+        sections = {}
+        for section in dataclasses.fields(cls):
+            kind = typing.get_type_hints(cls)[section.name]
+            own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+            sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+        return cls(**sections)
+
+    def save(self, path: Path) -> None:
+        """Write the merged configuration as a recipe that ``--config`` reads back."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read a configuration written by `save`, checked like a command line."""
+        return cls.from_flat(vars(_parser().parse_args(_recipe_argv(path))))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, said once per job."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        leave(USAGE_STATUS, f"{message} (see --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        usage="train.py [--config recipes/NAME.yaml] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        description="Train or fine-tune an image classifier. Flags may be spelled with - or _.",
+    )
+    parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    for section in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[section.name]
+        group = parser.add_argument_group(kind.__doc__)
+        hints = typing.get_type_hints(kind)
+        for setting in dataclasses.fields(kind):
+            _add_flag(group, setting, hints[setting.name])
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], hint: Any) -> None:
+    meta = setting.metadata
+    shown = "" if setting.default is None else f" (default: {setting.default})"
+    flag = "--" + setting.name.replace("_", "-")
+    help = (meta["help"] + shown).replace("%", "%%")
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=help)
+        return
+    extra: dict[str, Any] = {"nargs": meta["nargs"]} if meta["nargs"] else {}
+    if meta["choices"] is None:
+        word = meta["nargs"] and ("R", "G", "B")
+        extra["metavar"] = word or setting.name.upper()
+    group.add_argument(flag, type=meta["type"], choices=meta["choices"], default=setting.default, help=help, **extra)
+
+
+def _recipe_argv(path: Path) -> list[str]:
+    """The command line that a recipe stands for.
+
+    Raises:
+        UsageError: the file cannot be read, is not a YAML mapping, or has a key that is no flag.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"--config {path}: not valid YAML{where}.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: a recipe is a list of `flag: value` lines.")
+    known = list(Config().flat())
+    argv: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config {path}: unknown key {key!r}.{did_you_mean(name, known)}")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        elif value is not None:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def _with_dashes(argument: str) -> str:
+    """``--batch_size=64`` as ``--batch-size=64``; anything that is no flag is left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line asks for: the merged configuration, and whether only to print the plan."""
+
+    config: Config
+    plan_only: bool
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
+    """Merge defaults, recipe and command line (the later wins).
+
+    Raises:
+        UsageError: the recipe is unusable. Errors in flags leave with status 2 from argparse itself.
+    """
+    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    recipe = only_config.parse_known_args(arguments)[0].config
+    values = vars(_parser().parse_args((_recipe_argv(Path(recipe)) if recipe else []) + arguments))
+    return CommandLine(Config.from_flat(values), values["plan"])
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a model expects of its input, after its own timm data config and the user's overrides."""
+
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str

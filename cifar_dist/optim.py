@@ -1,0 +1,46 @@
+"""The optimizer and its parameter groups, through timm's factory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+
+from cifar_dist.config import OptimConfig
+from cifar_dist.errors import UsageError, did_you_mean
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer that `config` names over the model's trainable parameters.
+
+    Biases and norms get no weight decay; with ``layer_decay`` each layer's groups carry an
+    ``lr_scale`` (timm's ``param_groups_layer_decay``).
+
+    Raises:
+        UsageError: timm knows no such optimizer, or the model has no layers to decay over.
+    """
+    known = list_optimizers()
+    if config.opt not in known:
+        raise UsageError(f"--opt {config.opt}: timm has no such optimizer.{did_you_mean(config.opt, known)}")
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+        )
+    except ImportError as error:
+        raise UsageError(f"--opt {config.opt} needs a package that is not installed: {error}.") from None
+
+
+def state_per_parameter(config: OptimConfig) -> int:
+    """Numbers the optimizer keeps per trained weight, counted on a matrix of one thousand."""
+    layer = torch.nn.Linear(40, 25, bias=False)
+    optimizer = make_optimizer(layer, dataclasses.replace(config, layer_decay=None))
+    layer(torch.ones(1, 40)).sum().backward()
+    optimizer.step()
+    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return round(sum(t.numel() for t in tensors) / 1000)

@@ -1,0 +1,175 @@
+"""Numbers that follow from the configuration, the data and the number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from timm.scheduler import create_scheduler_v2
+
+from cifar_dist.config import Config, OptimConfig
+from cifar_dist.errors import UsageError
+from cifar_dist.ordering import steps_per_epoch
+
+
+class Schedule:
+    """The learning rate at every step, through timm's schedulers.
+
+    Args:
+        optimizer: whose parameter groups are set; their ``lr_scale`` (layer decay) is respected.
+        config: the schedule's settings. Its warmup comes first, then the schedule over what is left.
+        epochs: length of the run that the schedule spans.
+        updates_per_epoch: optimizer steps an epoch.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, updates_per_epoch: int):
+        self._optimizer = optimizer
+        self._updates_per_epoch = updates_per_epoch
+        self._scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched={"linear": "poly"}.get(config.sched, config.sched),
+            num_epochs=epochs - config.warmup_epochs,  # type: ignore[arg-type]
+            decay_epochs=config.decay_epochs,  # type: ignore[arg-type]
+            decay_rate=1.0 if config.sched == "linear" else config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+            warmup_prefix=True,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
+
+    def apply(self, step: int) -> float:
+        """Set every group's learning rate for step `step` (from 0) and return the largest."""
+        self._scheduler.step(step // self._updates_per_epoch)
+        self._scheduler.step_update(step)
+        return max(group["lr"] for group in self._optimizer.param_groups)
+
+
+def lr_at(step: int, config: OptimConfig, epochs: int, updates_per_epoch: int) -> float:
+    """The peak group's learning rate at step `step`, without a model."""
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    return Schedule(dummy, config, epochs, updates_per_epoch).apply(step)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the plan needs to know of the data and the model; counts, and bytes for `data_bytes`."""
+
+    num_train: int
+    num_val: int
+    num_test: int | None
+    num_classes: int
+    data_bytes: int
+    num_parameters: int
+    num_trainable: int
+    state_per_parameter: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every derived number of a run; printed at the start and saved with it."""
+
+    num_train: int
+    num_val: int
+    num_test: int | None
+    num_classes: int
+    num_processes: int
+    batch_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    steps_per_epoch: int
+    schedule_steps: int
+    total_steps: int
+    warmup_steps: int
+    lr_first: float
+    lr_after_warmup: float
+    lr_last: float
+    num_parameters: int
+    num_trainable: int
+    state_per_parameter: int
+    data_bytes: int
+    state_bytes: int
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs completed after `step` optimizer steps."""
+        return step / self.steps_per_epoch
+
+    def lines(self) -> list[str]:
+        """The plan for people, a fact a line."""
+        mib = 2**20
+        test = "" if self.num_test is None else f", test {self.num_test:,}"
+        return [
+            f"data        train {self.num_train:,}, val {self.num_val:,}{test}; {self.num_classes} classes",
+            f"model       {self.num_parameters:,} parameters, {self.num_trainable:,} trained",
+            f"batch       {self.batch_size} = {self.num_processes} process(es) x {self.micro_batch_size} images"
+            f" x {self.grad_accum_steps} accumulation step(s)",
+            f"steps       {self.total_steps:,} of {self.schedule_steps:,} scheduled, {self.steps_per_epoch:,} an epoch",
+            f"lr          first step {self.lr_first:.4g}, after {self.warmup_steps:,} warmup steps"
+            f" {self.lr_after_warmup:.4g}, last step {self.lr_last:.4g}",
+            f"memory      per process about {self.state_bytes / mib:,.0f} MiB weights, gradients and optimizer state,"
+            f" {self.data_bytes / mib:,.0f} MiB data; activations come on top",
+        ]
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps of a global batch.
+
+    Raises:
+        UsageError: the batch does not divide over the processes or into micro-batches.
+    """
+    share, rest = divmod(batch_size, num_processes)
+    if rest:
+        near = max(batch_size - rest, num_processes)
+        raise UsageError(
+            f"--batch-size {batch_size} is global and does not divide over {num_processes} processes;"
+            f" take a multiple of {num_processes}, such as {near}."
+        )
+    micro = min(micro_batch_size or share, share)
+    if share % micro:
+        raise UsageError(
+            f"--micro-batch-size {micro} does not divide the {share} images that each of {num_processes} process(es)"
+            f" gets of --batch-size {batch_size}; take a divisor of {share}."
+        )
+    return micro, share // micro
+
+
+def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
+    """Derive every number of the run.
+
+    Raises:
+        UsageError: the numbers contradict each other (batch, warmup, data set size, mixup).
+    """
+    run, optim = config.run, config.optim
+    micro, accumulation = split_batch(run.batch_size, run.micro_batch_size, num_processes)
+    if run.batch_size > sizes.num_train:
+        raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
+    if optim.warmup_epochs >= run.epochs:
+        raise UsageError(
+            f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}: nothing would be left"
+            " to train at the full learning rate."
+        )
+    if optim.min_lr > optim.lr:
+        raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
+    if (config.augment.mixup or config.augment.cutmix) and micro % 2:
+        raise UsageError(f"--mixup and --cutmix pair images: the micro-batch of {micro} must be even.")
+    updates = steps_per_epoch(sizes.num_train, run.batch_size)
+    schedule_steps = run.epochs * updates
+    total = min(schedule_steps, run.max_steps or schedule_steps)
+    warmup_steps = round(optim.warmup_epochs * updates)
+    copies = 1 + (optim.model_ema_decay is not None)
+    return Plan(
+        **asdict(sizes),
+        num_processes=num_processes,
+        batch_size=run.batch_size,
+        micro_batch_size=micro,
+        grad_accum_steps=accumulation,
+        steps_per_epoch=updates,
+        schedule_steps=schedule_steps,
+        total_steps=total,
+        warmup_steps=warmup_steps,
+        lr_first=lr_at(0, optim, run.epochs, updates),
+        lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
+        lr_last=lr_at(total - 1, optim, run.epochs, updates),
+        state_bytes=4 * (copies * sizes.num_parameters + (1 + sizes.state_per_parameter) * sizes.num_trainable),
+    )

@@ -1,0 +1,72 @@
+"""Reading a run folder: what its files say about the training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says about its training, read by `open_run`."""
+
+    folder: Path
+    config: Config
+    plan: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def evaluation_split(self) -> str:
+        """The split that the run was evaluated on while training: val, or test to reproduce older studies."""
+        return self.config.data.select_on
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
+        found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}
+        return sorted(found), [found[step] for step in sorted(found)]
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UsageError: there is no such folder, it is no run's, or one of its files is damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"RUN_DIR {folder}: no such folder; name the --run-dir of a finished run.")
+    missing = [n for n in ("config.yaml", "plan.json", "environment.json", "log.jsonl") if not (folder / n).is_file()]
+    if missing:
+        raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
+    plan, environment = (_read_json(folder / name) for name in ("plan.json", "environment.json"))
+    return Run(folder, Config.load(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}).") from None
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The log's records. A torn last line, the mark of a killed run, is passed over."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+                raise ValueError
+            records.append(record)
+        except ValueError:
+            if number < len(lines):
+                raise UsageError(f"{path}: line {number} is no log record; remove it to make the report.") from None
+    if not any("train/loss" in record for record in records):
+        raise UsageError(f"{path} holds no training record; train the run before its report.")
+    return [record for record in records if "step" in record]

@@ -1,0 +1,124 @@
+"""Command line, recipes and their agreement."""
+
+import math
+import sys
+
+import pytest
+import yaml
+
+from cifar_dist.config import Config, parse_command_line
+from cifar_dist.errors import UsageError
+from tests.conftest import ROOT
+
+
+def refused(capsys, *argv):
+    """The one line that argparse refuses a command line with."""
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer argparse lays its help out otherwise")
+def test_golden_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == (ROOT / "tests" / "golden_help.txt").read_text()
+
+
+def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lr: 5e-5\nbatch-size: 64\nmean: [0.5, 0.5, 0.5]\nchannels_last: true\ndrop_path: null\n")
+    config = parse_command_line(["--batch_size", "32", "--config", str(recipe)]).config
+    assert (config.optim.lr, config.run.batch_size, config.model.mean) == (5e-5, 32, (0.5, 0.5, 0.5))
+    assert config.model.channels_last
+    assert config.optim.opt == "adamw"
+    assert not parse_command_line(["--config", str(recipe), "--no-channels-last"]).config.model.channels_last
+
+
+def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
+    config = parse_command_line(["--mean", "0.1", "0.2", "0.3", "--no-sched-on-updates", "--lr=3e-4"]).config
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml") == config
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
+
+
+def test_every_setting_has_one_name_over_all_sections():
+    assert len(Config().flat()) == sum(
+        len(vars(getattr(Config(), section))) for section in ("data", "model", "augment", "optim", "run")
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--lr", "-1"], "--lr: -1 is outside (0, inf)"),
+        (["--lr", "nan"], "--lr: nan is outside"),
+        (["--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["--batch-size", "0"], "--batch-size: 0 is outside [1"),
+        (["--batch-size", "1.5"], "'1.5' is not a whole number"),
+        (["--val-fraction", "1.0"], "--val-fraction: 1.0 is outside [0, 1)"),
+        (["--epochs", "0"], "--epochs: 0 is outside"),
+        (["--sched", "cosin"], "invalid choice: 'cosin'"),
+        (["--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+        (["--batch", "1"], "unrecognized arguments: --batch"),
+        (["--mean", "0.5"], "--mean: expected 3 arguments"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
+    assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("learning_rate: 1\n", "unknown key 'learning_rate'"),
+        ("batchsize: 1\n", "Did you mean batch_size"),
+        ("lr: [\n", "not valid YAML at line"),
+        ("just words\n", "a recipe is a list"),
+        ("plan: true\n", "unknown key 'plan'"),
+    ],
+)
+def test_bad_recipes_name_file_and_key(tmp_path, text, said):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError, match=f"{recipe}.*") as error:
+        parse_command_line(["--config", str(recipe)])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["lr: -1", "epochs: many", "sched: cosin", "compile: maybe", "channels_last: 3"])
+def test_bad_values_in_recipes_are_refused_as_for_flags(tmp_path, capsys, line):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(line + "\n")
+    assert line.split(":")[0].replace("_", "-") in refused(capsys, "--config", str(recipe))
+
+
+def test_missing_and_binary_recipes(tmp_path):
+    for content in (None, b"\xff\xfe\x00"):
+        recipe = tmp_path / "r.yaml"
+        if content:
+            recipe.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read"):
+            parse_command_line(["--config", str(recipe)])
+
+
+def test_other_ranks_say_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(["--lr", "-1"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_says_how_to_run_it(recipe):
+    config = parse_command_line(["--config", str(recipe)]).config
+    assert math.isfinite(config.optim.lr)
+    assert set(yaml.safe_load(recipe.read_text())) <= set(Config().flat())
+    assert "# command" in recipe.read_text()

@@ -1,0 +1,65 @@
+"""The house keeps its shape: layers, module sizes, no import cycle."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+LAYERS = {
+    "errors": 0, "config": 0, "ordering": 0, "plan": 0,
+    "distributed": 1, "models": 1, "optim": 1, "data": 1, "checkpoint": 1, "tracking": 1, "metrics": 1,
+    "batches": 2, "cost": 2, "engine": 2, "figures": 2,
+    "report": 3,
+}  # fmt: skip
+MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def imports(path):
+    """Names of our own modules that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("cifar_dist"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar_dist"):
+            yield from ([f"cifar_dist.{a.name}" for a in node.names] if node.module == "cifar_dist" else [node.module])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_from_layers_below(path):
+    relative = path.relative_to(ROOT / "cifar_dist").with_suffix("")
+    own = relative.parts[0]
+    if own == "__init__":
+        assert not list(imports(path))
+        return
+    for name in imports(path):
+        other = part(name)
+        same_layer_is_fine = other == own or LAYERS[own] in (0, 2)
+        assert LAYERS[other] < LAYERS[own] or (LAYERS[other] == LAYERS[own] and same_layer_is_fine), name
+
+
+@pytest.mark.parametrize("path", [*MODULES, ROOT / "train.py", ROOT / "evaluate.py"], ids=lambda path: path.name)
+def test_modules_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and not (path.name == "train.py" and node.name == "train"):
+            assert node.end_lineno - node.lineno < 50, node.name
+
+
+@pytest.mark.parametrize("module", [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in MODULES])
+def test_no_module_is_a_drawer(module):
+    assert module.split(".")[-1] not in {"utils", "helpers", "misc", "common"}
+
+
+def test_training_imports_nothing_it_does_not_need():
+    """Libraries that cost seconds stay out of the start of train.py."""
+    late = ["wandb", "matplotlib", "sklearn", "evaluate", "deepspeed", "pandas"]
+    code = f"import train, sys; print([m for m in {late} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

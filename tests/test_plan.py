@@ -1,0 +1,120 @@
+"""Derived numbers, and learning rates against closed forms and plain PyTorch schedulers."""
+
+import math
+
+import pytest
+import torch
+
+from cifar_dist.config import parse_command_line
+from cifar_dist.errors import UsageError
+from cifar_dist.plan import Schedule, Sizes, lr_at, make_plan, split_batch
+
+SIZES = Sizes(
+    num_train=45_000, num_val=5_000, num_test=10_000, num_classes=10, data_bytes=50_000 * 3072,
+    num_parameters=1_000, num_trainable=900, state_per_parameter=2,
+)  # fmt: skip
+
+
+def optim(*argv):
+    return parse_command_line(argv).config.optim
+
+
+def plan(*argv, processes=1):
+    return make_plan(parse_command_line(argv).config, SIZES, processes)
+
+
+def torch_lrs(make, lr, count):
+    """Learning rates of a plain PyTorch scheduler over `count` steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = make(optimizer)
+    rates = []
+    for _ in range(count):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_cosine_per_step_equals_torch():
+    config = optim("--lr", "0.1", "--min-lr", "0.001")
+    expected = torch_lrs(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 60, eta_min=0.001), 0.1, 60)
+    assert [lr_at(k, config, 6, 10) for k in range(60)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_cosine_per_epoch_equals_torch_stepped_once_an_epoch():
+    config = optim("--lr", "5e-5", "--no-sched-on-updates")
+    expected = torch_lrs(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10), 5e-5, 10)
+    assert [lr_at(k, config, 10, 4) for k in range(40)] == pytest.approx([e for e in expected for _ in range(4)])
+
+
+@pytest.mark.parametrize("flag", ["--sched-on-updates", "--no-sched-on-updates"])
+def test_step_schedule_equals_torch(flag):
+    config = optim("--lr", "1e-3", "--sched", "step", "--decay-epochs", "10", "--decay-rate", "0.5", flag)
+    expected = torch_lrs(lambda o: torch.optim.lr_scheduler.StepLR(o, 10, 0.5), 1e-3, 50)
+    assert [lr_at(k, config, 50, 3) for k in range(150)] == pytest.approx([e for e in expected for _ in range(3)])
+
+
+def test_linear_warmup_then_linear_decay_closed_form():
+    config = optim("--lr", "1", "--sched", "linear", "--warmup-epochs", "2", "--warmup-lr", "0")
+    rates = [lr_at(k, config, 10, 5) for k in range(50)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(10)])
+    assert rates[10:] == pytest.approx([1 - k / 40 for k in range(40)])
+
+
+def test_warmup_ends_at_the_peak_and_cosine_spans_the_rest():
+    config = optim("--lr", "1", "--warmup-epochs", "2.5", "--warmup-lr", "0")
+    rates = [lr_at(k, config, 10, 4) for k in range(40)]
+    assert rates[10] == max(rates) == pytest.approx(1)
+    assert rates[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 30)) for k in range(30)])
+
+
+def test_constant_keeps_the_rate():
+    assert {lr_at(k, optim("--sched", "constant", "--lr", "0.3"), 5, 7) for k in range(35)} == {0.3}
+
+
+def test_layer_decay_scales_groups_and_apply_reports_the_peak():
+    groups = [{"params": [torch.zeros(1)], "lr_scale": scale} for scale in (0.25, 1.0)]
+    optimizer = torch.optim.SGD(groups, lr=0.8)
+    peak = Schedule(optimizer, optim("--lr", "0.8"), 2, 10).apply(10)
+    assert peak == pytest.approx(0.4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.4])
+
+
+def test_plan_of_study_e_counted_by_hand():
+    found = plan("--batch-size", "64", "--epochs", "50")
+    assert (found.steps_per_epoch, found.total_steps) == (704, 35_200)  # 45,000 / 64 = 703.1
+    assert (found.micro_batch_size, found.grad_accum_steps) == (64, 1)
+    assert found.state_bytes == 4 * (1_000 + 3 * 900)  # weights, gradients, two moments
+    assert found.epoch_of(704) == 1
+
+
+def test_max_steps_stops_early_without_changing_the_schedule():
+    short, whole = plan("--max-steps", "50"), plan()
+    assert short.total_steps == 50
+    assert short.schedule_steps == whole.total_steps
+    assert short.lr_last == lr_at(49, optim(), 10, whole.steps_per_epoch)
+
+
+@pytest.mark.parametrize(
+    "processes, micro, expected", [(1, None, (96, 1)), (2, None, (48, 1)), (4, 8, (8, 3)), (3, 99, (32, 1))]
+)
+def test_global_batch_is_split_exactly(processes, micro, expected):
+    assert split_batch(96, micro, processes) == expected
+    assert expected[0] * expected[1] * processes == 96
+
+
+@pytest.mark.parametrize(
+    "argv, processes, said",
+    [
+        (["--batch-size", "100"], 3, "does not divide over 3 processes; take a multiple of 3, such as 99"),
+        (["--batch-size", "96", "--micro-batch-size", "20"], 2, "--micro-batch-size 20 does not divide the 48"),
+        (["--batch-size", "50000"], 1, "larger than the 45000 training images"),
+        (["--warmup-epochs", "10"], 1, "--warmup-epochs 10 must be less than --epochs 10"),
+        (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
+        (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(argv, processes, said):
+    with pytest.raises(UsageError) as error:
+        plan(*argv, processes=processes)
+    assert said in str(error.value)

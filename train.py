@@ -1,0 +1,111 @@
+"""Train or fine-tune an image classifier: one command on one CPU, one GPU or many nodes.
+
+python train.py --dataset digits --model cnn4
+accelerate launch train.py --model swin_base --pretrained --lr 5e-5
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+
+from cifar_dist import checkpoint
+from cifar_dist.batches import ResidentBatches
+from cifar_dist.checkpoint import Trained, TrainState
+from cifar_dist.config import Config, parse_command_line
+from cifar_dist.cost import measure
+from cifar_dist.data import TrainingData, load_training_data
+from cifar_dist.data.augment import Preprocess
+from cifar_dist.distributed import finish, on_main, seed_everything, seed_process, start
+from cifar_dist.engine import Meter, Stepper, evaluate, train_step
+from cifar_dist.errors import run_main
+from cifar_dist.models import build_model, input_config
+from cifar_dist.optim import make_optimizer
+from cifar_dist.plan import Plan, Schedule, make_plan
+from cifar_dist.tracking import Silent, Tracker, prepare_run_dir, save_facts
+
+
+def main() -> None:
+    """Read the command line, plan the run, and train."""
+    command = parse_command_line()
+    config = command.config
+    accelerator = start(config.run.precision)
+    data = load_training_data(config.data)
+    seed_everything(config.run.seed)
+    model = build_model(config.model, len(data.class_names))
+    plan = make_plan(config, measure(config, data, model), accelerator.num_processes)
+    accelerator.print(*plan.lines(), sep="\n", flush=True)
+    if not command.plan_only:
+        train(config, plan, data, model, accelerator)
+    finish(accelerator)
+
+
+def prepare(config: Config, model: torch.nn.Module, accelerator: Accelerator) -> Trained:
+    """Put the model on its device, with its optimizer and, if asked for, its moving average."""
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    model = model.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, config.optim)
+    decay = config.optim.model_ema_decay
+    ema = None if decay is None else ModelEmaV3(model, decay=decay)
+    if config.model.compile:
+        model.compile()
+    return Trained(*accelerator.prepare(model, optimizer), ema)
+
+
+def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
+    run, device = config.run, accelerator.device
+    run_dir: Path = on_main(accelerator, lambda: prepare_run_dir(config))
+    inputs = input_config(model, config.model)
+    trained = prepare(config, model, accelerator)
+    seed_process(accelerator, run.seed)
+    state = checkpoint.load(run_dir, accelerator, trained) if checkpoint.exists(run_dir) else TrainState()
+    if accelerator.is_main_process:
+        facts = {"data_fingerprint": data.fingerprint, "class_names": data.class_names}
+        save_facts(run_dir, plan, str(torch.cuda.get_device_name() if device.type == "cuda" else device), facts)
+
+    accelerator.gradient_accumulation_steps = plan.grad_accum_steps
+    batches = ResidentBatches(data.train.to(device), config, plan, inputs, accelerator)
+    val = data.val.to(device) if data.val is not None else None
+    preprocess = Preprocess(inputs, device, torch.float32)
+    schedule = Schedule(trained.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
+    stepper = Stepper(accelerator, trained.model, trained.optimizer, config.augment.smoothing, config.optim.clip_grad)
+    tracker = Tracker(run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
+    tracker.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
+    meter = Meter(accelerator, plan.batch_size)
+    began = time.perf_counter() - state.seconds
+
+    while state.step < plan.total_steps and not state.out_of_patience(run.patience):
+        lr = schedule.apply(state.step)
+        trained.model.train()
+        meter.add(train_step(stepper, batches(state.step)))
+        if trained.ema is not None:
+            trained.ema.update(accelerator.unwrap_model(trained.model))
+        state.step += 1
+        state.seconds = time.perf_counter() - began
+
+        epoch_ends = state.step % plan.steps_per_epoch == 0 or state.step == plan.total_steps
+        if epoch_ends or state.step % run.log_every == 0:
+            tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
+        best = val is None
+        with meter.paused():
+            if epoch_ends and val is not None:
+                judged = trained.model if trained.ema is None else trained.ema.module
+                scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size)
+                best = state.judge(scores["top1"], run.min_delta)
+                tracker.evaluation(state.step, scores, best)
+            if epoch_ends or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
+                checkpoint.save(run_dir, accelerator, trained, state, best)
+
+    if val is not None:
+        tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
+    tracker.say(f"report      python evaluate.py {run_dir}")
+    tracker.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
