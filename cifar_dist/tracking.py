@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -228,14 +229,18 @@ def _forget_after(log: Path, step: int) -> None:
 
 
 def wandb_mode(config: Config) -> str:
-    """What ``--wandb`` asks for; by default online where a key is at hand, else offline."""
+    """What ``--wandb`` asks for; by default online where a key is at hand and works, else offline."""
     if config.run.wandb:
         return config.run.wandb
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     import wandb
 
-    return "online" if wandb.api.api_key else "offline"
+    try:
+        return "online" if wandb.login(prompt=False) else "offline"
+    except wandb.Error:
+        print("Weights & Biases cannot be reached with the key at hand; logging offline.", file=sys.stderr)
+        return "offline"
 
 
 def start_wandb(run_dir: Path, config: Config) -> Any:
@@ -247,7 +252,7 @@ def start_wandb(run_dir: Path, config: Config) -> Any:
 
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     return wandb.init(
         project=config.run.wandb_project,
         name=run_dir.name,

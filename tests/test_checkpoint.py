@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from cifar_dist import checkpoint
 from cifar_dist.checkpoint import Trained, TrainState
@@ -24,8 +25,8 @@ def accelerator():
 def trained(accelerator, seed=0, steps=0):
     """A small model with dropout and batch norm, its optimizer and average, after some steps."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(36, 2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(36, 2)
     ).to(memory_format=torch.channels_last)  # fmt: skip
     ema = ModelEmaV3(model, decay=0.5)
     whole = Trained(*accelerator.prepare(model, make_optimizer(model, OptimConfig())), ema)
@@ -96,7 +97,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, accelerator, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"cifar_dist.checkpoint.{failing}", full)
-    with pytest.raises(UsageError, match="No space left on device.*older ones are intact"):
+    with pytest.raises(UsageError, match=r"No space left on device.*older ones are intact"):
         checkpoint.save(tmp_path, accelerator, whole, TrainState(step=2), best=True)
     monkeypatch.undo()
     assert checkpoint.read_state(tmp_path, "last").step == 1
