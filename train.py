@@ -7,6 +7,7 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -74,37 +75,37 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
     preprocess = Preprocess(inputs, device, torch.float32)
     schedule = Schedule(trained.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
     stepper = Stepper(accelerator, trained.model, trained.optimizer, config.augment.smoothing, config.optim.clip_grad)
-    tracker = Tracker(run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
-    tracker.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
-    meter = Meter(accelerator, plan.batch_size)
-    began = time.perf_counter() - state.seconds
+    speaks = accelerator.is_main_process
+    with closing(Tracker(run_dir, config, plan, state.step) if speaks else Silent()) as tracker:
+        tracker.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
+        meter = Meter(accelerator, plan.batch_size)
+        began = time.perf_counter() - state.seconds
 
-    while state.step < plan.total_steps and not state.out_of_patience(run.patience):
-        lr = schedule.apply(state.step)
-        trained.model.train()
-        meter.add(train_step(stepper, batches(state.step)))
-        if trained.ema is not None:
-            trained.ema.update(accelerator.unwrap_model(trained.model))
-        state.step += 1
-        state.seconds = time.perf_counter() - began
+        while state.step < plan.total_steps and not state.out_of_patience(run.patience):
+            lr = schedule.apply(state.step)
+            trained.model.train()
+            meter.add(train_step(stepper, batches(state.step)))
+            if trained.ema is not None:
+                trained.ema.update(accelerator.unwrap_model(trained.model))
+            state.step += 1
+            state.seconds = time.perf_counter() - began
 
-        epoch_ends = state.step % plan.steps_per_epoch == 0 or state.step == plan.total_steps
-        if epoch_ends or state.step % run.log_every == 0:
-            tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
-        best = val is None
-        with meter.paused():
-            if epoch_ends and val is not None:
-                judged = trained.model if trained.ema is None else trained.ema.module
-                scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size)
-                best = state.judge(scores["top1"], run.min_delta)
-                tracker.evaluation(state.step, scores, best)
-            if epoch_ends or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
-                checkpoint.save(run_dir, accelerator, trained, state, best)
+            epoch_ends = state.step % plan.steps_per_epoch == 0 or state.step == plan.total_steps
+            if epoch_ends or state.step % run.log_every == 0:
+                tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
+            best = val is None
+            with meter.paused():
+                if epoch_ends and val is not None:
+                    judged = trained.model if trained.ema is None else trained.ema.module
+                    scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size)
+                    best = state.judge(scores["top1"], run.min_delta)
+                    tracker.evaluation(state.step, scores, best)
+                if epoch_ends or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
+                    checkpoint.save(run_dir, accelerator, trained, state, best)
 
-    if val is not None:
-        tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
-    tracker.say(f"report      python evaluate.py {run_dir}")
-    tracker.close()
+        if val is not None:
+            tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
+        tracker.say(f"report      python evaluate.py {run_dir}")
 
 
 if __name__ == "__main__":

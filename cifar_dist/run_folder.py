@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,28 @@ class Run:
         """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
         found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}
         return sorted(found), [found[step] for step in sorted(found)]
+
+    def value_at(self, key: str, step: int) -> float | None:
+        """The last value logged up to `step`, or None."""
+        upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
+        return upto[-1] if upto else None
+
+    def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
+        """Refuse classes that are not, name by name, those the run was trained on.
+
+        Raises:
+            UsageError: their number or one of their names differs.
+        """
+        trained_on = self.environment["class_names"]
+        if len(trained_on) != len(class_names):
+            raise UsageError(
+                f"the run has {len(trained_on)} classes but {dataset} now has {len(class_names)}; restore the data."
+            )
+        for number, (old, new) in enumerate(zip(trained_on, class_names, strict=True)):
+            if old != new:
+                raise UsageError(
+                    f"class {number} was {old!r} in training, is {new!r} in {dataset} now; restore the data."
+                )
 
 
 def open_run(folder: Path) -> Run:

@@ -1,0 +1,83 @@
+"""timm's model factory with its refusals turned into lines that name the flag."""
+
+from __future__ import annotations
+
+from textwrap import shorten
+from typing import Any
+
+import timm
+import torch
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from cifar_dist.config import ModelConfig
+from cifar_dist.errors import UsageError
+
+FLAG_OF_ARGUMENT = {"drop_path_rate": "--drop-path", "drop_rate": "--drop"}
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one short line for a message."""
+    text = shorten((str(error).strip().splitlines() or [""])[0].rstrip(". "), 160, placeholder=" …")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def model_arguments(name: str, config: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` for a resolved name, without weights.
+
+    ``img_size`` is among them only for models of one input size (ViT, Swin, …); others take images of any size.
+
+    Raises:
+        UsageError: the model's own description (of ``hf-hub:`` or ``local-dir:``) cannot be used.
+    """
+    try:
+        return resolve_model_input_args(
+            name,
+            args={"img_size": config.img_size},
+            num_classes=num_classes,
+            drop_rate=config.drop,
+            drop_path_rate=config.drop_path,
+        )
+    except Exception as error:  # anything a foreign config.json may cause
+        raise UsageError(f"--model {name}: its description cannot be used ({first_line(error)}).") from error
+
+
+def create(arguments: dict[str, Any]) -> nn.Module:
+    """Build the model with random weights.
+
+    Raises:
+        UsageError: the model takes no ``--drop``, ``--drop-path`` or refuses ``--img-size``.
+    """
+    name = arguments["model_name"]
+    try:
+        return timm.create_model(**arguments)
+    except Exception as error:  # timm's models refuse by assert, ValueError, TypeError, …
+        for argument, flag in FLAG_OF_ARGUMENT.items():
+            if argument in arguments and isinstance(error, TypeError) and f"'{argument}'" in str(error):
+                raise UsageError(
+                    f"{flag} {arguments[argument]}: {name} takes no such rate; leave {flag} out."
+                ) from error
+        size = arguments.get("img_size")
+        asked = f"--img-size {size[0]}: {name}" if size else f"--model {name}: timm"
+        raise UsageError(f"{asked} refuses to be built ({first_line(error)}).") from error
+
+
+def check_image_size(model: nn.Module, name: str, size: int) -> None:
+    """Pass one empty image through the model, in evaluation mode.
+
+    Raises:
+        UsageError: the size is not a multiple of the model's patch, or the model fails at it.
+    """
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    sides = patch if isinstance(patch, tuple) else ()
+    if any(size % side for side in sides):
+        raise UsageError(f"--img-size {size}: {name} needs a multiple of its patch size {sides[0]}.")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except Exception as error:  # models refuse by assert or in any layer
+        raise UsageError(f"--img-size {size}: {name} cannot take images of this size ({first_line(error)}).") from error
+    finally:
+        model.train(was_training)

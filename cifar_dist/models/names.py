@@ -1,0 +1,56 @@
+"""Names that ``--model`` takes: timm's own, short aliases, and the CIFAR-native models registered with timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, parse_model_name, split_model_name_tag
+
+from cifar_dist.errors import UsageError, did_you_mean
+from cifar_dist.models import cifar_variants, cnn4, wide_resnet
+
+ALIASES = {
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "vit_base_p8": "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "nfnet_f0": "dm_nfnet_f0.dm_in1k",
+}
+NATIVE = tuple(sorted(name for module in (cifar_variants, cnn4, wide_resnet) for name in module.default_cfgs))
+
+
+def resolve_name(name: str) -> str:
+    """The name timm builds for what a user typed.
+
+    An alias becomes its timm name; a timm name (also with ``.tag``), ``hf-hub:REPO`` and ``local-dir:FOLDER`` stay.
+
+    Raises:
+        UsageError: no such model, tag, source or folder; the nearest names are named.
+    """
+    name = ALIASES.get(name, name)
+    try:
+        source, identifier = parse_model_name(name)
+    except ValueError as error:
+        raise UsageError(f"--model {name}: {error}") from None
+    if source == "local-dir" and not (Path(identifier) / "config.json").is_file():
+        raise UsageError(f"--model {name}: {identifier} is not a model folder (it has no config.json).")
+    if source is not None:
+        return name
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, [*ALIASES, *timm.list_models()])
+        raise UsageError(f"--model {name}: timm has no such model.{near}")
+    known = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in known:
+        tags = ", ".join(known) or "none"
+        raise UsageError(f"--model {name}: {architecture} has no tag {tag!r}; there are: {tags}.")
+    return name

@@ -1,0 +1,181 @@
+"""Start from weights: timm's own (``--pretrained``) or a file (``--init-weights``), through timm's adaptation.
+
+timm adapts position and patch embeddings to the model's size. When the head differs it also stops being strict, and
+keys that fit nothing pass in silence. So the weights are loaded strictly into a model with *their* number of
+classes, and everything but the head is then copied: only a new head is ever left random.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, load_state_dict
+from torch import nn
+
+from cifar_dist.errors import UsageError, is_first_process
+from cifar_dist.models.factory import create, first_line
+from cifar_dist.models.hub import require_weights
+
+State = dict[str, torch.Tensor]
+
+
+def from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """A model with timm's pretrained weights, from the Hub or its cache; a head of another size is new.
+
+    Args:
+        name: the resolved name, for messages.
+        arguments: of `factory.model_arguments`.
+
+    Raises:
+        UsageError: timm has no weights of this model, or they cannot be fetched or don't fit.
+    """
+    settings = arguments["pretrained_cfg"]
+    if not any(settings.get(key) for key in ("hf_hub_id", "url", "file")):
+        tags = [tag for tag in get_arch_pretrained_cfgs(arguments["model_name"]) if is_model_pretrained(tag)]
+        cure = f"there are: {', '.join(tags)}" if tags else "leave it out or use --init-weights FILE"
+        raise UsageError(f"--pretrained: timm has no weights of {name}; {cure}.")
+    require_weights(name, settings)
+    try:
+        with _keys_without_place() as notes:
+            source = timm.create_model(**{**arguments, "num_classes": settings["num_classes"]}, pretrained=True)
+    except Exception as error:  # network, cache and content can each fail in many ways
+        create(arguments)  # a model that cannot be built at all says so itself
+        raise UsageError(
+            f"--pretrained: weights of {name} could not be fetched or don't fit ({first_line(error)}); "
+            "use --init-weights FILE, or fetch them on a machine with network."
+        ) from error
+    if any(note.startswith("Missing") for note in notes):
+        raise UsageError(f"--pretrained: weights of {name} are not complete ({notes[0]}).")
+    return _with_own_head(source, arguments, f"--pretrained {name}")
+
+
+def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
+    """A model with the weights of a .safetensors or .pth file, or of one of our checkpoint folders.
+
+    ``state_dict`` and ``model`` wrappings and the prefixes of DDP and torch.compile are taken off; EMA weights are
+    preferred, as timm does. A head of another size is replaced by a new one, and the first process says so.
+
+    Args:
+        arguments: of `factory.model_arguments`.
+        path: the file, or a folder with ``model.safetensors``.
+
+    Raises:
+        UsageError: the file is missing, damaged, or of another model (its first keys are named).
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    found = _read(file)
+    classes = _head_classes(found, arguments)
+    own_size = {**arguments, "num_classes": classes}
+    overlay = {"file": str(file), "source": None, "num_classes": classes, "label_offset": None}
+    try:
+        with _keys_without_place() as notes:
+            source = timm.create_model(**own_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # strict loading, or a filter of timm's that met weights it does not know
+        expected = create(own_size).state_dict()
+        refusal = f"--init-weights {file}: not weights of {arguments['model_name']} ({first_line(error)})."
+        raise UsageError(_misfit(file, arguments, found, expected) or refusal) from error
+    if notes:
+        raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
+    return _with_own_head(source, arguments, f"--init-weights {file}")
+
+
+def _read(file: Path) -> State:
+    """The named tensors of a weight file, unwrapped by timm."""
+    if not file.is_file():
+        raise UsageError(f"--init-weights {file}: there is no such file.")
+    try:
+        state = load_state_dict(str(file))
+    except Exception as error:  # each format and kind of damage has its own exception
+        raise UsageError(
+            f"--init-weights {file}: not a whole .safetensors or .pth file of weights ({first_line(error)})."
+        ) from error
+    if not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"--init-weights {file}: it holds no weights (its keys: {_some(list(state))}).")
+    return state
+
+
+def _classifier_names(arguments: dict[str, Any]) -> tuple[str, ...]:
+    names = arguments["pretrained_cfg"].get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _head_classes(found: State, arguments: dict[str, Any]) -> int:
+    """Rows of the file's classifier, 0 if it has none.
+
+    Older files of a model whose classifier is now ``head.fc`` call it ``head``; timm renames it.
+    """
+    names = _classifier_names(arguments)
+    if not names:
+        return int(arguments["num_classes"])
+    for name in (names[0], names[0].split(".")[0]):
+        if isinstance(weight := found.get(f"{name}.weight"), torch.Tensor):
+            return int(weight.shape[0])
+    return 0
+
+
+def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
+    """`source` itself if it has as many classes as asked for, else a new model with all of it but the head."""
+    had, wanted = cast(Any, source).num_classes, arguments["num_classes"]
+    if had == wanted:
+        return source
+    model = create(arguments)
+    head = {f"{name}.{kind}" for name in _classifier_names(arguments) for kind in ("weight", "bias")}
+    body = {key: value for key, value in source.state_dict().items() if key not in head}
+    result = model.load_state_dict(body, strict=False)
+    left = [key for key in result.missing_keys if key not in head]
+    if left or result.unexpected_keys:
+        raise UsageError(f"{what}: no weights for {_some(left + result.unexpected_keys)}.")
+    if is_first_process():
+        had_words = f"the head of {had} classes is replaced by" if had else "there is no head, so it gets"
+        print(f"{what}: {had_words} a new one of {wanted}.", flush=True)
+    return model
+
+
+@contextmanager
+def _keys_without_place() -> Iterator[list[str]]:
+    """Collect what timm only logs when an architecture's loading is not strict: missing and unexpected keys."""
+    notes: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message.startswith(("Missing keys", "Unexpected keys")):
+                notes.append(message.split(")")[0] + ")")
+
+    logger, collector = logging.getLogger("timm.models._builder"), Collector()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _misfit(file: Path, arguments: dict[str, Any], found: State, expected: State) -> str:
+    """How the file's tensors differ from the model's, by count and first names; empty if they don't."""
+    found, expected = (
+        {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        for state in (found, expected)
+    )
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    shapes = [key for key in expected if key in found and getattr(found[key], "shape", ()) != expected[key].shape]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    parts = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys]
+    if not parts:
+        return ""
+    return f"--init-weights {file}: not weights of {arguments['model_name']}: {', '.join(parts)}."
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")

@@ -1,0 +1,232 @@
+"""Whole stories through train.py: what a user types, and what they find afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import train
+from cifar_dist.config import Config
+from cifar_dist.errors import run_main
+from tests.conftest import ROOT
+
+DIGITS = ["--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--batch-size", "64", "--log-every", "5"]
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Run train.py's main in this process with a command line; its exit status."""
+
+    def run(*argv):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        try:
+            run_main(train.main)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(run_dir):
+    """Everything that decides how a run goes on."""
+    last = run_dir / "checkpoints" / "last"
+    tensors = {f"{file.stem}.{k}": v for file in last.glob("*.safetensors") for k, v in load_file(file).items()}
+    plain = json.loads((last / "state.json").read_text()), json.loads((last / "optimizer.json").read_text())
+    plain[0].pop("seconds")
+    return tensors, plain
+
+
+def assert_same_state(one, other):
+    (tensors, plain), (other_tensors, other_plain) = state_of(one), state_of(other)
+    assert tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
+    assert plain == other_plain
+
+
+def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
+    run_dir = tmp_path / "run"
+    assert start(*DIGITS, "--epochs", 4, "--lr", "3e-3", "--hflip", 0, "--run-dir", run_dir) == 0
+    found = {path.name for path in run_dir.iterdir()}
+    assert found == {"config.yaml", "plan.json", "environment.json", "log.jsonl", "checkpoints"}
+    for which in ("last", "best"):
+        assert (run_dir / "checkpoints" / which / "model.safetensors").is_file()
+    log = records(run_dir)
+    training = [record for record in log if "train/loss" in record]
+    evaluations = [record for record in log if "val/top1" in record]
+    assert all(
+        {"step", "epoch", "train/top1", "lr", "images_per_second", "seconds"} <= record.keys() for record in training
+    )
+    assert [record["epoch"] for record in evaluations] == [1, 2, 3, 4]
+    assert training[-1]["train/loss"] < training[0]["train/loss"] / 3
+    assert evaluations[-1]["val/top1"] > 0.9
+    plan, environment = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("plan", "environment"))
+    assert plan["total_steps"] == log[-1]["step"] == 4 * plan["steps_per_epoch"]
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len(environment["class_names"]) == 10
+    assert Config.load(run_dir / "config.yaml").run.epochs == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--model-ema-decay", 0.9, "--micro-batch-size", 16, "--cutout", 8, "--mixup", 0.2, "--precision", "bf16"],
+    ],
+    ids=["dropout", "ema-accumulation-mixup-bf16"],
+)
+def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_path, flags):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = [*DIGITS, "--epochs", 2, "--checkpoint-every", 7, *flags]
+    assert start(*settings, "--max-steps", 30, "--run-dir", whole) == 0
+    assert start(*settings, "--max-steps", 13, "--run-dir", cut) == 0
+    torch.manual_seed(123)
+    assert start(*settings, "--max-steps", 30, "--run-dir", cut, "--resume", "auto") == 0
+    assert_same_state(whole, cut)
+    steps = [record["step"] for record in records(cut) if "train/loss" in record]
+    assert steps == sorted(set(steps))
+
+
+def test_resume_auto_starts_when_there_is_nothing_and_stays_when_all_is_done(start, tmp_path):
+    settings = [*DIGITS, "--epochs", 1, "--run-dir", tmp_path / "run", "--resume", "auto"]
+    assert start(*settings) == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert start(*settings) == 0
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+
+def test_plan_prints_and_leaves_nothing(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert start(*DIGITS, "--plan") == 0
+    assert list(tmp_path.iterdir()) == []
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("train 1,", "parameters", "steps", "lr", "MiB"))
+
+
+def test_val_fraction_0_trains_on_everything_and_best_is_last(start, tmp_path):
+    assert start(*DIGITS, "--epochs", 1, "--val-fraction", 0, "--run-dir", tmp_path) == 0
+    assert not any("val/top1" in record for record in records(tmp_path))
+    assert json.loads((tmp_path / "plan.json").read_text())["num_val"] == 0
+    links = {os.readlink(tmp_path / "checkpoints" / which) for which in ("best", "last")}
+    assert len(links) == 1
+
+
+def test_early_stopping_ends_the_run(start, tmp_path):
+    settings = ["--epochs", 30, "--patience", 2, "--min-delta", 0.9, "--run-dir", tmp_path]
+    assert start(*DIGITS, *settings) == 0
+    assert records(tmp_path)[-1]["epoch"] == 3
+
+
+def test_a_diverging_run_stops_with_status_1_and_a_good_checkpoint(start, tmp_path, capsys):
+    settings = ["--opt", "momentum", "--lr", "1e30", "--warmup-epochs", 1, "--warmup-lr", 0, "--run-dir", tmp_path]
+    assert start(*DIGITS, *settings, "--sched-on-updates", "--epochs", 3, "--checkpoint-every", 1) == 1
+    assert "lower --lr or set --clip-grad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--model", "resnet19_cifar"], "resnet19_cifar"),
+        (["--dataset", "cifar11"], "cifar11"),
+        (["--dataset", "/no/such/folder"], "/no/such/folder"),
+        (["--batch-size", "1000000"], "--batch-size 1000000"),
+        (["--warmup-epochs", "99"], "--warmup-epochs 99"),
+        (["--micro-batch-size", "48"], "--micro-batch-size 48"),
+        (["--opt", "adamx"], "--opt adamx"),
+        (["--init-weights", "/no/such.safetensors"], "/no/such.safetensors"),
+        (["--precision", "fp16"], "--precision fp16"),
+        (["--run-dir", ROOT], "--run-dir"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_and_makes_no_folder(start, tmp_path, monkeypatch, capsys, flags, said):
+    if flags[0] == "--precision" and torch.accelerator.is_available():
+        pytest.skip("fp16 works on this machine's accelerator")
+    monkeypatch.chdir(tmp_path)
+    assert start(*DIGITS, *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: error: ")
+    assert said in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def launch(*command):
+    """Start a launcher as a user would, on two cores at most."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_train_as_one(start, tmp_path):
+    """Without batch norm the only difference is the order of sums."""
+    settings = [
+        *DIGITS,
+        "--model",
+        "vit_small_cifar",
+        "--max-steps",
+        8,
+        "--epochs",
+        1,
+        "--log-every",
+        1,
+        "--lr",
+        "1e-4",
+    ]
+    assert start(*settings, "--run-dir", tmp_path / "one") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
+    two = launch(*torchrun, "train.py", *settings, "--run-dir", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    losses = [[r["train/loss"] for r in records(tmp_path / n) if "train/loss" in r] for n in ("one", "two")]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    one, other = (next(r for r in records(tmp_path / n) if "val/loss" in r) for n in ("one", "two"))
+    assert one["val/top1"] == other["val/top1"]
+    assert two.stdout.count("run folder") == 1
+
+
+def test_accelerate_launch_with_our_config(tmp_path):
+    found = launch(
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "train.py",
+        *DIGITS, "--max-steps", 3, "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert records(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_real_cifar10_and_real_weights(start, tmp_path, real_cifar10, real_weights):
+    settings = [
+        "--dataset",
+        real_cifar10,
+        "--wandb",
+        "disabled",
+        "--batch-size",
+        32,
+        "--max-steps",
+        4,
+        "--log-every",
+        1,
+    ]
+    model = [
+        "--model",
+        "tf_efficientnet_lite0",
+        "--init-weights",
+        real_weights,
+        "--img-size",
+        64,
+        "--val-fraction",
+        0.01,
+    ]
+    assert start(*settings, *model, "--run-dir", tmp_path / "run", "--lr", "1e-3") == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert (plan["num_train"], plan["num_val"], plan["num_test"]) == (49_500, 500, 10_000)
