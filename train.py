@@ -17,7 +17,8 @@ from timm.utils import ModelEmaV3
 from cifar_dist import checkpoint
 from cifar_dist.batches import ResidentBatches
 from cifar_dist.checkpoint import Trained, TrainState
-from cifar_dist.config import Config, parse_command_line
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.config import Config
 from cifar_dist.cost import measure
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.data.augment import Preprocess
@@ -54,7 +55,8 @@ def prepare(config: Config, model: torch.nn.Module, accelerator: Accelerator) ->
     ema = None if decay is None else ModelEmaV3(model, decay=decay)
     if config.model.compile:
         model.compile()
-    return Trained(*accelerator.prepare(model, optimizer), ema)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    return Trained(prepared, optimizer, ema)
 
 
 def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module, accelerator: Accelerator) -> None:
@@ -98,7 +100,7 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
                 if epoch_ends and val is not None:
                     judged = trained.model if trained.ema is None else trained.ema.module
                     scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size)
-                    best = state.judge(scores["top1"], run.min_delta)
+                    best = state.judge(scores["top1"], scores["loss"], run.min_delta)
                     tracker.evaluation(state.step, scores, best)
                 if epoch_ends or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
                     checkpoint.save(run_dir, accelerator, trained, state, best)

@@ -31,24 +31,25 @@ class TrainState:
 
     step: int = 0
     best_top1: float = -1.0
+    best_loss: float = float("inf")
     best_step: int = 0
     patience_top1: float = -1.0
     epochs_without_gain: int = 0
     seconds: float = 0.0
 
-    def judge(self, top1: float, min_delta: float) -> bool:
-        """Take in a new selection top-1 (a fraction); whether it is the best so far.
+    def judge(self, top1: float, loss: float, min_delta: float) -> bool:
+        """Take in new scores of the selecting split; whether they are the best so far.
 
-        Early stopping counts the epochs in which top-1 has not risen by more than `min_delta` over
-        the last value that did.
+        The higher top-1 (a fraction) is better; of equal ones, the lower loss (nats). Early stopping counts
+        the epochs in which top-1 has not risen by more than `min_delta` over the last value that did.
         """
         if top1 > self.patience_top1 + min_delta:
             self.patience_top1, self.epochs_without_gain = top1, 0
         else:
             self.epochs_without_gain += 1
-        if top1 <= self.best_top1:
+        if (top1, -loss) <= (self.best_top1, -self.best_loss):
             return False
-        self.best_top1, self.best_step = top1, self.step
+        self.best_top1, self.best_loss, self.best_step = top1, loss, self.step
         return True
 
     def out_of_patience(self, patience: int | None) -> bool:

@@ -1,15 +1,10 @@
-"""Every argument of train.py, declared once in frozen dataclasses that generate argparse.
-
-A recipe (``--config recipes/x.yaml``) is a saved command line: its keys are turned into flags and
-put in front of the real command line, so argparse checks both alike and the command line wins.
-"""
+"""Every argument of train.py, declared once in frozen dataclasses; `command_line` makes flags of them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
-import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "step", "constant")
@@ -205,113 +198,6 @@ class Config:
         """Write the merged configuration as a recipe that ``--config`` reads back."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
-
-    @classmethod
-    def load(cls, path: Path) -> Config:
-        """Read a configuration written by `save`, checked like a command line."""
-        return cls.from_flat(vars(_parser().parse_args(_recipe_argv(path))))
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, said once per job."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        leave(USAGE_STATUS, f"{message} (see --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train.py",
-        usage="train.py [--config recipes/NAME.yaml] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        description="Train or fine-tune an image classifier. Flags may be spelled with - or _.",
-    )
-    parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
-    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
-    for section in dataclasses.fields(Config):
-        kind = typing.get_type_hints(Config)[section.name]
-        group = parser.add_argument_group(kind.__doc__)
-        hints = typing.get_type_hints(kind)
-        for setting in dataclasses.fields(kind):
-            _add_flag(group, setting, hints[setting.name])
-    return parser
-
-
-def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], hint: Any) -> None:
-    meta = setting.metadata
-    shown = "" if setting.default is None else f" (default: {setting.default})"
-    flag = "--" + setting.name.replace("_", "-")
-    help = (meta["help"] + shown).replace("%", "%%")
-    if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=help)
-        return
-    extra: dict[str, Any] = {"nargs": meta["nargs"]} if meta["nargs"] else {}
-    if meta["choices"] is None:
-        word = meta["nargs"] and ("R", "G", "B")
-        extra["metavar"] = word or setting.name.upper()
-    group.add_argument(flag, type=meta["type"], choices=meta["choices"], default=setting.default, help=help, **extra)
-
-
-def _recipe_argv(path: Path) -> list[str]:
-    """The command line that a recipe stands for.
-
-    Raises:
-        UsageError: the file cannot be read, is not a YAML mapping, or has a key that is no flag.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config {path}: not valid YAML{where}.") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: a recipe is a list of `flag: value` lines.")
-    known = list(Config().flat())
-    argv: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(f"--config {path}: unknown key {key!r}.{did_you_mean(name, known)}")
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            argv += [flag, *map(str, value)]
-        elif value is not None:
-            argv.append(f"{flag}={value}")
-    return argv
-
-
-def _with_dashes(argument: str) -> str:
-    """``--batch_size=64`` as ``--batch-size=64``; anything that is no flag is left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """What a command line asks for: the merged configuration, and whether only to print the plan."""
-
-    config: Config
-    plan_only: bool
-
-
-def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
-    """Merge defaults, recipe and command line (the later wins).
-
-    Raises:
-        UsageError: the recipe is unusable. Errors in flags leave with status 2 from argparse itself.
-    """
-    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config")
-    recipe = only_config.parse_known_args(arguments)[0].config
-    values = vars(_parser().parse_args((_recipe_argv(Path(recipe)) if recipe else []) + arguments))
-    return CommandLine(Config.from_flat(values), values["plan"])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
     Raises:
         UsageError: timm knows no such optimizer, or the model has no layers to decay over.
     """
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if config.opt not in known:
         raise UsageError(f"--opt {config.opt}: timm has no such optimizer.{did_you_mean(config.opt, known)}")
     try:

@@ -29,7 +29,7 @@ class Schedule:
             optimizer,
             sched={"linear": "poly"}.get(config.sched, config.sched),
             num_epochs=epochs - config.warmup_epochs,  # type: ignore[arg-type]
-            decay_epochs=config.decay_epochs,  # type: ignore[arg-type]
+            decay_epochs=config.decay_epochs,
             decay_rate=1.0 if config.sched == "linear" else config.decay_rate,
             min_lr=config.min_lr,
             warmup_lr=config.warmup_lr,

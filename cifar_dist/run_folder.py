@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 
@@ -67,7 +68,7 @@ def open_run(folder: Path) -> Run:
     if missing:
         raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
     plan, environment = (_read_json(folder / name) for name in ("plan.json", "environment.json"))
-    return Run(folder, Config.load(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
+    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

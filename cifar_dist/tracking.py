@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 from tqdm.auto import tqdm
 
+from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
@@ -66,7 +67,7 @@ def prepare_run_dir(config: Config) -> Path:
 def _check_same_training(saved: Path, config: Config) -> None:
     if not saved.is_file():
         raise UsageError(f"--resume auto: {saved.parent} is no run folder (config.yaml is missing).")
-    old, new = Config.load(saved).flat(), config.flat()
+    old, new = load_config(saved).flat(), config.flat()
     changed = [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
@@ -258,7 +259,7 @@ def start_wandb(run_dir: Path, config: Config) -> Any:
         name=run_dir.name,
         id=id_file.read_text().strip(),
         resume="allow",
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]
         dir=run_dir,
         config=config.flat(),
         settings=wandb.Settings(silent=True),
@@ -267,7 +268,7 @@ def start_wandb(run_dir: Path, config: Config) -> Any:
 
 def log_report(run_dir: Path, metrics: dict[str, float], pictures: dict[str, Path]) -> None:
     """Add a report's final metrics and pictures to the run's own W&B run."""
-    run = start_wandb(run_dir, Config.load(run_dir / "config.yaml"))
+    run = start_wandb(run_dir, load_config(run_dir / "config.yaml"))
     if run is None:
         return
     import wandb

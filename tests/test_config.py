@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from cifar_dist.config import Config, parse_command_line
+from cifar_dist.command_line import load_config, parse_command_line
+from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from tests.conftest import ROOT
 
@@ -43,7 +44,7 @@ def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
     config = parse_command_line(["--mean", "0.1", "0.2", "0.3", "--no-sched-on-updates", "--lr=3e-4"]).config
     config.save(tmp_path / "config.yaml")
-    assert Config.load(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config
     assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
 
 

@@ -12,7 +12,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 from cifar_dist.batches import ResidentBatches
-from cifar_dist.config import InputConfig, OptimConfig, parse_command_line
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.config import InputConfig, OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.engine import Meter, Stepper, evaluate, predict, train_step

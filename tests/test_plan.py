@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cifar_dist.config import parse_command_line
+from cifar_dist.command_line import parse_command_line
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Schedule, Sizes, lr_at, make_plan, split_batch
 

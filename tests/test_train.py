@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from cifar_dist.config import Config
+from cifar_dist.command_line import load_config
 from cifar_dist.errors import run_main
 from tests.conftest import ROOT
 
@@ -76,7 +76,7 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
     assert plan["total_steps"] == log[-1]["step"] == 4 * plan["steps_per_epoch"]
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(environment["class_names"]) == 10
-    assert Config.load(run_dir / "config.yaml").run.epochs == 4
+    assert load_config(run_dir / "config.yaml").run.epochs == 4
 
 
 @pytest.mark.parametrize(

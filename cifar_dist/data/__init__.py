@@ -1,0 +1,70 @@
+"""Images and labels for training and for the final evaluation.
+
+`load_training_data` never reads the test split unless `--select-on test` asks for it; `load_test_data` reads nothing
+else. A set that does not fit in memory would be streamed by a sibling of `resident`, from the same `Source.rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cifar_dist.config import DataConfig
+from cifar_dist.data.resident import ResidentSet, load_resident
+from cifar_dist.data.sources import open_source
+from cifar_dist.data.splits import stratified_split
+from cifar_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What training may see; `num_test` is None where the test split would have to be read to count it."""
+
+    train: ResidentSet
+    val: ResidentSet | None
+    class_names: tuple[str, ...]
+    name: str
+    fingerprint: str
+    num_test: int | None
+
+
+@dataclass(frozen=True)
+class TestData:
+    """The test split, scored once at the end."""
+
+    __test__ = False  # no test class of pytest
+
+    test: ResidentSet
+    class_names: tuple[str, ...]
+    name: str
+    fingerprint: str
+
+
+def load_training_data(config: DataConfig) -> TrainingData:
+    """Load train and set val apart from it (None for ``--val-fraction 0``).
+
+    With ``--select-on test`` val is the test split and train is whole, as in the studies this reproduces.
+
+    Raises:
+        UsageError: the data cannot be used; the message names the flag and the cure.
+    """
+    source = open_source(config)
+    train = load_resident(source, "train", config)
+    if len(train.labels.unique()) < 2:
+        raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
+    val: ResidentSet | None = None
+    if config.select_on == "test":
+        val = load_resident(source, "test", config)
+    elif config.val_fraction:
+        in_train, in_val = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)
+        train, val = train.take(in_train), train.take(in_val)
+    return TrainingData(train, val, source.class_names, source.name, source.fingerprint, source.num_rows("test"))
+
+
+def load_test_data(config: DataConfig) -> TestData:
+    """Load the test split.
+
+    Raises:
+        UsageError: the data cannot be used; the message names the flag and the cure.
+    """
+    source = open_source(config)
+    return TestData(load_resident(source, "test", config), source.class_names, source.name, source.fingerprint)

@@ -1,0 +1,168 @@
+"""Data sets on this machine, recognised by their files: parquet, image folder, saved by `datasets`, pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.data.pickles import find_layout, open_pickles
+from cifar_dist.data.tables import SPLITS, Table
+from cifar_dist.errors import UsageError
+
+LOCAL_FORMS = (
+    "a folder of parquet files as on the Hub, cifar-10-batches-py or cifar-100-python or their tar.gz, "
+    "train/CLASS/*.png|jpg with test/CLASS/..., or a DatasetDict saved by datasets"
+)
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Local:
+    """The splits found in a path, and a hex digest of the names, sizes and times of the files behind them."""
+
+    tables: dict[str, Table]
+    fingerprint: str
+
+
+def open_local(path: Path) -> Local:
+    """Recognise and open the data set at `path`; no image is decoded.
+
+    Raises:
+        UsageError: no form is recognised, a split is missing, or a file is damaged.
+    """
+    found = find_layout(path)
+    if found is not None:
+        base, layout = found
+        files = [base] if base.is_file() else [base / name for name in layout.files]
+        return Local(open_pickles(base, layout), _fingerprint(base.parent, files))
+    if path.is_file():
+        raise UsageError(f"--dataset {path}: a tar file without CIFAR's pickles in it; give {LOCAL_FORMS}.")
+    if (path / "dataset_dict.json").is_file():
+        return _open_saved(path)
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        raise UsageError(f"--dataset {path}: one saved Dataset; save a DatasetDict with train and test.")
+    parquet = _parquet_files(path)
+    if parquet:
+        return _open_parquet(path, parquet)
+    images = {split: _image_files(path / split) for split in SPLITS}
+    if any(images.values()):
+        return _open_images(path, images)
+    raise UsageError(f"--dataset {path}: {_contents(path)}, which is no form known here; give {LOCAL_FORMS}.")
+
+
+def require_splits(path: Path, present: Iterable[str]) -> None:
+    """Raise `UsageError` naming the first of train and test that is not among `present`, and what is there."""
+    present = list(present)
+    for split in SPLITS:
+        if split not in present:
+            raise UsageError(
+                f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {_contents(path)}); "
+                "a data set needs train and test."
+            )
+
+
+def _contents(path: Path) -> str:
+    names = sorted(file.name for file in path.iterdir())
+    return f"the folder holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"
+
+
+def _fingerprint(base: Path, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        status = file.stat()
+        digest.update(f"{file.relative_to(base)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _parquet_files(path: Path) -> dict[str, list[Path]]:
+    """Files by split, from `path` itself or else from the only folder in it that has a train or test."""
+    here = _by_split(path)
+    if here:
+        return here
+    inside = {folder: files for folder in sorted(path.iterdir()) if (files := _by_split(folder))}
+    if len(inside) > 1:
+        names = ", ".join(str(folder) for folder in inside)
+        raise UsageError(f"--dataset {path}: several data sets inside; give one of {names}.")
+    return next(iter(inside.values()), {})
+
+
+def _by_split(folder: Path) -> dict[str, list[Path]]:
+    """``train-00000-of-00001.parquet`` and ``train/0000.parquet`` by the split in their file's or folder's name."""
+    splits: dict[str, list[Path]] = {}
+    for file in sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]):
+        words = re.split(r"[-_.]", file.stem) if file.parent == folder else [file.parent.name]
+        split = next((word for word in words if word in (*SPLITS, "validation")), None)
+        if split is not None:
+            splits.setdefault(split, []).append(file)
+    return splits
+
+
+def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import IterableDataset
+
+    require_splits(path, files)
+    tables = {}
+    for split in SPLITS:
+        num_rows = 0
+        for file in files[split]:
+            try:
+                num_rows += pq.read_metadata(file).num_rows
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(
+                    f"--dataset {path}: {file.name} is truncated or no parquet file ({reason}); copy it again."
+                ) from None
+        tables[split] = Table(IterableDataset.from_parquet([str(file) for file in files[split]]), num_rows)
+    return Local(tables, _fingerprint(path, [file for split in SPLITS for file in files[split]]))
+
+
+def _image_files(folder: Path) -> dict[str, list[Path]]:
+    """Image files of each class, a folder of `folder`; classes and files in the order of their names."""
+    classes: dict[str, list[Path]] = {}
+    if folder.is_dir():
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not entry.name.startswith("."):
+                files = sorted(file for file in entry.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+                if files:
+                    classes[entry.name] = files
+    return classes
+
+
+def _image_rows(classes: dict[str, list[Path]]) -> Iterator[dict[str, Any]]:
+    for label, files in enumerate(classes.values()):
+        for file in files:
+            yield {"image": {"path": str(file), "bytes": None}, "label": label}
+
+
+def _open_images(path: Path, images: dict[str, dict[str, list[Path]]]) -> Local:
+    from datasets import ClassLabel, Features, Image, IterableDataset
+
+    require_splits(path, [split for split in SPLITS if images[split]])
+    tables = {}
+    for split, classes in images.items():
+        features = Features({"image": Image(), "label": ClassLabel(names=list(classes))})
+        stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"classes": classes})
+        tables[split] = Table(stream, sum(map(len, classes.values())))
+    every = [file for classes in images.values() for files in classes.values() for file in files]
+    return Local(tables, _fingerprint(path, every))
+
+
+def _open_saved(path: Path) -> Local:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder can fail in any way
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--dataset {path}: cannot be loaded by datasets ({reason}); save it again.") from None
+    require_splits(path, saved)
+    tables = {split: Table(saved[split].to_iterable_dataset(), saved[split].num_rows) for split in SPLITS}
+    files = [Path(root) / name for split in SPLITS for root, _, names in os.walk(path / split) for name in names]
+    return Local(tables, _fingerprint(path, files))

@@ -1,0 +1,184 @@
+"""Splits decoded once into uint8, kept in a cache on disk and from there resident on the device.
+
+A cache entry is a folder that appears under its final name only when it is complete. Images of another size are
+stretched to `--data-size` squares with PIL's bilinear filter, so nothing is cut off; the aspect ratio is not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cifar_dist.config import DataConfig
+from cifar_dist.data.sources import Source
+from cifar_dist.errors import UsageError
+
+_FORMAT = 1
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """A split, or part of one, in memory.
+
+    Attributes:
+        images: uint8 (N,S,S,3).
+        labels: int64 (N,) in 0..K-1.
+        ids: int64 (N,), row number in the source's split: the sample id.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ResidentSet:
+        """The same set on `device`."""
+        return ResidentSet(self.images.to(device), self.labels.to(device), self.ids.to(device))
+
+    def take(self, indices: Tensor | np.ndarray) -> ResidentSet:
+        """The rows at `indices` (int64), copied; they keep their ids."""
+        chosen = torch.as_tensor(indices, device=self.labels.device)
+        return ResidentSet(self.images[chosen], self.labels[chosen], self.ids[chosen])
+
+
+def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet:
+    """Load a split from the cache, decoding it first if needed; of several processes on a node one decodes.
+
+    The images of the set are a private memory map of the cache: loading is instant, writing to them changes no file.
+
+    Raises:
+        UsageError: the data are damaged or empty, or the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    entry = _cache_folder(config) / _entry_name(source, split, config)
+    try:
+        if not entry.exists():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+        found = _open(entry, source, config.data_size)
+        if isinstance(found, ResidentSet):
+            return found
+        with FileLock(entry.with_name(entry.name + ".lock")):
+            found = _open(entry, source, config.data_size)
+            if isinstance(found, ResidentSet):
+                return found
+            if entry.exists():
+                print(f"cache {entry} is damaged ({found}): decoding {split} again", file=sys.stderr, flush=True)
+            _write(entry, source, split, config.data_size)
+            found = _open(entry, source, config.data_size)
+    except OSError as error:
+        raise UsageError(
+            f"--cache-dir {entry.parent}: the decoded images cannot be kept there ({error.strerror or error}); "
+            "name a folder with room that can be written."
+        ) from None
+    if isinstance(found, str):
+        raise UsageError(f"--cache-dir {entry.parent}: what was just written reads back wrong ({found}).")
+    return found
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-dist"
+
+
+def _entry_name(source: Source, split: str, config: DataConfig) -> str:
+    columns = source.columns
+    key = (_FORMAT, source.fingerprint, split, config.data_size, columns.image, columns.label, columns.class_names)
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name)[:40]
+    return f"{readable}-{split}-{config.data_size}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
+
+
+def _open(entry: Path, source: Source, size: int) -> ResidentSet | str:
+    """The set in a cache entry, or what is wrong with it."""
+    try:
+        labels = np.load(entry / "labels.npy")
+        expected = len(labels) * size * size * 3
+        if (length := (entry / "images.u8").stat().st_size) != expected:
+            return f"images.u8 has {length} bytes, not {expected}"
+        if labels.dtype != np.int64 or labels.min() < 0 or labels.max() >= len(source.class_names):
+            return "labels.npy holds other labels"
+        images = np.memmap(entry / "images.u8", dtype=np.uint8, mode="c", shape=(len(labels), size, size, 3))
+    except (FileNotFoundError, EOFError, ValueError) as error:
+        return str(error)
+    return ResidentSet(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(len(labels)))
+
+
+def _write(entry: Path, source: Source, split: str, size: int) -> None:
+    """Decode into a temporary folder beside `entry` and rename it; the caller holds the lock.
+
+    Raises:
+        UsageError: see `Source.rows`; or the split is empty.
+        OSError: the cache cannot be written.
+    """
+    for left_over in entry.parent.glob(f".tmp-{entry.name}-*"):
+        shutil.rmtree(left_over)
+    temporary = entry.with_name(f".tmp-{entry.name}-{socket.gethostname()}-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        _decode_into(temporary, source, split, size)
+        if entry.exists():
+            shutil.rmtree(entry)
+        temporary.rename(entry)
+        _fsync(entry.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
+    from tqdm import tqdm
+
+    labels: list[int] = []
+    expected = source.num_rows(split)
+    progress = tqdm(source.rows(split), f"decoding {split} once", expected, leave=False, disable=None, unit=" images")
+    stream = iter(progress)
+    with (folder / "images.u8").open("wb") as file:
+        for rows in iter(lambda: list(itertools.islice(stream, _CHUNK_ROWS)), []):
+            file.write(_to_pixels((image for image, _ in rows), size))
+            labels.extend(label for _, label in rows)
+    if not labels:
+        raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
+    if expected is not None and len(labels) != expected:
+        raise UsageError(
+            f"--dataset {source.name}: {split} gave {len(labels)} rows, its files announce {expected}; copy them again."
+        )
+    np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
+    for path in (folder / "images.u8", folder / "labels.npy", folder):
+        _fsync(path)
+
+
+def _to_pixels(images: Iterable[Image.Image | np.ndarray], size: int) -> bytes:
+    """RGB images of any size to the bytes of uint8 (n,S,S,3)."""
+
+    def square(image: Image.Image | np.ndarray) -> np.ndarray:
+        if isinstance(image, np.ndarray) and image.shape[:2] != (size, size):
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image) and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    return np.stack([square(image) for image in images]).tobytes()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Where images come from: the Hub, scikit-learn's digits, or a local path; all of them streamed through `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cifar_dist.config import DataConfig
+from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
+from cifar_dist.data.splits import stratified_split
+from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
+from cifar_dist.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+NAMES = (*HUB_IDS, "digits")
+_HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set with the splits train and test, opened but not decoded.
+
+    Attributes:
+        name: "cifar10", "digits", or the path's last part.
+        fingerprint: hex; changes when the data changes (the Hub's revision, or local files' names, sizes and times).
+        columns: where images and labels are, and the class names.
+        tables: the splits by name.
+    """
+
+    name: str
+    fingerprint: str
+    columns: Columns
+    tables: Mapping[str, Table]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; label k is the k-th."""
+        return self.columns.class_names
+
+    def num_rows(self, split: str) -> int | None:
+        """Rows of a split, where that is known without reading it."""
+        return self.tables[split].num_rows
+
+    def rows(self, split: str) -> Iterator[tuple[Image.Image | np.ndarray, int]]:
+        """Stream a split in its own order as (RGB image, or uint8 (H,W,3)), label in 0..K-1.
+
+        Raises:
+            UsageError: a row cannot be read, an image is damaged or no 8-bit one, or a label is no class.
+        """
+        for number, row in enumerate(self._raw_rows(split)):
+            where = f"--dataset {self.name}: row {number} of {split}"
+            label = row[self.columns.label]
+            if label is None or not 0 <= label < len(self.class_names):
+                raise UsageError(
+                    f"{where} has the label {label}, which is outside 0..{len(self.class_names) - 1}; every row needs "
+                    "one of the classes (-1 marks rows without label)."
+                )
+            yield _decode(row[self.columns.image], where), int(label)
+
+    def _raw_rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """Rows whose images are still encoded, so that one that fails to decode can be named."""
+        import datasets
+
+        image, label = self.columns.image, self.columns.label
+        stream = self.tables[split].stream.select_columns([image, label])
+        if isinstance((stream.features or {})[image], datasets.Image):
+            stream = stream.cast_column(image, datasets.Image(decode=False))
+        try:
+            yield from stream
+        except UsageError:
+            raise
+        except Exception as error:  # each library below has errors of its own for a damaged file
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise UsageError(
+                f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again."
+            ) from None
+
+
+def _decode(value: Any, where: str) -> Image.Image | np.ndarray:
+    """An image in RGB: grey and palette images are converted, an alpha channel is dropped, EXIF rotation applied."""
+    import datasets
+
+    if isinstance(value, np.ndarray):
+        return value
+    if value is None:
+        raise UsageError(f"{where} has no image; remove the row.")
+    if isinstance(value, list):
+        return np.asarray(value, dtype=np.uint8)
+    file = f" ({value['path']})" if value.get("path") else ""
+    try:
+        content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+        image = datasets.Image().decode_example({"bytes": content, "path": None})
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+            return image.convert("RGB")
+    except Exception as error:  # PIL's decoders fail in many ways
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UsageError(f"{where}{file} cannot be decoded ({reason}); replace or remove the image.") from None
+    raise UsageError(f"{where}{file} has more than 8 bits a channel (mode {image.mode}); save it as an 8-bit image.")
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the data set that ``--dataset`` names; nothing is decoded.
+
+    Raises:
+        UsageError: the name or path is unknown, the Hub cannot be reached, a split or column is missing, or a file is
+            damaged.
+    """
+    if config.dataset in HUB_IDS:
+        name, found = config.dataset, _open_hub(config.dataset)
+    elif config.dataset == "digits":
+        name, found = config.dataset, _open_digits()
+    else:
+        path = _local_path(config.dataset)
+        name, found = path.resolve().name, open_local(path)
+    for split in SPLITS:
+        if found.tables[split].num_rows == 0:
+            raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
+    return Source(name, found.fingerprint, choose_columns(found.tables, config), found.tables)
+
+
+def _local_path(dataset: str) -> Path:
+    path = Path(dataset).expanduser()
+    if path.is_dir() or (path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))):
+        return path
+    if path.exists():
+        raise UsageError(f"--dataset {dataset}: a file of no known form; give {LOCAL_FORMS}.")
+    if os.sep in dataset or dataset.startswith((".", "~")):
+        raise UsageError(f"--dataset {dataset}: no such file or folder.")
+    raise UsageError(
+        f"--dataset {dataset}: no such data set or path.{did_you_mean(dataset, list(NAMES))} Known are "
+        f"{', '.join(NAMES)}, and local paths: {LOCAL_FORMS}."
+    )
+
+
+def _open_hub(name: str) -> Local:
+    """The Hub's parquet files, from its cache if they are there (no request is made then), else downloaded."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo = HUB_IDS[name]
+    try:
+        cached = Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
+        return Local(open_local(cached).tables, cached.name)
+    except (LocalEntryNotFoundError, UsageError):
+        pass  # nothing cached, or only a part of it
+    try:
+        revision = HfApi().dataset_info(repo, timeout=_HUB_TIMEOUT_SECONDS).sha
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
+    except Exception as error:  # whatever goes wrong between here and the Hub has the same cure
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UsageError(
+            f"--dataset {name}: the Hub cannot be reached ({reason}) and {repo} is not in its cache; use `digits`, "
+            f"which needs no download, or a local path: {LOCAL_FORMS}."
+        ) from None
+    return Local(open_local(Path(folder)).tables, Path(folder).name)
+
+
+_DIGITS_SIDE = 32
+_DIGITS_TEST_FRACTION = 0.2
+_DIGITS_SPLIT_SEED = 0
+
+
+def _open_digits() -> Local:
+    """1,797 handwritten digits of scikit-learn (UCI, 1998), 8 x 8 and 17 greys, drawn at 32 x 32; a fifth is test."""
+    from datasets import Array3D, ClassLabel, Features, IterableDataset
+
+    features = Features(
+        {
+            "image": Array3D((_DIGITS_SIDE, _DIGITS_SIDE, 3), "uint8"),
+            "label": ClassLabel(names=[str(digit) for digit in range(10)]),
+        }
+    )
+    num_test = round(1797 * _DIGITS_TEST_FRACTION)
+    sizes = {"train": 1797 - num_test, "test": num_test}
+
+    def table(split: str) -> Table:
+        stream: IterableDataset = IterableDataset.from_generator(
+            _digit_rows, features=features, gen_kwargs={"part": SPLITS.index(split)}
+        )
+        return Table(stream, sizes[split])
+
+    return Local({split: table(split) for split in SPLITS}, hashlib.sha256(b"digits-1").hexdigest())
+
+
+def _digit_rows(part: int) -> Iterator[dict[str, Any]]:
+    from sklearn.datasets import load_digits
+
+    greys, labels = load_digits(return_X_y=True)
+    for row in stratified_split(labels, _DIGITS_TEST_FRACTION, _DIGITS_SPLIT_SEED)[part]:
+        small = Image.fromarray((greys[row].reshape(8, 8) * (255 / 16)).astype(np.float32))
+        large = small.resize((_DIGITS_SIDE, _DIGITS_SIDE), Image.Resampling.BICUBIC)
+        grey = np.asarray(large).clip(0, 255).round().astype(np.uint8)
+        yield {"image": np.repeat(grey[:, :, None], 3, axis=2), "label": int(labels[row])}

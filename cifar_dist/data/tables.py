@@ -1,0 +1,137 @@
+"""One split as `datasets` streams it, and which of its columns hold images and labels (by feature type, not name)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cifar_dist.config import DataConfig
+from cifar_dist.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A split: its streaming rows, and their number where that is known without reading them."""
+
+    stream: IterableDataset
+    num_rows: int | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of images and labels, and the labels' class names."""
+
+    image: str
+    label: str
+    class_names: tuple[str, ...]
+
+
+def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
+    """The only image column and the class-label column with the most classes, unless flags name others.
+
+    Raises:
+        UsageError: a named column is not there or of another type, none or several would do, train and test differ, or
+            there is only one class.
+    """
+    from datasets import ClassLabel
+
+    features = dict(tables["train"].stream.features or {})
+    image = _named(config.image_column, "--image-column", features, "images", _is_image)
+    image = image or _only_image(features, config)
+    label = _named(config.label_column, "--label-column", features, "labels", _is_label)
+    label = label or _main_label(features, config)
+    names = _class_names(tables["train"], label)
+    in_test = dict(tables["test"].stream.features or {})
+    if image not in in_test or label not in in_test:
+        raise UsageError(
+            f"--dataset {config.dataset}: test lacks the column {image if image not in in_test else label!r} of train; "
+            f"it has {_listed(in_test)}."
+        )
+    if isinstance(in_test[label], ClassLabel):
+        check_same_classes(names, in_test[label].names, config)
+    if len(names) < 2:
+        raise UsageError(f"--dataset {config.dataset}: {label!r} has only one class; a classifier needs at least two.")
+    return Columns(image, label, names)
+
+
+def check_same_classes(train: tuple[str, ...], test: list[str], config: DataConfig) -> None:
+    """Raise `UsageError` unless both splits have the same class names in the same order."""
+    if list(train) == test:
+        return
+    lonely = {"train": sorted(set(train) - set(test)), "test": sorted(set(test) - set(train))}
+    found = [f"only in {split}: {', '.join(names[:5])}" for split, names in lonely.items() if names]
+    raise UsageError(
+        f"--dataset {config.dataset}: train and test have different classes "
+        f"({'; '.join(found) or 'the same names in another order'}); give both the same ones."
+    )
+
+
+def _is_image(feature: Any) -> bool:
+    from datasets import Array3D, Image
+
+    pixels = isinstance(feature, Array3D) and feature.dtype == "uint8" and feature.shape[-1] == 3
+    return isinstance(feature, Image) or pixels or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _is_label(feature: Any) -> bool:
+    from datasets import ClassLabel, Value
+
+    return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+
+
+def _named(name: str | None, flag: str, features: dict[str, Any], what: str, fits: Any) -> str | None:
+    if name is None or (name in features and fits(features[name])):
+        return name
+    if name in features:
+        raise UsageError(f"{flag} {name}: the column does not hold {what}; the data set has {_listed(features)}.")
+    near = did_you_mean(name, list(features))
+    raise UsageError(f"{flag} {name}: no such column; the data set has {_listed(features)}.{near}")
+
+
+def _only_image(features: dict[str, Any], config: DataConfig) -> str:
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    if len(images) == 1:
+        return images[0]
+    what = "several columns of images; choose one with --image-column" if images else "no column of images"
+    raise UsageError(f"--dataset {config.dataset}: {what} (it has {_listed(features)}).")
+
+
+def _main_label(features: dict[str, Any], config: DataConfig) -> str:
+    from datasets import ClassLabel
+
+    sizes = {name: feature.num_classes for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    best = [name for name, size in sizes.items() if size == max(sizes.values())]
+    best = best or [name for name, feature in features.items() if _is_label(feature)]
+    if len(best) == 1:
+        return best[0]
+    what = "several columns could be the label" if best else "no column of class labels"
+    raise UsageError(f"--dataset {config.dataset}: {what}; name one with --label-column (it has {_listed(features)}).")
+
+
+def _class_names(train: Table, label: str) -> tuple[str, ...]:
+    """The feature's names; for plain whole numbers, 0 to the largest one in train."""
+    from datasets import ClassLabel
+
+    feature = (train.stream.features or {})[label]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    largest = max((row[label] for row in train.stream.select_columns([label])), default=-1)
+    return tuple(str(number) for number in range(largest + 1))
+
+
+def _listed(features: dict[str, Any]) -> str:
+    """``img (Image), label (ClassLabel of 10)``."""
+    from datasets import ClassLabel, Value
+
+    def kind(feature: Any) -> str:
+        if isinstance(feature, ClassLabel):
+            return f"ClassLabel of {feature.num_classes}"
+        return str(feature.dtype) if isinstance(feature, Value) else type(feature).__name__
+
+    return ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items()) or "no columns"

@@ -1,0 +1,317 @@
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Features, Value
+from datasets import Image as ImageFeature
+from huggingface_hub import HfApi
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
+
+from cifar_dist.data.sources import open_source
+from cifar_dist.errors import UsageError
+from tests.data.fakes import pixels
+
+FEATURES = Features({"picture": ImageFeature(), "kind": ClassLabel(names=["cat", "dog"])})
+
+
+def pictures(number, seed=0):
+    return [Image.fromarray(image) for image in pixels(number, seed)]
+
+
+def columns(number=4, seed=0):
+    return {"picture": pictures(number, seed), "kind": [row % 2 for row in range(number)]}
+
+
+def arrays(source, split):
+    images, labels = zip(*source.rows(split), strict=True)
+    return [np.asarray(image) for image in images], list(labels)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["plain_text/{}-00000-of-00001.parquet", "data/{}.parquet", "{}-0.parquet", "{}/0.parquet", "default/{}/0.parquet"],
+)
+def test_parquet_in_the_layouts_of_the_hub(layout, parquet_folder, config):
+    folder = parquet_folder({"train": columns(6, 1), "test": columns(4, 2)}, FEATURES, layout)
+    source = open_source(config(folder))
+    assert source.name == "hub" and source.class_names == ("cat", "dog")
+    assert source.num_rows("train") == 6 and source.num_rows("test") == 4
+    for split, number, seed in (("train", 6, 1), ("test", 4, 2)):
+        images, labels = arrays(source, split)
+        assert np.array_equal(images, pixels(number, seed)) and labels == columns(number)["kind"]
+
+
+def test_several_shards_in_order(parquet_folder, config):
+    splits = {"train-0": columns(4, 1), "train-1": columns(4, 2), "test": columns(2)}
+    folder = parquet_folder(splits, FEATURES, "{}.parquet")
+    images, _ = arrays(open_source(config(folder)), "train")
+    assert np.array_equal(images, [*pixels(4, 1), *pixels(4, 2)])
+
+
+def test_real_cifar10_equals_pyarrow_and_pil(real_cifar10, config):
+    source = open_source(config(real_cifar10))
+    assert len(source.class_names) == 10 and source.num_rows("train") == 50_000 and source.num_rows("test") == 10_000
+    for split in ("train", "test"):
+        table = pq.read_table(next(real_cifar10.glob(f"*/{split}-*.parquet"))).slice(0, 50).to_pylist()
+        rows = source.rows(split)
+        for expected in table:
+            image, label = next(rows)
+            theirs = Image.open(io.BytesIO(expected["img"]["bytes"])).convert("RGB")
+            assert np.array_equal(np.asarray(image), np.asarray(theirs)) and label == expected["label"]
+
+
+def test_image_folder(image_folder, config):
+    (image_folder / "train" / ".cache").mkdir()
+    (image_folder / "train" / "cat" / "notes.txt").write_text("no image")
+    source = open_source(config(image_folder))
+    assert source.class_names == ("cat", "dog") and source.num_rows("train") == 8
+    images, labels = arrays(source, "train")
+    assert labels == [0] * 4 + [1] * 4
+    assert np.array_equal(images, [*pixels(4, 0), *pixels(4, 1)])
+
+
+def test_saved_by_datasets(tmp_path, config):
+    saved = datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict(columns(4, seed), FEATURES) for name, seed in (("train", 1), ("test", 2))}
+    )
+    saved.save_to_disk(tmp_path / "saved")
+    source = open_source(config(tmp_path / "saved"))
+    assert np.array_equal(arrays(source, "test")[0], pixels(4, 2)) and source.num_rows("train") == 4
+    saved["train"].save_to_disk(tmp_path / "single")
+    with pytest.raises(UsageError, match="save a DatasetDict with train and test"):
+        open_source(config(tmp_path / "single"))
+
+
+def test_digits_are_drawn_from_scikit_learn(config):
+    source = open_source(config("digits"))
+    train, test = arrays(source, "train"), arrays(source, "test")
+    assert (len(train[0]), len(test[0])) == (source.num_rows("train"), source.num_rows("test")) == (1438, 359)
+    greys, labels = load_digits(return_X_y=True)
+    assert np.array_equal(np.bincount(train[1]) + np.bincount(test[1]), np.bincount(labels))
+    assert np.abs(np.bincount(test[1]) - 0.2 * np.bincount(labels)).max() < 1
+    drawn = np.stack([image[2::4, 2::4, 0] for image in [*train[0], *test[0]]]).reshape(-1, 64) * (16 / 255)
+    nearest = NearestNeighbors(n_neighbors=1).fit(greys).kneighbors(drawn, return_distance=False)[:, 0]
+    assert sorted(nearest) == list(range(1797))  # every digit once
+    assert np.array_equal(labels[nearest], [*train[1], *test[1]])
+    assert {image.shape for image in train[0]} == {(32, 32, 3)}
+    assert min(image.min() for image in train[0]) == 0 and max(image.max() for image in train[0]) == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_other_modes_become_rgb(mode, image_folder, config):
+    file = image_folder / "train" / "cat" / ("0.jpg" if mode == "CMYK" else "0.png")
+    (image_folder / "train" / "cat" / "0.png").unlink()
+    image = Image.fromarray(pixels(1)[0]).convert(mode)
+    image.save(file, **({"transparency": bytes(range(256))} if mode == "P" else {}))
+    ours, _ = next(open_source(config(image_folder)).rows("train"))
+    with Image.open(file) as stored:
+        expected = stored.convert("RGBA").convert("RGB") if mode == "P" else stored.convert("RGB")
+    assert ours.mode == "RGB" and np.array_equal(np.asarray(ours), np.asarray(expected))
+
+
+def test_sixteen_bit_image_is_refused(image_folder, config):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(image_folder / "train" / "cat" / "2.png")
+    with pytest.raises(UsageError, match=r"row 2 of train .*cat/2\.png\) has more than 8 bits"):
+        list(open_source(config(image_folder)).rows("train"))
+
+
+def test_columns_by_flag_and_without_metadata(parquet_folder, config):
+    plain = {
+        "raw": [{"bytes": encoded(image), "path": None} for image in pictures(4)],
+        "number": [0, 2, 1, 0],
+        "other": [5, 5, 5, 5],
+    }
+    folder = parquet_folder({"train": plain, "test": plain})
+    with pytest.raises(UsageError, match=r"several columns could be the label; .*--label-column .*number \(int64\)"):
+        open_source(config(folder))
+    source = open_source(config(folder, label_column="number"))
+    assert source.class_names == ("0", "1", "2")
+    images, labels = arrays(source, "train")
+    assert np.array_equal(images, pixels(4)) and labels == [0, 2, 1, 0]
+
+
+def encoded(image):
+    stream = io.BytesIO()
+    image.save(stream, "png")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"image_column": "pictur"}, r"--image-column pictur: no such column; .*picture \(Image\).*mean picture"),
+        ({"image_column": "kind"}, "--image-column kind: the column does not hold images"),
+        ({"label_column": "picture"}, "--label-column picture: the column does not hold labels"),
+        ({"label_column": "breed"}, r"--label-column breed: no such column; .*kind \(ClassLabel of 2\)"),
+    ],
+)
+def test_wrong_columns_are_listed(flags, message, parquet_folder, config):
+    folder = parquet_folder({"train": columns(), "test": columns()}, FEATURES)
+    with pytest.raises(UsageError, match=message):
+        open_source(config(folder, **flags))
+
+
+def test_no_images_two_images_no_labels(parquet_folder, config, tmp_path):
+    def attempt(values, features):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        return open_source(config(parquet_folder({"train": values, "test": values}, features)))
+
+    with pytest.raises(UsageError, match=r"no column of images \(it has kind"):
+        attempt({"kind": [0, 1]}, Features({"kind": FEATURES["kind"]}))
+    both = {**columns(2), "second": pictures(2)}
+    with pytest.raises(UsageError, match="several columns of images; choose one with --image-column"):
+        attempt(both, Features({**FEATURES, "second": ImageFeature()}))
+    with pytest.raises(UsageError, match="no column of class labels"):
+        words = Features({"picture": ImageFeature(), "kind": Value("string")})
+        attempt({"picture": pictures(2), "kind": ["a", "b"]}, words)
+
+
+def test_one_class_only(parquet_folder, config):
+    features = Features({"picture": ImageFeature(), "kind": ClassLabel(names=["cat"])})
+    values = {"picture": pictures(2), "kind": [0, 0]}
+    with pytest.raises(UsageError, match="only one class"):
+        open_source(config(parquet_folder({"train": values, "test": values}, features)))
+
+
+def test_train_and_test_with_different_classes(image_folder, config):
+    (image_folder / "test" / "dog").rename(image_folder / "test" / "emu")
+    with pytest.raises(UsageError, match=r"different classes .*only in train: dog; only in test: emu"):
+        open_source(config(image_folder))
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_label_out_of_range_is_named(label, parquet_folder, config):
+    plain = {"picture": columns()["picture"], "kind": [0, 1, label, 0]}
+    features = Features({"picture": ImageFeature(), "kind": Value("int64")})
+    train = {**plain, "kind": [0, 1, 1, 0]}
+    folder = parquet_folder({"train": train, "test": plain}, features)
+    with pytest.raises(UsageError, match=rf"row 2 of test has the label {label}, which is outside 0\.\.1"):
+        list(open_source(config(folder)).rows("test"))
+
+
+def test_empty_split(parquet_folder, config):
+    folder = parquet_folder({"train": columns(), "test": {"picture": [], "kind": []}}, FEATURES)
+    with pytest.raises(UsageError, match="the test split is empty"):
+        open_source(config(folder))
+
+
+def test_missing_splits_list_what_is_there(image_folder, parquet_folder, tmp_path, config):
+    folder = parquet_folder({"train": columns(), "validation": columns()}, FEATURES, "{}.parquet")
+    with pytest.raises(UsageError, match=r"no test split \(splits: train, validation; the folder holds train\.parquet"):
+        open_source(config(folder))
+    shutil.rmtree(image_folder / "test")
+    with pytest.raises(UsageError, match=r"no test split \(splits: train; the folder holds train\)"):
+        open_source(config(image_folder))
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns(), FEATURES)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="no test split"):
+        open_source(config(tmp_path / "saved"))
+
+
+def test_folder_with_several_data_sets(parquet_folder, config):
+    for name in ("small", "large"):
+        folder = parquet_folder({"train": columns(), "test": columns()}, FEATURES, name + "/{}.parquet")
+    with pytest.raises(UsageError, match=r"several data sets inside; give one of .*large, .*small"):
+        open_source(config(folder))
+
+
+def test_truncated_and_damaged_parquet(parquet_folder, config):
+    folder = parquet_folder({"train": columns(40), "test": columns()}, FEATURES, "{}.parquet")
+    file = folder / "train.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"train\.parquet is truncated or no parquet file"):
+        open_source(config(folder))
+    file.write_bytes(whole[:20] + os.urandom(len(whole) // 2) + whole[20 + len(whole) // 2 :])
+    with pytest.raises(UsageError, match="train"):
+        list(open_source(config(folder)).rows("train"))
+
+
+def test_corrupt_image_is_named(image_folder, config):
+    file = image_folder / "train" / "dog" / "1.png"
+    file.write_bytes(file.read_bytes()[:600])
+    with pytest.raises(UsageError, match=r"row 5 of train .*dog/1\.png\) cannot be decoded"):
+        list(open_source(config(image_folder)).rows("train"))
+
+
+def test_corrupt_image_in_parquet_is_named(parquet_folder, config):
+    broken = {"raw": [{"bytes": b"no image", "path": "a.png"}] * 2, "number": [0, 1]}
+    with pytest.raises(UsageError, match=r"row 0 of train \(a\.png\) cannot be decoded"):
+        list(open_source(config(parquet_folder({"train": broken, "test": broken}))).rows("train"))
+
+
+def test_unknown_names_and_paths(tmp_path, config):
+    with pytest.raises(UsageError, match=r"cifar11: no such data set or path\. Did you mean cifar10.*Known.*digits"):
+        open_source(config("cifar11"))
+    with pytest.raises(UsageError, match="nothing/here: no such file or folder"):
+        open_source(config(tmp_path / "nothing/here"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="an empty folder, which is no form known here; give a folder of parquet"):
+        open_source(config(tmp_path / "empty"))
+    (tmp_path / "notes.txt").write_text("no data")
+    with pytest.raises(UsageError, match="a file of no known form"):
+        open_source(config(tmp_path / "notes.txt"))
+    with pytest.raises(UsageError, match="the folder holds"):
+        open_source(config(tmp_path))
+
+
+def test_fingerprint_follows_the_files(image_folder, tmp_path, config):
+    first = open_source(config(image_folder)).fingerprint
+    assert open_source(config(image_folder)).fingerprint == first
+    moved = shutil.copytree(image_folder, tmp_path / "moved")  # keeps times
+    assert open_source(config(moved)).fingerprint == first
+    os.utime(moved / "train" / "cat" / "0.png", ns=(1, 1))
+    assert open_source(config(moved)).fingerprint != first
+
+
+def hub_cache(folder, root, revision="a" * 40):
+    """A cache of the Hub as its client keeps it, made by hand."""
+    repository = root / "datasets--uoft-cs--cifar10"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    return repository / "snapshots" / revision
+
+
+def test_hub_name_from_the_cache_needs_no_network(parquet_folder, tmp_path, config, monkeypatch):
+    folder = parquet_folder({"train": columns(6), "test": columns(4)}, FEATURES)
+    snapshot = hub_cache(folder, tmp_path / "hf")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    for request in ("repo_info", "dataset_info", "list_repo_tree"):
+        monkeypatch.setattr(HfApi, request, lambda *_, **__: pytest.fail("asked the Hub"))
+    source = open_source(config("cifar10"))
+    assert source.name == "cifar10" and source.fingerprint == "a" * 40 and source.class_names == ("cat", "dog")
+    assert np.array_equal(arrays(source, "test")[0], pixels(4))
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    next(snapshot.rglob("test*")).unlink()
+    with pytest.raises(UsageError, match=r"cifar10: the Hub cannot be reached .*use `digits`.*cifar-10-batches-py"):
+        open_source(config("cifar10"))
+
+
+def test_silent_hub_is_given_up_quickly(tmp_path):
+    """A server that takes the connection and never answers: the worst kind of no network."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = (
+            "from cifar_dist.data.sources import open_source; from cifar_dist.config import DataConfig; "
+            "from cifar_dist.errors import run_main; run_main(lambda: open_source(DataConfig(dataset='cifar100')))"
+        )
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+        environment.pop("HF_HUB_OFFLINE", None)
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "use `digits`" in done.stderr and done.stderr.count("\n") == 1
+    assert time.monotonic() - start < 20  # 15 of them at most in the Hub's client, the rest imports
