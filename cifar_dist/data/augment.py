@@ -118,9 +118,9 @@ def resize_matrix(size: int, new_size: int, interpolation: str) -> Tensor:
 class Preprocess:
     """What evaluation does to images: normalise (in fp32, then rounded to `dtype`) and resize (in `dtype`).
 
-    The resize is two matrix products with PIL's antialiased filters and left out when the images already have the
-    model's size. It differs from PIL on 8-bit images by at most one grey level, but where bicubic overshoots 0..255:
-    PIL clips there, after each of its two passes; a linear resize does not.
+    The resize is two matrix products with PIL's antialiased filters, equal to PIL on 8-bit images within one grey
+    level, and left out when the images already have the model's size. Bicubic overshoots the range of pixels and is
+    clipped after each product, as PIL does.
 
     Args:
         input: size, mean, std and filter the model expects.
@@ -132,6 +132,8 @@ class Preprocess:
         self._input, self._dtype = input, dtype
         self._mean = torch.tensor(input.mean, device=device) * 255
         self._std_inverse = 1 / (torch.tensor(input.std, device=device) * 255)
+        black_and_white = torch.tensor([[0.0], [255.0]], device=device)
+        self._range = ((black_and_white - self._mean) * self._std_inverse).to(dtype)[:, :, None, None]
         self._matrices: dict[int, Tensor] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -155,7 +157,10 @@ class Preprocess:
             matrix = resize_matrix(size, new_size, self._input.interpolation)
             self._matrices[size] = matrix.to(images.device, images.dtype)
         matrix = self._matrices[size]
-        return matrix @ (images.contiguous() @ matrix.T)
+        if self._input.interpolation == "bilinear":  # stays within the range of its pixels
+            return matrix @ (images.contiguous() @ matrix.T)
+        wide = (images.contiguous() @ matrix.T).clamp_(*self._range)
+        return (matrix @ wide).clamp_(*self._range)
 
 
 class Augment:
