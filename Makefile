@@ -21,6 +21,7 @@ check: env
 env: $(VENV)/installed
 
 $(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .

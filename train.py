@@ -91,6 +91,7 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
                 trained.ema.update(accelerator.unwrap_model(trained.model))
             state.step += 1
             state.seconds = time.perf_counter() - began
+            tracker.advance(state.step)
 
             epoch_ends = state.step % plan.steps_per_epoch == 0 or state.step == plan.total_steps
             if epoch_ends or state.step % run.log_every == 0:

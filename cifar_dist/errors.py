@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -47,5 +48,10 @@ def run_main(main: Callable[[], None]) -> None:
         leave(USAGE_STATUS, str(error))
     except Diverged as error:
         leave(FAILURE_STATUS, f"{error} The last checkpoint is from before.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        leave(USAGE_STATUS, f"no room left on the disk{where}; free some, then go on with --resume auto.")
     except KeyboardInterrupt:
         leave(FAILURE_STATUS, "interrupted; --resume auto continues from the last checkpoint.")

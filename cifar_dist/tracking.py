@@ -126,6 +126,9 @@ class Silent:
     def say(self, text: str) -> None:
         """Print nothing."""
 
+    def advance(self, step: int) -> None:
+        """Show nothing."""
+
     def training(self, step: int, values: dict[str, float]) -> None:
         """Record nothing."""
 
@@ -163,6 +166,11 @@ class Tracker(Silent):
         else:
             print(text, flush=True)
 
+    def advance(self, step: int) -> None:
+        """Move a terminal's progress bar to `step`; it redraws itself a few times a second at most."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
     def training(self, step: int, values: dict[str, float]) -> None:
         """Record training means at `step` and show where the run is: on a terminal's bar, else as a line."""
         self._log(step, values)
@@ -173,8 +181,7 @@ class Tracker(Silent):
             "images/s": f"{values['images_per_second']:,.0f}",
         }
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(shown)
             return
         steps_left = self._plan.total_steps - step
         seconds_left = (time.perf_counter() - self._began) / (step - self._first_step) * steps_left

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -69,6 +70,17 @@ def test_log_and_console(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "step 5/100  loss 1.5000  acc 50.00%  lr 0.1  images/s 100  left " in first
     assert second.endswith("val loss 1.2500  val acc 62.50%  best so far")
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    voice = tracker(tmp_path)
+    voice.advance(5)
+    voice.training(5, TRAINING)
+    voice.close()
+    shown = capsys.readouterr().err
+    assert "5/100" in shown
+    assert "loss=1.5000, acc=50.00%, lr=0.1, images/s=100" in shown
 
 
 def test_selecting_on_test_is_said_everywhere(tmp_path, capsys):
