@@ -25,10 +25,10 @@ from cifar_dist.data.augment import Preprocess
 from cifar_dist.distributed import finish, on_main, seed_everything, seed_process, start
 from cifar_dist.engine import Meter, Stepper, evaluate, train_step
 from cifar_dist.errors import run_main
-from cifar_dist.models import build_model, input_config
+from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.optim import make_optimizer
 from cifar_dist.plan import Plan, Schedule, make_plan
-from cifar_dist.tracking import Silent, Tracker, prepare_run_dir, save_facts
+from cifar_dist.tracking import Silent, Tracker, choose_run_dir, create_run_dir, save_facts
 
 
 def main() -> None:
@@ -36,13 +36,16 @@ def main() -> None:
     command = parse_command_line()
     config = command.config
     accelerator = start(config.run.precision)
+    run_dir = on_main(accelerator, lambda: choose_run_dir(config))
+    resolve_name(config.model.model)  # a wrong name is known before the data is decoded
     data = load_training_data(config.data)
     seed_everything(config.run.seed)
     model = build_model(config.model, len(data.class_names))
     plan = make_plan(config, measure(config, data, model), accelerator.num_processes)
     accelerator.print(*plan.lines(), sep="\n", flush=True)
     if not command.plan_only:
-        train(config, plan, data, model, accelerator)
+        on_main(accelerator, lambda: create_run_dir(run_dir, config))
+        train(config, plan, data, model, run_dir, accelerator)
     finish(accelerator)
 
 
@@ -59,10 +62,11 @@ def prepare(config: Config, model: torch.nn.Module, accelerator: Accelerator) ->
     return Trained(prepared, optimizer, ema)
 
 
-def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module, accelerator: Accelerator) -> None:
+def train(
+    config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module, run_dir: Path, accelerator: Accelerator
+) -> None:
     """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
     run, device = config.run, accelerator.device
-    run_dir: Path = on_main(accelerator, lambda: prepare_run_dir(config))
     inputs = input_config(model, config.model)
     trained = prepare(config, model, accelerator)
     seed_process(accelerator, run.seed)

@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,28 +41,36 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{model}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def prepare_run_dir(config: Config) -> Path:
-    """Create the run folder, or check that what is in it may be continued.
+def choose_run_dir(config: Config) -> Path:
+    """The run's folder, after checking that it is free or may be continued; nothing is written.
 
     Raises:
-        UsageError: the folder holds something and ``--resume auto`` was not given, was made with
-            other settings, or cannot be written.
+        UsageError: the folder holds something and ``--resume auto`` was not given, or was made with
+            other settings.
     """
-    run_dir = Path(config.run.run_dir) if config.run.run_dir else default_run_dir(config)
     if config.run.resume == "auto" and not config.run.run_dir:
         raise UsageError("--resume auto needs --run-dir: the folder of the run to continue.")
+    run_dir = Path(config.run.run_dir) if config.run.run_dir else default_run_dir(config)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if config.run.resume != "auto":
+            raise UsageError(f"--run-dir {run_dir} is not empty; name another folder, or continue with --resume auto.")
+        _check_same_training(run_dir / "config.yaml", config)
+    return run_dir
+
+
+def create_run_dir(run_dir: Path, config: Config) -> None:
+    """Create the run's folder with its ``config.yaml``.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
-            if config.run.resume != "auto":
-                raise UsageError(
-                    f"--run-dir {run_dir} is not empty; name another folder, or continue with --resume auto."
-                )
-            _check_same_training(run_dir / "config.yaml", config)
         config.save(run_dir / "config.yaml")
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
-    return run_dir
 
 
 def _check_same_training(saved: Path, config: Config) -> None:
@@ -155,7 +164,8 @@ class Tracker(Silent):
         self._plan, self._selected_on = plan, config.data.select_on
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=plan.total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            columns, rows = shutil.get_terminal_size()  # tqdm draws nothing where a terminal says it has none
+            self._bar = tqdm(total=plan.total_steps, initial=first_step, unit="step", ncols=columns, nrows=rows)
         self._wandb = start_wandb(run_dir, config)
         self._began, self._first_step = time.perf_counter(), first_step
 

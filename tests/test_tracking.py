@@ -9,13 +9,19 @@ import pytest
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.tracking import Tracker, prepare_run_dir, wandb_mode
+from cifar_dist.tracking import Tracker, choose_run_dir, create_run_dir, wandb_mode
 
 
 def config(run_dir, resume="never", **run):
     return dataclasses.replace(
         Config(), run=dataclasses.replace(Config().run, run_dir=str(run_dir), resume=resume, **run)
     )
+
+
+def prepare_run_dir(settings):
+    run_dir = choose_run_dir(settings)
+    create_run_dir(run_dir, settings)
+    return run_dir
 
 
 def records(run_dir):
@@ -54,7 +60,7 @@ def test_resume_needs_a_run_folder(tmp_path):
 
 def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="is a file; name a folder"):
         prepare_run_dir(config(tmp_path / "file"))
 
 
@@ -73,6 +79,7 @@ def test_log_and_console(tmp_path, capsys):
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     voice = tracker(tmp_path)
     voice.advance(5)
