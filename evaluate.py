@@ -27,7 +27,8 @@ else:
     import torch
     from accelerate import Accelerator
 
-    from cifar_dist import checkpoint, report, tracking
+    from cifar_dist import checkpoint, report
+    from cifar_dist.command_line import OneLineParser
     from cifar_dist.data import load_test_data
     from cifar_dist.data.augment import Preprocess
     from cifar_dist.distributed import finish, on_main, start
@@ -36,6 +37,7 @@ else:
     from cifar_dist.models import build_model, input_config
     from cifar_dist.predictions import Scored, save_predictions
     from cifar_dist.run_folder import Run, open_run
+    from cifar_dist.wandb_run import log_report
 
 if TYPE_CHECKING:  # type checkers take `import evaluate` for this file too
     Metric: Any
@@ -59,7 +61,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line: `run_dir`, a path, and `checkpoint`, best or last."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="evaluate.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that train.py made")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="weights to score (default: best)"
@@ -122,8 +124,10 @@ def publish(run: Run, scored: Scored) -> None:
     if not (run.folder / "wandb_id").exists():
         return
     numbers = {f"test/{name}": metrics[name] for name in ("top1", "top3", "top5", "error_rate", "loss")}
+    last_step = max(record["step"] for record in run.records)
     try:
-        tracking.log_report(run.folder, numbers, written.pictures)
+        facts = {"test/selected_on": metrics["selected_on"], "test/warnings": "; ".join(metrics["warnings"])}
+        log_report(run.folder, run.config, last_step, numbers | facts, written.pictures)
     except Exception as error:  # the report is complete; a service that can't be reached must not undo that
         print(f"warning     W&B did not take the report ({error})", flush=True)
 

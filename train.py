@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,31 +23,42 @@ from cifar_dist.config import Config
 from cifar_dist.cost import measure
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.data.augment import Preprocess
-from cifar_dist.distributed import finish, on_main, seed_everything, seed_process, start
+from cifar_dist.distributed import finish, on_main, seed_everything, seed_process, share_buffers, start
 from cifar_dist.engine import Meter, Stepper, evaluate, train_step
 from cifar_dist.errors import run_main
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.optim import make_optimizer
 from cifar_dist.plan import Plan, Schedule, make_plan
-from cifar_dist.tracking import Silent, Tracker, choose_run_dir, create_run_dir, save_facts
+from cifar_dist.run_folder import choose_run_dir, create_run_dir
+from cifar_dist.tracking import Silent, Tracker
+from cifar_dist.wandb_run import wandb_mode
 
 
 def main() -> None:
     """Read the command line, plan the run, and train."""
     command = parse_command_line()
     config = command.config
+    resolve_name(config.model.model)  # wrong names and taken folders are refused before data is decoded
     accelerator = start(config.run.precision)
-    run_dir = on_main(accelerator, lambda: choose_run_dir(config))
-    resolve_name(config.model.model)  # a wrong name is known before the data is decoded
+    run_dir = None if command.plan_only else on_main(accelerator, lambda: claim(config))
     data = load_training_data(config.data)
     seed_everything(config.run.seed)
-    model = build_model(config.model, len(data.class_names))
+    resuming = run_dir is not None and checkpoint.exists(run_dir)
+    fresh = replace(config.model, pretrained=False, init_weights=None)
+    model = build_model(fresh if resuming else config.model, len(data.class_names))
     plan = make_plan(config, measure(config, data, model), accelerator.num_processes)
     accelerator.print(*plan.lines(), sep="\n", flush=True)
-    if not command.plan_only:
-        on_main(accelerator, lambda: create_run_dir(run_dir, config))
+    if run_dir is not None:
+        facts = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names)}
+        on_main(accelerator, lambda: create_run_dir(run_dir, config, plan, facts))
         train(config, plan, data, model, run_dir, accelerator)
     finish(accelerator)
+
+
+def claim(config: Config) -> Path:
+    """The run's folder, once everything that can refuse a run at its start has agreed."""
+    wandb_mode(config)
+    return choose_run_dir(config)
 
 
 def prepare(config: Config, model: torch.nn.Module, accelerator: Accelerator) -> Trained:
@@ -69,11 +81,11 @@ def train(
     run, device = config.run, accelerator.device
     inputs = input_config(model, config.model)
     trained = prepare(config, model, accelerator)
-    seed_process(accelerator, run.seed)
-    state = checkpoint.load(run_dir, accelerator, trained) if checkpoint.exists(run_dir) else TrainState()
-    if accelerator.is_main_process:
-        facts = {"data_fingerprint": data.fingerprint, "class_names": data.class_names}
-        save_facts(run_dir, plan, str(torch.cuda.get_device_name() if device.type == "cuda" else device), facts)
+    resuming = on_main(accelerator, lambda: checkpoint.exists(run_dir))
+    state = checkpoint.read_state(run_dir, "last") if resuming else TrainState()
+    seed_process(accelerator, run.seed, state.step)
+    if resuming:
+        checkpoint.load(run_dir, accelerator, trained)
 
     accelerator.gradient_accumulation_steps = plan.grad_accum_steps
     batches = ResidentBatches(data.train.to(device), config, plan, inputs, accelerator)
@@ -97,20 +109,22 @@ def train(
             state.seconds = time.perf_counter() - began
             tracker.advance(state.step)
 
-            epoch_ends = state.step % plan.steps_per_epoch == 0 or state.step == plan.total_steps
-            if epoch_ends or state.step % run.log_every == 0:
+            epoch_ends, ends = state.step % plan.steps_per_epoch == 0, state.step == plan.total_steps
+            if ends or state.step % run.log_every == 0:
                 tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
             best = val is None
             with meter.paused():
-                if epoch_ends and val is not None:
+                if val is not None and (epoch_ends or ends):
                     judged = trained.model if trained.ema is None else trained.ema.module
+                    share_buffers(accelerator, judged)
                     scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size)
-                    best = state.judge(scores["top1"], scores["loss"], run.min_delta)
+                    # A run cut within an epoch is scored, but not judged: it must go on as if it had not been cut.
+                    best = state.judge(scores, run.min_delta) if epoch_ends else state.best_step == 0
                     tracker.evaluation(state.step, scores, best)
-                if epoch_ends or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
+                if epoch_ends or ends or state.step % (run.checkpoint_every or plan.total_steps) == 0:
                     checkpoint.save(run_dir, accelerator, trained, state, best)
 
-        if val is not None:
+        if state.best_step:
             tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
         tracker.say(f"report      python evaluate.py {run_dir}")
 

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from cifar_dist.config import Config
 from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, said once per job."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Leave with status 2."""
         leave(USAGE_STATUS, f"{message} (see --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="train.py",
         usage="train.py [--config recipes/NAME.yaml] [--FLAG VALUE ...]",
         allow_abbrev=False,
-        description="Train or fine-tune an image classifier. Flags may be spelled with - or _.",
+        description="Train or fine-tune an image classifier. Flags may be spelled with - or _;"
+        " none switches off what a recipe sets.",
     )
     parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
@@ -58,11 +60,17 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = meta["nargs"] and ("R", "G", "B")
         extra["metavar"] = word or setting.name.upper()
-    group.add_argument(flag, type=meta["type"], choices=meta["choices"], default=setting.default, help=help, **extra)
+    kind = _or_none(meta["type"]) if setting.default is None else meta["type"]
+    group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type that also takes ``none``, to switch off on the command line what a recipe sets."""
+    return lambda text: None if text.lower() == "none" else kind(text)
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration written by `Config.save`, checked like a command line.
+    """Read a configuration written by `Config.as_recipe`, checked like a command line.
 
     Raises:
         UsageError: it is missing, damaged or has a setting that is not known.
@@ -77,7 +85,9 @@ def _recipe_argv(path: Path) -> list[str]:
         UsageError: the file cannot be read, is not a YAML mapping, or has a key that is no flag.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        tree: Any = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error}).") from None
     except yaml.YAMLError as error:
@@ -86,6 +96,9 @@ def _recipe_argv(path: Path) -> list[str]:
         raise UsageError(f"--config {path}: not valid YAML{where}.") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: a recipe is a list of `flag: value` lines.")
+    names = [str(node.value).replace("-", "_") for node, _ in tree.value]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--config {path}: {twice[0]!r} is given twice; keep one.")
     known = list(Config().flat())
     argv: list[str] = []
     for key, value in values.items():
@@ -125,7 +138,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         UsageError: the recipe is unusable. Errors in flags leave with status 2 from argparse itself.
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config = OneLineParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     recipe = only_config.parse_known_args(arguments)[0].config
     values = vars(_parser().parse_args((_recipe_argv(Path(recipe)) if recipe else []) + arguments))

@@ -8,7 +8,6 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,18 +28,18 @@ def _number(kind: type, low: float, high: float, open_low: bool, open_high: bool
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
         too_low = value <= low if open_low else value < low
         too_high = value >= high if open_high else value > high
-        if not math.isfinite(value) or too_low or too_high:
+        if (kind is float and not math.isfinite(value)) or too_low or too_high:
             raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
         return value
 
     return parse
 
 
-positive_int = _number(int, 1, math.inf, False, True)
+positive_int = _number(int, 1, 1e12, False, True)
 any_seed = _number(int, 0, 2**32, False, True)
 positive = _number(float, 0, math.inf, True, True)
 non_negative = _number(float, 0, math.inf, False, True)
-non_negative_int = _number(int, 0, math.inf, False, True)
+non_negative_int = _number(int, 0, 1e12, False, True)
 fraction = _number(float, 0, 1, False, True)
 closed_fraction = _number(float, 0, 1, False, False)
 
@@ -73,7 +72,8 @@ class DataConfig:
     split_seed: int = option(42, "seed of the train/val split", type=any_seed)
     select_on: str = option(
         "val",
-        "split that picks the best checkpoint; test only reproduces older studies and is labelled in every output",
+        "split that picks the best checkpoint; test trains on all of train, only reproduces older studies, and is "
+        "labelled in every output",
         choices=("val", "test"),
     )
     cache_dir: str | None = option(None, "folder of decoded data sets (default: ~/.cache/cifar-dist)")
@@ -127,7 +127,7 @@ class OptimConfig:
     sched_on_updates: bool = option(True, "change the learning rate every step; else once an epoch")
     warmup_epochs: float = option(0.0, "epochs of linear warmup before the schedule", type=non_negative)
     warmup_lr: float = option(1e-6, "learning rate the warmup starts from", type=non_negative)
-    min_lr: float = option(0.0, "learning rate the schedule ends at", type=non_negative)
+    min_lr: float = option(0.0, "learning rate that cosine and linear end at", type=non_negative)
     decay_epochs: float = option(10.0, "epochs between two drops of the step schedule", type=positive)
     decay_rate: float = option(0.5, "factor of a drop of the step schedule", type=positive)
     model_ema_decay: float | None = option(
@@ -194,10 +194,10 @@ class Config:
             sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
         return cls(**sections)
 
-    def save(self, path: Path) -> None:
-        """Write the merged configuration as a recipe that ``--config`` reads back."""
+    def as_recipe(self) -> str:
+        """The merged configuration as YAML that ``--config`` reads back."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        return yaml.safe_dump(plain, sort_keys=False)
 
 
 @dataclass(frozen=True)

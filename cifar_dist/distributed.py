@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import FAILURE_STATUS, UsageError
 
 T = TypeVar("T")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(precision: str) -> Accelerator:
@@ -26,20 +28,24 @@ def start(precision: str) -> Accelerator:
         UsageError: the device lacks the precision, or the processes would train side by side
             without sharing gradients.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if missing := [name for name in LAUNCHER_VARIABLES if launched > 1 and name not in os.environ]:
+        raise UsageError(
+            f"WORLD_SIZE is {launched} but {', '.join(missing)} are not set; start with torchrun --nproc-per-node N."
+        )
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
-        raise UsageError(f"--precision {precision} does not work on this device: {error}") from None
+        raise UsageError(f"Accelerate does not start with --precision {precision}: {error}") from None
     if on_cpu:
         _keep_freed_memory()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UsageError(
             f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}; launch with"
-            " torchrun --nproc-per-node N train.py …, or accelerate launch --num_processes N train.py …"
+            " torchrun --nproc-per-node N train.py …"
         )
     if launched > 1 and accelerator.distributed_type == DistributedType.NO:
         raise UsageError(f"{launched} processes were started but none would share gradients; check the launch config.")
@@ -65,24 +71,41 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def seed_process(accelerator: Accelerator, seed: int) -> None:
-    """Give each process a random stream of its own for dropout and stochastic depth."""
-    torch.manual_seed(seed * 1_000_003 + accelerator.process_index)
+def seed_process(accelerator: Accelerator, seed: int, step: int) -> None:
+    """Give each process a random stream of its own for dropout and stochastic depth, from `step` on."""
+    words = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
+    torch.manual_seed(int(words[0]))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run `work` on the main process and hand its result, or its `UsageError`, to every process."""
+    """Run `work` on the main process and hand its result to every process, or end them all if it fails.
+
+    Raises:
+        UsageError: `work` raised it, on every process.
+        SystemExit: `work` failed otherwise, on the others than the main process, where its own error goes on.
+    """
     outcome: list[object] = [None]
+    error: BaseException | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = work()
-        except UsageError as error:
-            outcome[0] = error
+        except BaseException as raised:
+            error = raised
+            outcome[0] = raised if isinstance(raised, UsageError) else SystemExit(FAILURE_STATUS)
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
-    if isinstance(outcome[0], UsageError):
+    if error is not None:
+        raise error
+    if isinstance(outcome[0], (UsageError, SystemExit)):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def share_buffers(accelerator: Accelerator, module: torch.nn.Module) -> None:
+    """Give every process the main process's buffers (BatchNorm statistics), so that all evaluate one model."""
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def total(accelerator: Accelerator, sums: torch.Tensor) -> list[float]:

@@ -47,11 +47,14 @@ def run_main(main: Callable[[], None]) -> None:
     except UsageError as error:
         leave(USAGE_STATUS, str(error))
     except Diverged as error:
-        leave(FAILURE_STATUS, f"{error} The last checkpoint is from before.")
+        leave(FAILURE_STATUS, f"{error} Checkpoints are from before that.")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        leave(USAGE_STATUS, f"no room left on the disk{where}; free some, then go on with --resume auto.")
+        leave(
+            USAGE_STATUS,
+            f"no room left on the disk{where}; free some and start again (train.py goes on with --resume auto).",
+        )
     except KeyboardInterrupt:
-        leave(FAILURE_STATUS, "interrupted; --resume auto continues from the last checkpoint.")
+        leave(FAILURE_STATUS, "interrupted (train.py goes on from its last checkpoint with --resume auto).")

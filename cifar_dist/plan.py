@@ -74,6 +74,7 @@ class Plan:
     num_val: int
     num_test: int | None
     num_classes: int
+    select_on: str
     num_processes: int
     batch_size: int
     micro_batch_size: int
@@ -99,6 +100,8 @@ class Plan:
         """The plan for people, a fact a line."""
         mib = 2**20
         test = "" if self.num_test is None else f", test {self.num_test:,}"
+        if self.select_on == "test":
+            test += " (val IS test: the best epoch is picked on it)"
         return [
             f"data        train {self.num_train:,}, val {self.num_val:,}{test}; {self.num_classes} classes",
             f"model       {self.num_parameters:,} parameters, {self.num_trainable:,} trained",
@@ -149,6 +152,13 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
             f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}: nothing would be left"
             " to train at the full learning rate."
         )
+    if optim.warmup_epochs % 1 and not optim.sched_on_updates:
+        raise UsageError(
+            f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
+            " take a whole number."
+        )
+    if optim.min_lr and optim.sched in ("step", "constant"):
+        raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
     if (config.augment.mixup or config.augment.cutmix) and micro % 2:
@@ -160,6 +170,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
     copies = 1 + (optim.model_ema_decay is not None)
     return Plan(
         **asdict(sizes),
+        select_on=config.data.select_on,
         num_processes=num_processes,
         batch_size=run.batch_size,
         micro_batch_size=micro,

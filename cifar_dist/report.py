@@ -45,7 +45,8 @@ SHOWN_SETTINGS = [
 ]
 NOT_SETTINGS = ["run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every"]
 TEST_SELECTED = (
-    "The checkpoint was picked on the test split, so these numbers are optimistic: no unseen data was left to test on."
+    "The run was watched, and its best checkpoint picked, on the test split, so these numbers are optimistic:"
+    " no unseen data was left to test on."
 )
 
 
@@ -95,7 +96,7 @@ def compute_metrics(scored: Scored) -> dict[str, Any]:
 
 def _with_facts(results: dict[str, Any], run: Run, scored: Scored) -> dict[str, Any]:
     """The metrics in reading order, with what they were measured on and what to be wary of."""
-    picked = scored.checkpoint == "best" or run.config.run.patience is not None
+    picked = scored.checkpoint == "best" or run.config.run.patience is not None or run.evaluation_split == "test"
     selected_on = run.evaluation_split if picked and run.series("val/top1")[0] else "none"
     trained_on = run.environment.get("data_fingerprint")
     warnings = [TEST_SELECTED] if selected_on == "test" else []
@@ -235,9 +236,11 @@ def _settings(config: Config) -> list[list[str]]:
 
 def _environment(run: Run, scored: Scored) -> list[list[str]]:
     """Where and with what the run was trained, as its folder tells."""
-    facts = {name: value for name, value in run.environment.items() if name not in ("versions", "class_names")}
+    elsewhere = ("versions", "class_names", "restarts")
+    facts = {name: value for name, value in run.environment.items() if name not in elsewhere}
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    facts["restarts"] = len(run.environment.get("restarts", []))
     facts["parameters"] = f"{run.plan['num_parameters']:,} ({run.plan['num_trainable']:,} trained)"
     facts["steps"] = f"{run.series('train/loss')[0][-1]:,} of {run.plan['schedule_steps']:,} scheduled"
     seconds = run.series("seconds")[1]
@@ -249,7 +252,7 @@ def _environment(run: Run, scored: Scored) -> list[list[str]]:
 def _commands(run: Run) -> str:
     """What to type to train the same again and score it."""
     processes, again = run.environment.get("num_processes", 1), f"{run.folder}-again"
-    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
     config = run.folder / "config.yaml"
     train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
     return f"{train}\npython evaluate.py {shlex.quote(again)}"

@@ -1,16 +1,146 @@
-"""Reading a run folder: what its files say about the training."""
+"""The run folder: which one, what identifies the training in it, and reading it back."""
 
 from __future__ import annotations
 
 import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
+from cifar_dist.plan import Plan
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors")
+NOT_THE_TRAINING = {
+    "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "wandb", "wandb_project", "cache_dir",
+    "micro_batch_size",
+}  # fmt: skip
+
+
+def choose_run_dir(config: Config) -> Path:
+    """The run's folder, after checking that it is free or may be continued; nothing is written.
+
+    The default is ``runs/MODEL-DATASET-TIME``.
+
+    Raises:
+        UsageError: the folder holds something and ``--resume auto`` was not given, or was made with
+            other settings.
+    """
+    if config.run.run_dir is None:
+        if config.run.resume == "auto":
+            raise UsageError("--resume auto needs --run-dir: the folder of the run to continue.")
+        model = config.model.model.replace("/", "_").replace(":", "_")
+        return Path("runs") / f"{model}-{Path(config.data.dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(config.run.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if config.run.resume != "auto":
+            raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
+        _check_same_training(run_dir / "config.yaml", config)
+    return run_dir
+
+
+def _check_same_training(saved: Path, config: Config) -> None:
+    if not saved.is_file():
+        raise UsageError(f"--resume auto: {saved.parent} is no run folder (config.yaml is missing).")
+    old, new = load_config(saved).flat(), config.flat()
+    changed = [
+        f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
+    ]
+    if changed:
+        raise UsageError(f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}).")
+
+
+def create_run_dir(run_dir: Path, config: Config, plan: Plan, facts: dict[str, Any]) -> None:
+    """Make the folder, or take it up again, with what identifies the run in it.
+
+    ``config.yaml``, ``plan.json`` and ``environment.json`` (command, versions, hardware and `facts`). A run that
+    goes on keeps its first environment and adds this start to ``restarts``.
+
+    Args:
+        run_dir: of `choose_run_dir`.
+        config: the merged configuration.
+        plan: the derived numbers.
+        facts: must hold ``data_fingerprint`` and ``class_names``.
+
+    Raises:
+        UsageError: the folder cannot be written, another run has taken it meanwhile, or the data differ from
+            those the run began with.
+    """
+    environment = {**_environment(plan), **facts}
+    resuming = config.run.resume == "auto" and (run_dir / "environment.json").is_file()
+    if resuming:
+        first = _read_json(run_dir / "environment.json")
+        for fact, found in facts.items():
+            if first.get(fact) != found:
+                raise UsageError(
+                    f"--resume auto: {fact} differs from when the run in {run_dir} began; restore the data."
+                )
+        environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "config.yaml").open("w" if config.run.resume == "auto" else "x", encoding="utf-8") as file:
+            file.write(config.as_recipe())
+        for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
+            (run_dir / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except FileExistsError:
+        raise UsageError(f"--run-dir {run_dir}: another run has just taken it; name another folder.") from None
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
+
+
+def _environment(plan: Plan) -> dict[str, Any]:
+    """One start: what a reader needs to repeat it."""
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "num_processes": plan.num_processes,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with ``+changes`` when files differ from it."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*here, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -7,126 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import secrets
-import shlex
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm.auto import tqdm
 
-from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
-from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
-
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors")
-NOT_THE_TRAINING = {
-    "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "wandb", "wandb_project", "cache_dir",
-    "micro_batch_size",
-}  # fmt: skip
-
-
-def default_run_dir(config: Config) -> Path:
-    """``runs/MODEL-DATASET-TIME``, named once by the main process."""
-    dataset = Path(config.data.dataset).name or "data"
-    model = config.model.model.replace("/", "_").replace(":", "_")
-    return Path("runs") / f"{model}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def choose_run_dir(config: Config) -> Path:
-    """The run's folder, after checking that it is free or may be continued; nothing is written.
-
-    Raises:
-        UsageError: the folder holds something and ``--resume auto`` was not given, or was made with
-            other settings.
-    """
-    if config.run.resume == "auto" and not config.run.run_dir:
-        raise UsageError("--resume auto needs --run-dir: the folder of the run to continue.")
-    run_dir = Path(config.run.run_dir) if config.run.run_dir else default_run_dir(config)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if config.run.resume != "auto":
-            raise UsageError(f"--run-dir {run_dir} is not empty; name another folder, or continue with --resume auto.")
-        _check_same_training(run_dir / "config.yaml", config)
-    return run_dir
-
-
-def create_run_dir(run_dir: Path, config: Config) -> None:
-    """Create the run's folder with its ``config.yaml``.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config.save(run_dir / "config.yaml")
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
-
-
-def _check_same_training(saved: Path, config: Config) -> None:
-    if not saved.is_file():
-        raise UsageError(f"--resume auto: {saved.parent} is no run folder (config.yaml is missing).")
-    old, new = load_config(saved).flat(), config.flat()
-    changed = [
-        f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
-    ]
-    if changed:
-        raise UsageError(f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}).")
-
-
-def save_facts(run_dir: Path, plan: Plan, device: str, facts: dict[str, Any]) -> None:
-    """Write ``plan.json`` and ``environment.json``: what a reader needs to repeat the run."""
-    environment = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpu_threads": torch.get_num_threads(),
-        "device": device,
-        "num_processes": plan.num_processes,
-        "versions": {name: _version(name) for name in PACKAGES},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **facts,
-    }
-    for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
-        (run_dir / name).write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of this source tree, with ``+changes`` when files differ from it."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*here, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if changed else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+from cifar_dist.wandb_run import start_wandb
 
 
 class Silent:
@@ -244,52 +135,3 @@ def _forget_after(log: Path, step: int) -> None:
     aside = log.with_suffix(".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, log)
-
-
-def wandb_mode(config: Config) -> str:
-    """What ``--wandb`` asks for; by default online where a key is at hand and works, else offline."""
-    if config.run.wandb:
-        return config.run.wandb
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except wandb.Error:
-        print("Weights & Biases cannot be reached with the key at hand; logging offline.", file=sys.stderr)
-        return "offline"
-
-
-def start_wandb(run_dir: Path, config: Config) -> Any:
-    """Open the run's W&B run (the same one again after a resume), or None when disabled."""
-    mode = wandb_mode(config)
-    if mode == "disabled":
-        return None
-    import wandb
-
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=config.run.wandb_project,
-        name=run_dir.name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=mode,  # type: ignore[arg-type]
-        dir=run_dir,
-        config=config.flat(),
-        settings=wandb.Settings(silent=True),
-    )
-
-
-def log_report(run_dir: Path, metrics: dict[str, float], pictures: dict[str, Path]) -> None:
-    """Add a report's final metrics and pictures to the run's own W&B run."""
-    run = start_wandb(run_dir, load_config(run_dir / "config.yaml"))
-    if run is None:
-        return
-    import wandb
-
-    run.summary.update(metrics)
-    run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
-    run.finish()

@@ -41,9 +41,16 @@ def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
     assert not parse_command_line(["--config", str(recipe), "--no-channels-last"]).config.model.channels_last
 
 
+def test_none_switches_off_what_a_recipe_sets(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("clip_grad: 1.0\npatience: 3\n")
+    config = parse_command_line(["--config", str(recipe), "--clip-grad", "none"]).config
+    assert (config.optim.clip_grad, config.run.patience) == (None, 3)
+
+
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
     config = parse_command_line(["--mean", "0.1", "0.2", "0.3", "--no-sched-on-updates", "--lr=3e-4"]).config
-    config.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.as_recipe())
     assert load_config(tmp_path / "config.yaml") == config
     assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
 
@@ -63,6 +70,8 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--batch-size", "0"], "--batch-size: 0 is outside [1"),
         (["--batch-size", "1.5"], "'1.5' is not a whole number"),
         (["--val-fraction", "1.0"], "--val-fraction: 1.0 is outside [0, 1)"),
+        (["--epochs", "1" + "0" * 400], "outside"),
+        (["--config"], "--config: expected one argument"),
         (["--epochs", "0"], "--epochs: 0 is outside"),
         (["--sched", "cosin"], "invalid choice: 'cosin'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
@@ -83,6 +92,8 @@ def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
         ("lr: [\n", "not valid YAML at line"),
         ("just words\n", "a recipe is a list"),
         ("plan: true\n", "unknown key 'plan'"),
+        ("lr: 1\nepochs: 2\nlr: 2\n", "'lr' is given twice"),
+        ("batch-size: 1\nbatch_size: 2\n", "'batch_size' is given twice"),
     ],
 )
 def test_bad_recipes_name_file_and_key(tmp_path, text, said):

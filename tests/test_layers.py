@@ -8,18 +8,19 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = {
-    "errors": 0, "config": 0, "command_line": 0, "ordering": 0, "plan": 0,
-    "distributed": 1, "models": 1, "optim": 1, "data": 1, "checkpoint": 1, "tracking": 1, "metrics": 1,
-    "predictions": 1, "run_folder": 1,
-    "batches": 2, "cost": 2, "engine": 2, "figures": 2,
-    "report": 3,
-}  # fmt: skip
+LAYERS = [
+    {"errors"},
+    {"config", "ordering", "durable"},
+    {"command_line", "plan"},
+    {"distributed", "models", "optim", "data", "checkpoint", "wandb_run", "metrics", "predictions", "run_folder"},
+    {"batches", "cost", "figures", "tracking"},
+    {"engine", "report"},
+]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 
 
-def part(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
+def layer(part):
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
 
 
 def imports(path):
@@ -39,9 +40,8 @@ def test_a_module_imports_only_from_layers_below(path):
         assert not list(imports(path))
         return
     for name in imports(path):
-        other = part(name)
-        same_layer_is_fine = other == own or LAYERS[own] in (0, 2)
-        assert LAYERS[other] < LAYERS[own] or (LAYERS[other] == LAYERS[own] and same_layer_is_fine), name
+        other = name.split(".")[1]
+        assert other == own or layer(other) < layer(own), name
 
 
 @pytest.mark.parametrize("path", [*MODULES, ROOT / "train.py", ROOT / "evaluate.py"], ids=lambda path: path.name)
@@ -49,8 +49,9 @@ def test_modules_and_functions_stay_small(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and not (path.name == "train.py" and node.name == "train"):
-            assert node.end_lineno - node.lineno < 50, node.name
+        if isinstance(node, ast.FunctionDef):
+            limit = 65 if (path.name, node.name) == ("train.py", "train") else 50  # the loop stays in view
+            assert node.end_lineno - node.lineno < limit, node.name
 
 
 @pytest.mark.parametrize("module", [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in MODULES])

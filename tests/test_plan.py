@@ -88,6 +88,12 @@ def test_plan_of_study_e_counted_by_hand():
     assert found.epoch_of(704) == 1
 
 
+def test_a_plan_that_selects_on_test_says_so():
+    assert "val IS test" in plan("--select-on", "test").lines()[0]
+    assert "test" in plan().lines()[0]
+    assert "IS" not in plan().lines()[0]
+
+
 def test_max_steps_stops_early_without_changing_the_schedule():
     short, whole = plan("--max-steps", "50"), plan()
     assert short.total_steps == 50
@@ -111,6 +117,8 @@ def test_global_batch_is_split_exactly(processes, micro, expected):
         (["--batch-size", "50000"], 1, "larger than the 45000 training images"),
         (["--warmup-epochs", "10"], 1, "--warmup-epochs 10 must be less than --epochs 10"),
         (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
+        (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
+        (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
         (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),
     ],
 )  # fmt: skip

@@ -4,24 +4,15 @@ import dataclasses
 import json
 import sys
 
-import pytest
-
 from cifar_dist.config import Config
-from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.tracking import Tracker, choose_run_dir, create_run_dir, wandb_mode
+from cifar_dist.tracking import Tracker
 
 
 def config(run_dir, resume="never", **run):
     return dataclasses.replace(
         Config(), run=dataclasses.replace(Config().run, run_dir=str(run_dir), resume=resume, **run)
     )
-
-
-def prepare_run_dir(settings):
-    run_dir = choose_run_dir(settings)
-    create_run_dir(run_dir, settings)
-    return run_dir
 
 
 def records(run_dir):
@@ -34,34 +25,6 @@ def tracker(run_dir, first_step=0):
 
 
 TRAINING = {"train/loss": 1.5, "train/top1": 0.5, "images_per_second": 100.0, "lr": 0.1, "seconds": 1.0}
-
-
-def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
-    prepare_run_dir(config(tmp_path / "run"))
-    with pytest.raises(UsageError, match="not empty; name another folder, or continue with --resume auto"):
-        prepare_run_dir(config(tmp_path / "run"))
-    assert prepare_run_dir(config(tmp_path / "run", resume="auto")) == tmp_path / "run"
-
-
-def test_resume_refuses_other_training_but_not_other_bookkeeping(tmp_path):
-    prepare_run_dir(config(tmp_path))
-    prepare_run_dir(config(tmp_path, "auto", max_steps=7, log_every=3, checkpoint_every=2, micro_batch_size=4))
-    with pytest.raises(UsageError, match=r"other settings \(--epochs 10 -> 11; --seed 0 -> 5\)"):
-        prepare_run_dir(config(tmp_path, "auto", epochs=11, seed=5))
-
-
-def test_resume_needs_a_run_folder(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match=r"no run folder \(config.yaml is missing\)"):
-        prepare_run_dir(config(tmp_path, "auto"))
-    with pytest.raises(UsageError, match="--resume auto needs --run-dir"):
-        prepare_run_dir(dataclasses.replace(Config(), run=dataclasses.replace(Config().run, resume="auto")))
-
-
-def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file; name a folder"):
-        prepare_run_dir(config(tmp_path / "file"))
 
 
 def test_log_and_console(tmp_path, capsys):
@@ -111,31 +74,3 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     voice.training(30, TRAINING)
     voice.close()
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30]
-
-
-@pytest.mark.parametrize("login, mode", [(lambda: True, "online"), (lambda: False, "offline"), (None, "offline")])
-def test_wandb_is_online_only_where_a_key_works(monkeypatch, capsys, login, mode):
-    import wandb
-
-    def refuse():
-        raise wandb.Error("no such key")
-
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(wandb, "login", lambda prompt: (login or refuse)())
-    assert wandb_mode(Config()) == mode
-    assert ("cannot be reached" in capsys.readouterr().err) == (login is None)
-
-
-def test_wandb_offline_keeps_one_run_id(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE")
-    ids = []
-    for _ in range(2):
-        settings = config(tmp_path, wandb="offline")
-        voice = Tracker(tmp_path, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), 0)
-        voice.training(5, TRAINING)
-        voice.close()
-        ids.append((tmp_path / "wandb_id").read_text())
-    assert ids[0] == ids[1]
-    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{ids[0]}.wandb"))
-    assert files
-    assert all(file.stat().st_size > 0 for file in files)

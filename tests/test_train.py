@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -45,7 +46,7 @@ def state_of(run_dir):
     last = run_dir / "checkpoints" / "last"
     tensors = {f"{file.stem}.{k}": v for file in last.glob("*.safetensors") for k, v in load_file(file).items()}
     plain = json.loads((last / "state.json").read_text()), json.loads((last / "optimizer.json").read_text())
-    plain[0].pop("seconds")
+    plain[0]["state"].pop("seconds")
     return tensors, plain
 
 
@@ -82,10 +83,24 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        [],
+        ["--patience", 1, "--min-delta", 0.9, "--channels-last"],
         ["--model-ema-decay", 0.9, "--micro-batch-size", 16, "--cutout", 8, "--mixup", 0.2, "--precision", "bf16"],
+        [
+            "--model",
+            "test_vit",
+            "--img-size",
+            32,
+            "--layer-decay",
+            0.7,
+            "--clip-grad",
+            1,
+            "--drop-path",
+            0.2,
+            "--opt",
+            "lamb",
+        ],
     ],
-    ids=["dropout", "ema-accumulation-mixup-bf16"],
+    ids=["dropout-patience", "ema-accumulation-mixup-bf16", "vit-layer-decay-lamb"],
 )
 def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_path, flags):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -97,6 +112,33 @@ def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_pa
     assert_same_state(whole, cut)
     steps = [record["step"] for record in records(cut) if "train/loss" in record]
     assert steps == sorted(set(steps))
+
+
+def test_a_frozen_backbone_stays_as_it_was(start, tmp_path):
+    settings = [*DIGITS, "--epochs", 1, "--freeze", "backbone", "--opt", "momentum", "--lr", 0.1]
+    for steps in (1, 9):
+        assert start(*settings, "--max-steps", steps, "--run-dir", tmp_path / str(steps)) == 0
+    one, nine = (load_file(tmp_path / n / "checkpoints" / "last" / "model.safetensors") for n in ("1", "9"))
+    assert {name for name in one if not torch.equal(one[name], nine[name])} == {"fc.weight", "fc.bias"}
+
+
+def test_a_damaged_checkpoint_is_never_a_fresh_start(start, tmp_path, capsys):
+    settings = [*DIGITS, "--epochs", 1, "--max-steps", 3, "--run-dir", tmp_path]
+    assert start(*settings) == 0
+    (tmp_path / "checkpoints" / "last" / "state.json").write_text("{")
+    assert start(*settings, "--resume", "auto") == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "last" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_needs_neither_weight_file_nor_hub(start, tmp_path):
+    assert start(*DIGITS, "--epochs", 1, "--max-steps", 2, "--run-dir", tmp_path / "first") == 0
+    weights = tmp_path / "w.safetensors"
+    shutil.copy(tmp_path / "first" / "checkpoints" / "last" / "model.safetensors", weights)
+    settings = [*DIGITS, "--epochs", 1, "--init-weights", weights, "--run-dir", tmp_path / "second"]
+    assert start(*settings, "--max-steps", 2) == 0
+    weights.unlink()
+    assert start(*settings, "--max-steps", 4, "--resume", "auto") == 0
 
 
 def test_resume_auto_starts_when_there_is_nothing_and_stays_when_all_is_done(start, tmp_path):
@@ -129,10 +171,13 @@ def test_early_stopping_ends_the_run(start, tmp_path):
     assert records(tmp_path)[-1]["epoch"] == 3
 
 
-def test_a_diverging_run_stops_with_status_1_and_a_good_checkpoint(start, tmp_path, capsys):
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_diverging_run_stops_with_status_1_and_keeps_only_good_checkpoints(start, tmp_path, capsys, every):
     settings = ["--opt", "momentum", "--lr", "1e30", "--warmup-epochs", 1, "--warmup-lr", 0, "--run-dir", tmp_path]
-    assert start(*DIGITS, *settings, "--sched-on-updates", "--epochs", 3, "--checkpoint-every", 1) == 1
+    assert start(*DIGITS, *settings, "--epochs", 3, "--checkpoint-every", every) == 1
     assert "lower --lr or set --clip-grad" in capsys.readouterr().err
+    for file in (tmp_path / "checkpoints").rglob("model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize(
@@ -148,6 +193,8 @@ def test_a_diverging_run_stops_with_status_1_and_a_good_checkpoint(start, tmp_pa
         (["--init-weights", "/no/such.safetensors"], "/no/such.safetensors"),
         (["--precision", "fp16"], "--precision fp16"),
         (["--run-dir", ROOT], "--run-dir"),
+        (["--wandb", "online"], "--wandb online"),
+        (["--resume", "auto"], "--resume auto needs --run-dir"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_makes_no_folder(start, tmp_path, monkeypatch, capsys, flags, said):
@@ -168,6 +215,9 @@ def launch(*command):
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+
+
 def test_two_processes_train_as_one(start, tmp_path):
     """Without batch norm the only difference is the order of sums."""
     settings = [
@@ -184,8 +234,7 @@ def test_two_processes_train_as_one(start, tmp_path):
         "1e-4",
     ]
     assert start(*settings, "--run-dir", tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
-    two = launch(*torchrun, "train.py", *settings, "--run-dir", tmp_path / "two")
+    two = launch(*TWO_PROCESSES, "train.py", *settings, "--run-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     losses = [[r["train/loss"] for r in records(tmp_path / n) if "train/loss" in r] for n in ("one", "two")]
     assert len(losses[0]) == 8
@@ -193,6 +242,12 @@ def test_two_processes_train_as_one(start, tmp_path):
     one, other = (next(r for r in records(tmp_path / n) if "val/loss" in r) for n in ("one", "two"))
     assert one["val/top1"] == other["val/top1"]
     assert two.stdout.count("run folder") == 1
+
+
+def test_two_processes_agree_when_something_fails(tmp_path):
+    found = launch(*TWO_PROCESSES, ROOT / "tests" / "two_processes.py", tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert sorted(found.stdout.split()) == ["rank0-sound", "rank1-sound"]
 
 
 def test_accelerate_launch_with_our_config(tmp_path):

@@ -23,10 +23,17 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class Local:
-    """The splits found in a path, and a hex digest of the names, sizes and times of the files behind them."""
+    """The splits found in a path.
+
+    Attributes:
+        tables: the splits.
+        fingerprint: a hex digest of the names and sizes of the files behind them; the same for a copy.
+        stamp: a hex digest of when these files were written; another for most copies.
+    """
 
     tables: dict[str, Table]
     fingerprint: str
+    stamp: str = ""
 
 
 def open_local(path: Path) -> Local:
@@ -39,7 +46,7 @@ def open_local(path: Path) -> Local:
     if found is not None:
         base, layout = found
         files = [base] if base.is_file() else [base / name for name in layout.files]
-        return Local(open_pickles(base, layout), _fingerprint(base.parent, files))
+        return _opened(open_pickles(base, layout), path, base.parent, files)
     if path.is_file():
         raise UsageError(f"--dataset {path}: a tar file without CIFAR's pickles in it; give {LOCAL_FORMS}.")
     if (path / "dataset_dict.json").is_file():
@@ -71,12 +78,21 @@ def _contents(path: Path) -> str:
     return f"the folder holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"
 
 
-def _fingerprint(base: Path, files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def _opened(tables: dict[str, Table], path: Path, base: Path, files: Iterable[Path]) -> Local:
+    """The splits, identified by their files; these are named relative to `base`.
+
+    Raises:
+        UsageError: a file cannot be looked at (a link to nowhere).
+    """
+    digest, times = hashlib.sha256(), hashlib.sha256()
     for file in sorted(files):
-        status = file.stat()
-        digest.update(f"{file.relative_to(base)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UsageError(f"--dataset {path}: {file} cannot be read ({error.strerror}); remove it.") from None
+        digest.update(f"{file.relative_to(base)}\0{status.st_size}\n".encode())
+        times.update(f"{status.st_mtime_ns}\n".encode())
+    return Local(tables, digest.hexdigest(), times.hexdigest())
 
 
 def _parquet_files(path: Path) -> dict[str, list[Path]]:
@@ -120,7 +136,7 @@ def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
                     f"--dataset {path}: {file.name} is truncated or no parquet file ({reason}); copy it again."
                 ) from None
         tables[split] = Table(IterableDataset.from_parquet([str(file) for file in files[split]]), num_rows)
-    return Local(tables, _fingerprint(path, [file for split in SPLITS for file in files[split]]))
+    return _opened(tables, path, path, [file for split in SPLITS for file in files[split]])
 
 
 def _image_files(folder: Path) -> dict[str, list[Path]]:
@@ -151,7 +167,7 @@ def _open_images(path: Path, images: dict[str, dict[str, list[Path]]]) -> Local:
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"classes": classes})
         tables[split] = Table(stream, sum(map(len, classes.values())))
     every = [file for classes in images.values() for files in classes.values() for file in files]
-    return Local(tables, _fingerprint(path, every))
+    return _opened(tables, path, path, every)
 
 
 def _open_saved(path: Path) -> Local:
@@ -165,4 +181,4 @@ def _open_saved(path: Path) -> Local:
     require_splits(path, saved)
     tables = {split: Table(saved[split].to_iterable_dataset(), saved[split].num_rows) for split in SPLITS}
     files = [Path(root) / name for split in SPLITS for root, _, names in os.walk(path / split) for name in names]
-    return Local(tables, _fingerprint(path, files))
+    return _opened(tables, path, path, files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _read(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, A
                 stored = archive.extractfile(member) if member.isfile() and name in names else None
                 if stored is not None:
                     yield name, _unpickle(path, name, stored.read())
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _unreadable_tar(path, error) from None
 
 
@@ -146,12 +147,13 @@ def _tar_names(path: Path) -> set[str]:
     try:
         with tarfile.open(path) as archive:
             return {Path(member.name).name for member in archive if member.isfile()}
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _unreadable_tar(path, error) from None
 
 
 def _unreadable_tar(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"--dataset {path}: not a complete tar file ({error}); download it again.")
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    return UsageError(f"--dataset {path}: not a complete tar file ({reason}); download it again.")
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:

@@ -100,7 +100,8 @@ def _cache_folder(config: DataConfig) -> Path:
 
 def _entry_name(source: Source, split: str, config: DataConfig) -> str:
     columns = source.columns
-    key = (_FORMAT, source.fingerprint, split, config.data_size, columns.image, columns.label, columns.class_names)
+    origin = (source.fingerprint, source.stamp)
+    key = (_FORMAT, origin, split, config.data_size, columns.image, columns.label, columns.class_names)
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name)[:40]
     return f"{readable}-{split}-{config.data_size}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
 

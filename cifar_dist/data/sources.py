@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +33,15 @@ class Source:
 
     Attributes:
         name: "cifar10", "digits", or the path's last part.
-        fingerprint: hex; changes when the data changes (the Hub's revision, or local files' names, sizes and times).
+        fingerprint: hex; tells data sets apart (the Hub's revision, or local files' names and sizes).
+        stamp: hex; changes when local files are written again, so that they are decoded again.
         columns: where images and labels are, and the class names.
         tables: the splits by name.
     """
 
     name: str
     fingerprint: str
+    stamp: str
     columns: Columns
     tables: Mapping[str, Table]
 
@@ -121,17 +124,25 @@ def open_source(config: DataConfig) -> Source:
         name, found = config.dataset, _open_hub(config.dataset)
     elif config.dataset == "digits":
         name, found = config.dataset, _open_digits()
+    elif not config.dataset:
+        raise UsageError(f"--dataset is empty; name one of {', '.join(NAMES)}, or a local path: {LOCAL_FORMS}.")
     else:
         path = _local_path(config.dataset)
         name, found = path.resolve().name, open_local(path)
     for split in SPLITS:
         if found.tables[split].num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
-    return Source(name, found.fingerprint, choose_columns(found.tables, config), found.tables)
+    return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)
 
 
 def _local_path(dataset: str) -> Path:
-    path = Path(dataset).expanduser()
+    try:
+        path = Path(dataset).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a zero byte
+        raise UsageError(f"--dataset {shorten(dataset, 60)}: no path that can be opened ({error}).") from None
     if path.is_dir() or (path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))):
         return path
     if path.exists():

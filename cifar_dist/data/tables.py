@@ -46,7 +46,7 @@ def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     image = image or _only_image(features, config)
     label = _named(config.label_column, "--label-column", features, "labels", _is_label)
     label = label or _main_label(features, config)
-    names = _class_names(tables["train"], label)
+    names = _class_names(tables["train"], label, config)
     in_test = dict(tables["test"].stream.features or {})
     if image not in in_test or label not in in_test:
         raise UsageError(
@@ -114,14 +114,18 @@ def _main_label(features: dict[str, Any], config: DataConfig) -> str:
     raise UsageError(f"--dataset {config.dataset}: {what}; name one with --label-column (it has {_listed(features)}).")
 
 
-def _class_names(train: Table, label: str) -> tuple[str, ...]:
+def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...]:
     """The feature's names; for plain whole numbers, 0 to the largest one in train."""
     from datasets import ClassLabel
 
     feature = (train.stream.features or {})[label]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    largest = max((row[label] for row in train.stream.select_columns([label])), default=-1)
+    try:
+        largest = max((row[label] for row in train.stream.select_columns([label])), default=-1)
+    except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
     return tuple(str(number) for number in range(largest + 1))
 
 

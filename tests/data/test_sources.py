@@ -265,12 +265,23 @@ def test_unknown_names_and_paths(tmp_path, config):
 
 
 def test_fingerprint_follows_the_files(image_folder, tmp_path, config):
-    first = open_source(config(image_folder)).fingerprint
-    assert open_source(config(image_folder)).fingerprint == first
-    moved = shutil.copytree(image_folder, tmp_path / "moved")  # keeps times
-    assert open_source(config(moved)).fingerprint == first
-    os.utime(moved / "train" / "cat" / "0.png", ns=(1, 1))
-    assert open_source(config(moved)).fingerprint != first
+    first = open_source(config(image_folder))
+    moved = shutil.copytree(image_folder, tmp_path / "moved", copy_function=shutil.copyfile)  # new times
+    copied = open_source(config(moved))
+    assert copied.fingerprint == first.fingerprint  # a copy is the same data …
+    assert copied.stamp != first.stamp  # … but is decoded anew
+    (moved / "train" / "cat" / "0.png").rename(moved / "train" / "cat" / "9.png")
+    assert open_source(config(moved)).fingerprint != first.fingerprint
+
+
+def test_odd_paths_are_refused_in_one_line(config, image_folder):
+    for dataset in ("", "~nobody-of-this-name/x", "x" * 5000, "a\0b"):
+        with pytest.raises(UsageError) as error:
+            open_source(config(dataset))
+        assert "\n" not in str(error.value)
+    (image_folder / "train" / "cat" / "lost.png").symlink_to("/no/such/image.png")
+    with pytest.raises(UsageError, match=r"lost.png cannot be read"):
+        open_source(config(image_folder))
 
 
 def hub_cache(folder, root, revision="a" * 40):

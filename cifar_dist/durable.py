@@ -1,0 +1,62 @@
+"""Nested states as JSON and safetensors, written so that they survive; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write named tensors as safetensors, readable like other files (safetensors makes them private), and durably."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)
+    fsync(path)
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Write JSON durably."""
+    path.write_text(json.dumps(value, indent=1))
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A nested state as JSON; tensors at any depth go into `tensors`, and their place names them."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": [[key, encode(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
+    return value
+
+
+def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of `encode`."""
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
+    if kind == "dict":
+        return {key: decode(item, tensors) for key, item in content}
+    return (list if kind == "list" else tuple)(decode(item, tensors) for item in content)

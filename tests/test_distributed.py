@@ -1,0 +1,48 @@
+"""Starting Accelerate: what is refused instead of training wrongly in silence."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from cifar_dist.distributed import on_main, seed_process, start
+from cifar_dist.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without the rank variables of a launcher
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"):
+        start("fp32")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works on this machine's accelerator")
+def test_fp16_needs_an_accelerator():
+    with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
+        start("fp16")
+
+
+@pytest.mark.parametrize("precision, found", [("fp32", "no"), ("bf16", "bf16")])
+def test_precision_is_what_was_asked_for(precision, found):
+    assert start(precision).mixed_precision == found
+
+
+def test_random_streams_depend_on_seed_and_step():
+    accelerator, drawn = start("fp32"), set()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        seed_process(accelerator, seed, step)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 3
+
+
+def test_on_main_hands_over_results_and_errors():
+    accelerator = start("fp32")
+    assert on_main(accelerator, lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        on_main(accelerator, lambda: 1 / 0)

@@ -1,0 +1,79 @@
+"""Run folders: what is refused, what may change on resume, what is recorded."""
+
+import dataclasses
+import json
+
+import pytest
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.run_folder import choose_run_dir, create_run_dir
+
+FACTS = {"data_fingerprint": "aa", "class_names": ["cat", "dog"]}
+
+
+def config(run_dir, resume="never", **run):
+    return dataclasses.replace(
+        Config(), run=dataclasses.replace(Config().run, run_dir=str(run_dir), resume=resume, **run)
+    )
+
+
+def prepare(settings, facts=FACTS):
+    run_dir = choose_run_dir(settings)
+    create_run_dir(run_dir, settings, make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1), facts)
+    return run_dir
+
+
+def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
+    prepare(config(tmp_path / "run"))
+    with pytest.raises(UsageError, match="not empty; name another, or continue with --resume auto"):
+        prepare(config(tmp_path / "run"))
+    assert prepare(config(tmp_path / "run", resume="auto")) == tmp_path / "run"
+
+
+def test_resume_refuses_other_training_but_not_other_bookkeeping(tmp_path):
+    prepare(config(tmp_path))
+    prepare(config(tmp_path, "auto", max_steps=7, log_every=3, checkpoint_every=2, micro_batch_size=4))
+    with pytest.raises(UsageError, match=r"other settings \(--epochs 10 -> 11; --seed 0 -> 5\)"):
+        prepare(config(tmp_path, "auto", epochs=11, seed=5))
+
+
+def test_resume_needs_a_run_folder(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match=r"no run folder \(config.yaml is missing\)"):
+        prepare(config(tmp_path, "auto"))
+    with pytest.raises(UsageError, match="--resume auto needs --run-dir"):
+        prepare(dataclasses.replace(Config(), run=dataclasses.replace(Config().run, resume="auto")))
+
+
+def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        prepare(config(tmp_path / "file"))
+
+
+def test_of_two_runs_that_chose_one_folder_only_the_first_gets_it(tmp_path):
+    settings = config(tmp_path / "run")
+    assert choose_run_dir(settings) == choose_run_dir(settings)
+    plan = make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1)
+    create_run_dir(tmp_path / "run", settings, plan, FACTS)
+    with pytest.raises(UsageError, match="another run has just taken it"):
+        create_run_dir(tmp_path / "run", settings, plan, FACTS)
+
+
+def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path):
+    prepare(config(tmp_path))
+    first = json.loads((tmp_path / "environment.json").read_text())
+    for _ in range(2):
+        prepare(config(tmp_path, "auto"))
+    again = json.loads((tmp_path / "environment.json").read_text())
+    assert len(again.pop("restarts")) == 2
+    assert again == first
+
+
+@pytest.mark.parametrize("change", [{"data_fingerprint": "bb"}, {"class_names": ["dog", "cat"]}])
+def test_resume_refuses_other_data(tmp_path, change):
+    prepare(config(tmp_path))
+    with pytest.raises(UsageError, match=f"{next(iter(change))} differs"):
+        prepare(config(tmp_path, "auto"), FACTS | change)
