@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.errors import UsageError
@@ -66,6 +67,32 @@ def test_warmup_ends_at_the_peak_and_cosine_spans_the_rest():
     rates = [lr_at(k, config, 10, 4) for k in range(40)]
     assert rates[10] == max(rates) == pytest.approx(1)
     assert rates[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 30)) for k in range(30)])
+
+
+def test_equals_timms_schedulers_built_by_hand():
+    cases = {
+        "cosine": lambda o: CosineLRScheduler(
+            o, t_initial=80, lr_min=1e-4, warmup_t=20, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False
+        ),
+        "linear": lambda o: PolyLRScheduler(
+            o,
+            power=1,
+            t_initial=80,
+            lr_min=1e-4,
+            warmup_t=20,
+            warmup_lr_init=1e-6,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        ),
+    }
+    for sched, make in cases.items():
+        config = optim("--lr", "0.1", "--min-lr", "1e-4", "--warmup-epochs", "2", "--sched", sched)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        scheduler, expected = make(optimizer), []
+        for update in range(100):  # timm: the value for the next update is set after each
+            expected.append(optimizer.param_groups[0]["lr"])
+            scheduler.step_update(update + 1)
+        assert [lr_at(k, config, 10, 10) for k in range(100)] == pytest.approx(expected, rel=1e-9)
 
 
 def test_constant_keeps_the_rate():

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.sources import Source
+from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError
 
 _FORMAT = 1
@@ -137,7 +138,7 @@ def _write(entry: Path, source: Source, split: str, size: int) -> None:
         if entry.exists():
             shutil.rmtree(entry)
         temporary.rename(entry)
-        _fsync(entry.parent)
+        fsync(entry.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -161,7 +162,7 @@ def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
         )
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     for path in (folder / "images.u8", folder / "labels.npy", folder):
-        _fsync(path)
+        fsync(path)
 
 
 def _to_pixels(images: Iterable[Image.Image | np.ndarray], size: int) -> bytes:
@@ -175,11 +176,3 @@ def _to_pixels(images: Iterable[Image.Image | np.ndarray], size: int) -> bytes:
         return np.asarray(image)
 
     return np.stack([square(image) for image in images]).tobytes()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -168,8 +168,8 @@ def rows(self, split):
 
 def test_everything_is_on_disk_before_the_rename(image_folder, config, monkeypatch):
     synced = []
-    plain = resident._fsync
-    monkeypatch.setattr(resident, "_fsync", lambda path: (synced.append((path, path.stat())), plain(path)))
+    plain = resident.fsync
+    monkeypatch.setattr(resident, "fsync", lambda path: (synced.append((path, path.stat())), plain(path)))
     settings = config(image_folder)
     load_resident(open_source(settings), "train", settings)
     (entry,) = entries(settings)
@@ -186,7 +186,7 @@ def test_disk_without_room(image_folder, config, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     settings = config(image_folder)
-    monkeypatch.setattr(resident, "_fsync", full)
+    monkeypatch.setattr(resident, "fsync", full)
     with pytest.raises(UsageError, match=r"--cache-dir .*cache: .*No space left on device.*name a folder with room"):
         load_resident(open_source(settings), "train", settings)
     assert entries(settings) == []
