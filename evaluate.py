@@ -85,7 +85,10 @@ def score(run: Run, which: str, accelerator: Accelerator) -> Scored:
     data = load_test_data(config.data)
     run.check_classes(data.class_names, data.name)
     model = build_model(replace(config.model, pretrained=False, init_weights=None), len(data.class_names))
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UsageError(f"{run.folder}: checkpoint {which} does not fit the model of its config.yaml.") from None
     inputs = input_config(model, config.model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     logits = predict(

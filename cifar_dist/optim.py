@@ -18,7 +18,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
     ``lr_scale`` (timm's ``param_groups_layer_decay``).
 
     Raises:
-        UsageError: timm knows no such optimizer, or the model has no layers to decay over.
+        UsageError: timm knows no such optimizer, or it needs a package or device that is not there.
     """
     known = [str(name) for name in list_optimizers()]
     if config.opt not in known:
@@ -32,15 +32,22 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
             momentum=config.momentum,
             layer_decay=config.layer_decay,
         )
-    except ImportError as error:
-        raise UsageError(f"--opt {config.opt} needs a package that is not installed: {error}.") from None
+    except Exception as error:  # missing packages and settings that an optimizer refuses, each in its own way
+        raise UsageError(f"--opt {config.opt} cannot be built ({error}); take another.") from None
 
 
 def state_per_parameter(config: OptimConfig) -> int:
-    """Numbers the optimizer keeps per trained weight, counted on a matrix of one thousand."""
+    """Numbers the optimizer keeps per trained weight, counted on a matrix of one thousand.
+
+    Raises:
+        UsageError: the optimizer needs more than gradients (second derivatives, a closure).
+    """
     layer = torch.nn.Linear(40, 25, bias=False)
     optimizer = make_optimizer(layer, dataclasses.replace(config, layer_decay=None))
     layer(torch.ones(1, 40)).sum().backward()
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise UsageError(f"--opt {config.opt} cannot step from gradients alone ({error}); take another.") from None
     tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return round(sum(t.numel() for t in tensors) / 1000)

@@ -44,6 +44,12 @@ def test_state_is_counted(opt, numbers):
     assert state_per_parameter(OptimConfig(opt=opt)) == numbers
 
 
+@pytest.mark.parametrize("opt", ["adahessian", "fusedadam", "bnbadam"])
+def test_optimizers_that_need_more_are_refused_in_one_line(opt):
+    with pytest.raises(UsageError, match=f"--opt {opt} cannot"):
+        state_per_parameter(OptimConfig(opt=opt))
+
+
 def test_unknown_optimizer_suggests_near_ones():
     with pytest.raises(UsageError, match=r"--opt adamx: .*Did you mean .*adam"):
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="adamx"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -207,6 +208,38 @@ def test_bad_input_is_one_line_and_status_2_and_makes_no_folder(start, tmp_path,
     assert lines[0].startswith("train.py: error: ")
     assert said in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda root: shutil.rmtree(root / "test"), "no test split"),
+        (lambda root: [shutil.rmtree(root / split / "dog") for split in ("train", "test")], "only one class"),
+        (
+            lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"\x89PNG broken"),
+            "cat/1.png) cannot be decoded",
+        ),
+        (lambda root: (root / "train-0.parquet").write_bytes(b"PAR1 cut"), "no test split"),
+        (
+            lambda root: [(root / f"{s}-0.parquet").write_bytes(b"PAR1 cut") for s in ("train", "test")],
+            "train-0.parquet is truncated",
+        ),
+    ],
+    ids=["no test split", "one class", "corrupt image", "lone parquet", "truncated parquet"],
+)
+def test_bad_data_is_one_line_and_status_2(start, tmp_path, monkeypatch, capsys, spoil, said):
+    root = tmp_path / "pets"
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (32, 32), (number * 80, 0, 0)).save(root / name / f"{number}.png")
+    spoil(root)
+    monkeypatch.chdir(tmp_path)
+    assert start("--dataset", root, "--model", "cnn4", "--batch-size", 2, "--val-fraction", 0) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["pets"]
 
 
 def launch(*command):
