@@ -110,7 +110,7 @@ def train(
             tracker.advance(state.step)
 
             epoch_ends, ends = state.step % plan.steps_per_epoch == 0, state.step == plan.total_steps
-            if ends or state.step % run.log_every == 0:
+            if plan.logs_at(state.step, run.log_every):
                 tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
             best = val is None
             with meter.paused():

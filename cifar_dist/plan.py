@@ -96,6 +96,14 @@ class Plan:
         """Epochs completed after `step` optimizer steps."""
         return step / self.steps_per_epoch
 
+    def logs_at(self, step: int, every: int) -> bool:
+        """Whether training means are recorded after `step`: every so many steps and at the end.
+
+        A record shortly before the end is left to the last one, which would be the mean of a few steps otherwise.
+        """
+        left = self.total_steps - step
+        return left == 0 or (step % every == 0 and 2 * left >= every)
+
     def lines(self) -> list[str]:
         """The plan for people, a fact a line."""
         mib = 2**20

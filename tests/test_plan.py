@@ -121,6 +121,14 @@ def test_a_plan_that_selects_on_test_says_so():
     assert "IS" not in plan().lines()[0]
 
 
+@pytest.mark.parametrize(
+    "total, every, expected", [(20, 5, [5, 10, 15, 20]), (22, 5, [5, 10, 15, 22]), (4, 1, [1, 2, 3, 4]), (3, 50, [3])]
+)
+def test_no_record_is_the_mean_of_a_few_last_steps(total, every, expected):
+    found = plan("--max-steps", str(total))
+    assert [step for step in range(1, total + 1) if found.logs_at(step, every)] == expected
+
+
 def test_max_steps_stops_early_without_changing_the_schedule():
     short, whole = plan("--max-steps", "50"), plan()
     assert short.total_steps == 50
