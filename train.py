@@ -6,6 +6,7 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -126,7 +127,7 @@ def train(
 
         if state.best_step:
             tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
-        tracker.say(f"report      python evaluate.py {run_dir}")
+        tracker.say(f"report      python evaluate.py {shlex.quote(str(run_dir))}")
 
 
 if __name__ == "__main__":

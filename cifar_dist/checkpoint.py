@@ -236,7 +236,7 @@ def load_weights(run_dir: Path, which: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read ({_first_line(error)}).") from None
+        raise UsageError(f"{file} cannot be read ({_first_line(error)}); name another with --checkpoint.") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -22,14 +22,16 @@ from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, said once per job."""
+    """argparse whose errors are one line, said once per job; `source` is the file they are about, if any."""
+
+    source: Path | None = None
 
     def error(self, message: str) -> typing.NoReturn:
         """Leave with status 2."""
-        leave(USAGE_STATUS, f"{message} (see --help)")
+        leave(USAGE_STATUS, f"--config {self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="train.py",
         usage="train.py [--config recipes/NAME.yaml] [--FLAG VALUE ...]",
@@ -75,14 +77,16 @@ def load_config(path: Path) -> Config:
     Raises:
         UsageError: it is missing, damaged or has a setting that is not known.
     """
-    return Config.from_flat(vars(_parser().parse_args(_recipe_argv(path))))
+    parser = _parser()
+    parser.source = path
+    return Config.from_flat(vars(parser.parse_args(_recipe_argv(path))))
 
 
-def _recipe_argv(path: Path) -> list[str]:
-    """The command line that a recipe stands for.
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe under their names with ``_``.
 
     Raises:
-        UsageError: the file cannot be read, is not a YAML mapping, or has a key that is no flag.
+        UsageError: the file cannot be read, is not a YAML mapping, or has a key twice or one that is no flag.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -96,21 +100,34 @@ def _recipe_argv(path: Path) -> list[str]:
         raise UsageError(f"--config {path}: not valid YAML{where}.") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: a recipe is a list of `flag: value` lines.")
-    names = [str(node.value).replace("-", "_") for node, _ in tree.value]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--config {path}: {twice[0]!r} is given twice; keep one.")
-    known = list(Config().flat())
-    argv: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
+    names, known = [str(node.value).replace("-", "_") for node, _ in tree.value], list(Config().flat())
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--config {path}: {name!r} is given twice; keep one.")
         if name not in known:
-            raise UsageError(f"--config {path}: unknown key {key!r}.{did_you_mean(name, known)}")
+            raise UsageError(f"--config {path}: unknown key {name!r}.{did_you_mean(name, known)}")
+    return dict(zip(names, values.values(), strict=True))
+
+
+def _recipe_argv(path: Path) -> list[str]:
+    """The command line that a recipe stands for.
+
+    Raises:
+        UsageError: see `_read_recipe`; or a switch is neither true nor false.
+    """
+    defaults, argv = Config().flat(), []
+    for name, value in _read_recipe(path).items():
         flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool) != isinstance(defaults[name], bool):
+            kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
+            raise UsageError(f"--config {path}: {name} is {kind}, got {value!r}.")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
             argv += [flag, *map(str, value)]
-        elif value is not None:
+        else:
             argv.append(f"{flag}={value}")
     return argv
 
@@ -141,5 +158,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
     only_config = OneLineParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     recipe = only_config.parse_known_args(arguments)[0].config
-    values = vars(_parser().parse_args((_recipe_argv(Path(recipe)) if recipe else []) + arguments))
+    if recipe:
+        load_config(Path(recipe))  # its errors name the file
+        arguments = _recipe_argv(Path(recipe)) + arguments
+    values = vars(_parser().parse_args(arguments))
     return CommandLine(Config.from_flat(values), values["plan"])

@@ -42,6 +42,7 @@ non_negative = _number(float, 0, math.inf, False, True)
 non_negative_int = _number(int, 0, 1e12, False, True)
 fraction = _number(float, 0, 1, False, True)
 closed_fraction = _number(float, 0, 1, False, False)
+positive_fraction = _number(float, 0, 1, True, False)
 
 
 def option(
@@ -121,7 +122,9 @@ class OptimConfig:
     lr: float = option(1e-3, "peak learning rate for the global batch", type=positive)
     weight_decay: float = option(0.05, "weight decay; not applied to biases and norms", type=non_negative)
     momentum: float = option(0.9, "momentum, where the optimizer has one", type=fraction)
-    layer_decay: float | None = option(None, "learning-rate factor from one layer to the one below", type=positive)
+    layer_decay: float | None = option(
+        None, "learning-rate factor from one layer to the one below", type=positive_fraction
+    )
     clip_grad: float | None = option(None, "largest gradient norm", type=positive)
     sched: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
     sched_on_updates: bool = option(True, "change the learning rate every step; else once an epoch")

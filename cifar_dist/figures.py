@@ -72,7 +72,7 @@ def loss_curves(curves: Sequence[Curve], axis: StepAxis) -> Figure:
     if len(positive) == len(values) and positive.max() > 100 * positive.min():
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * values[np.isfinite(values)].max())
     return figure
 
 

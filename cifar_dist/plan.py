@@ -157,14 +157,16 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
         raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
     if optim.warmup_epochs >= run.epochs:
         raise UsageError(
-            f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}: nothing would be left"
-            " to train at the full learning rate."
+            f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}, else nothing is left to"
+            " train at the full learning rate; lower it (0 is none)."
         )
     if optim.warmup_epochs % 1 and not optim.sched_on_updates:
         raise UsageError(
             f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
             " take a whole number."
         )
+    if run.patience and not sizes.num_val:
+        raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
     if optim.min_lr and optim.sched in ("step", "constant"):
         raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:

@@ -60,7 +60,10 @@ def _check_same_training(saved: Path, config: Config) -> None:
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
     if changed:
-        raise UsageError(f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}).")
+        raise UsageError(
+            f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}); give those,"
+            " or another --run-dir."
+        )
 
 
 def create_run_dir(run_dir: Path, config: Config, plan: Plan, facts: dict[str, Any]) -> None:

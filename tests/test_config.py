@@ -108,7 +108,12 @@ def test_bad_recipes_name_file_and_key(tmp_path, text, said):
 def test_bad_values_in_recipes_are_refused_as_for_flags(tmp_path, capsys, line):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(line + "\n")
-    assert line.split(":")[0].replace("_", "-") in refused(capsys, "--config", str(recipe))
+    try:
+        said = refused(capsys, "--config", str(recipe))
+    except UsageError as error:
+        said = str(error)
+    assert str(recipe) in said
+    assert line.split(":")[0].replace("_", "-") in said.replace("_", "-")
 
 
 def test_missing_and_binary_recipes(tmp_path):
