@@ -30,7 +30,7 @@ from cifar_dist.errors import run_main
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.optim import make_optimizer
 from cifar_dist.plan import Plan, Schedule, make_plan
-from cifar_dist.run_folder import choose_run_dir, create_run_dir
+from cifar_dist.run_folder import choose_run_dir, create_run_dir, run_lock
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.wandb_run import wandb_mode
 
@@ -51,8 +51,10 @@ def main() -> None:
     accelerator.print(*plan.lines(), sep="\n", flush=True)
     if run_dir is not None:
         facts = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names)}
-        on_main(accelerator, lambda: create_run_dir(run_dir, config, plan, facts))
+        lock = run_lock(run_dir)
+        on_main(accelerator, lambda: create_run_dir(lock, config, plan, facts))
         train(config, plan, data, model, run_dir, accelerator)
+        lock.release()
     finish(accelerator)
 
 

@@ -77,9 +77,13 @@ def load_config(path: Path) -> Config:
     Raises:
         UsageError: it is missing, damaged or has a setting that is not known.
     """
+    return Config.from_flat(_parse(_recipe_argv(path), path))
+
+
+def _parse(argv: Sequence[str], source: Path | None = None) -> dict[str, Any]:
     parser = _parser()
-    parser.source = path
-    return Config.from_flat(vars(parser.parse_args(_recipe_argv(path))))
+    parser.source = source
+    return vars(parser.parse_args(argv))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -159,7 +163,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
     only_config.add_argument("--config")
     recipe = only_config.parse_known_args(arguments)[0].config
     if recipe:
-        load_config(Path(recipe))  # its errors name the file
-        arguments = _recipe_argv(Path(recipe)) + arguments
-    values = vars(_parser().parse_args(arguments))
+        saved = _recipe_argv(Path(recipe))
+        _parse(saved, Path(recipe))  # alone first, so that its errors name the file
+        arguments = saved + arguments
+    values = _parse(arguments)
     return CommandLine(Config.from_flat(values), values["plan"])

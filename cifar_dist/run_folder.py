@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
@@ -66,22 +67,39 @@ def _check_same_training(saved: Path, config: Config) -> None:
         )
 
 
-def create_run_dir(run_dir: Path, config: Config, plan: Plan, facts: dict[str, Any]) -> None:
-    """Make the folder, or take it up again, with what identifies the run in it.
+def run_lock(run_dir: Path) -> FileLock:
+    """The lock that one training at a time holds on its folder; the kernel frees it when its process dies."""
+    return FileLock(run_dir / ".lock", timeout=0)
+
+
+def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, Any]) -> None:
+    """Make the folder, or take it up again, lock it, and write what identifies the run.
 
     ``config.yaml``, ``plan.json`` and ``environment.json`` (command, versions, hardware and `facts`). A run that
     goes on keeps its first environment and adds this start to ``restarts``.
 
     Args:
-        run_dir: of `choose_run_dir`.
+        lock: of `run_lock`; the caller keeps it for as long as it writes to the folder.
         config: the merged configuration.
         plan: the derived numbers.
         facts: must hold ``data_fingerprint`` and ``class_names``.
 
     Raises:
-        UsageError: the folder cannot be written, another run has taken it meanwhile, or the data differ from
-            those the run began with.
+        UsageError: the folder cannot be written, another run has it, or the data differ from those the run began
+            with.
     """
+    run_dir = Path(lock.lock_file).parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        _write_identity(run_dir, config, plan, facts)
+    except (Timeout, FileExistsError):
+        raise UsageError(f"--run-dir {run_dir} is in use by another training; wait, or name another.") from None
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
+
+
+def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, Any]) -> None:
     environment = {**_environment(plan), **facts}
     resuming = config.run.resume == "auto" and (run_dir / "environment.json").is_file()
     if resuming:
@@ -92,16 +110,10 @@ def create_run_dir(run_dir: Path, config: Config, plan: Plan, facts: dict[str, A
                     f"--resume auto: {fact} differs from when the run in {run_dir} began; restore the data."
                 )
         environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "config.yaml").open("w" if config.run.resume == "auto" else "x", encoding="utf-8") as file:
-            file.write(config.as_recipe())
-        for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
-            (run_dir / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except FileExistsError:
-        raise UsageError(f"--run-dir {run_dir}: another run has just taken it; name another folder.") from None
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
+    with (run_dir / "config.yaml").open("w" if config.run.resume == "auto" else "x", encoding="utf-8") as file:
+        file.write(config.as_recipe())
+    for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
+        (run_dir / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _environment(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where numbers go: console, ``log.jsonl`` and Weights & Biases, behind one ``log(step, values)``.
+"""Where numbers go: console, ``log.jsonl`` and Weights & Biases, behind one `Tracker`.
 
 Only the job's main process opens a `Tracker`; the others hold a `Silent` one.
 """
@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
 from cifar_dist.wandb_run import start_wandb
 
@@ -49,17 +47,9 @@ class Tracker(Silent):
         config: the merged configuration, shown in W&B.
         plan: its steps scale the progress bar and turn steps into epochs.
         first_step: records after this step are dropped from `log.jsonl`, since they will come again.
-
-    Raises:
-        UsageError: a live process already writes to this folder.
     """
 
     def __init__(self, run_dir: Path, config: Config, plan: Plan, first_step: int):
-        self._lock = FileLock(run_dir / ".lock", timeout=0)  # the kernel frees it when its process dies
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise UsageError(f"--run-dir {run_dir} is in use by a running training; wait, or name another.") from None
         _forget_after(run_dir / "log.jsonl", first_step)
         self._file: TextIO = (run_dir / "log.jsonl").open("a", encoding="utf-8")
         self._plan, self._selected_on = plan, config.data.select_on
@@ -124,7 +114,6 @@ class Tracker(Silent):
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._lock.release()
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.run_folder import choose_run_dir, create_run_dir
+from cifar_dist.run_folder import choose_run_dir, create_run_dir, run_lock
 
 FACTS = {"data_fingerprint": "aa", "class_names": ["cat", "dog"]}
 
@@ -21,7 +21,9 @@ def config(run_dir, resume="never", **run):
 
 def prepare(settings, facts=FACTS):
     run_dir = choose_run_dir(settings)
-    create_run_dir(run_dir, settings, make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1), facts)
+    lock = run_lock(run_dir)
+    create_run_dir(lock, settings, make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1), facts)
+    lock.release()
     return run_dir
 
 
@@ -53,13 +55,30 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
         prepare(config(tmp_path / "file"))
 
 
-def test_of_two_runs_that_chose_one_folder_only_the_first_gets_it(tmp_path):
+@pytest.mark.parametrize("still_running", [True, False])
+def test_of_two_runs_that_chose_one_folder_only_the_first_gets_it(tmp_path, still_running):
     settings = config(tmp_path / "run")
     assert choose_run_dir(settings) == choose_run_dir(settings)
     plan = make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1)
-    create_run_dir(tmp_path / "run", settings, plan, FACTS)
-    with pytest.raises(UsageError, match="another run has just taken it"):
-        create_run_dir(tmp_path / "run", settings, plan, FACTS)
+    first, second = run_lock(tmp_path / "run"), run_lock(tmp_path / "run")
+    create_run_dir(first, settings, plan, FACTS)
+    if not still_running:
+        first.release()
+    with pytest.raises(UsageError, match="in use by another training"):
+        create_run_dir(second, settings, plan, FACTS)
+    first.release()
+
+
+def test_a_start_into_a_live_run_changes_nothing(tmp_path):
+    settings = config(tmp_path / "run", "auto")
+    plan = make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1)
+    live = run_lock(tmp_path / "run")
+    create_run_dir(live, settings, plan, FACTS)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UsageError, match="in use by another training"):
+        prepare(settings)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    live.release()
 
 
 def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path):

@@ -4,10 +4,7 @@ import dataclasses
 import json
 import sys
 
-import pytest
-
 from cifar_dist.config import Config
-from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.tracking import Tracker
 
@@ -42,14 +39,6 @@ def test_log_and_console(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "step 5/100  loss 1.5000  acc 50.00%  lr 0.1  images/s 100  left " in first
     assert second.endswith("val loss 1.2500  val acc 62.50%  best so far")
-
-
-def test_a_folder_that_a_live_run_writes_to_is_refused(tmp_path):
-    voice = tracker(tmp_path)
-    with pytest.raises(UsageError, match="in use by a running training"):
-        tracker(tmp_path)
-    voice.close()
-    tracker(tmp_path).close()
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
