@@ -69,5 +69,5 @@ def log_report(run_dir: Path, config: Config, step: int, metrics: dict[str, Any]
     import wandb
 
     run.summary.update(metrics)
-    run.log({name: wandb.Image(str(path)) for name, path in pictures.items()}, step=step)
+    run.log({f"report/{name}": wandb.Image(str(path)) for name, path in pictures.items()}, step=step)
     run.finish()

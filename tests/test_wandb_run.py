@@ -68,4 +68,4 @@ def test_offline_starts_and_the_report_are_one_run(tmp_path):
     files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
     assert files
     assert all(file.stat().st_size > 0 for file in files)
-    assert list((tmp_path / "wandb").rglob("*.png"))
+    assert list((tmp_path / "wandb").rglob("images/report/lr_*.png"))  # "lr" itself is the logged rate
