@@ -1,17 +1,27 @@
-"""The one exception that means "the user can fix this": a clear line and exit status 2."""
+"""The one exception that means "the user can fix this": a clear line and exit status 2.
+
+Of several processes the first that fails speaks: once a process group exists it is the first of the job to claim that
+in the group's store, before that the first process of each node.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import socket
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 FAILURE_STATUS = 1
 USAGE_STATUS = 2
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class UsageError(Exception):
@@ -30,31 +40,110 @@ def did_you_mean(word: str, known: list[str], count: int = 3) -> str:
 
 def is_first_process() -> bool:
     """Whether this process is rank 0 of its job, known before anything has started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0
+
+
+def _group_rank() -> int | None:
+    """This process's rank among several that have met, or None."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.get_rank() if distributed.get_world_size() > 1 else None
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no process of the group has failed before this one."""
+    from torch.distributed import distributed_c10d
+
+    try:
+        # Ask first whether the store is there: torch prints pages when it is not.
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+        store = distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=5))
+        return store.add("cifar_dist/failures", 1) == 1
+    except (OSError, RuntimeError, ValueError):
+        return False  # rank 0, which held the store, has gone before
+
+
+def _local_rank() -> int:
+    """This process's place among those that its node's launcher started together; 0 if it was started by hand."""
+    ranks = [os.environ[name] for name in LOCAL_RANKS if name in os.environ]
+    together = any(name in os.environ for name in STARTED_TOGETHER)
+    return int(ranks[0]) if together and ranks and ranks[0].isdecimal() else 0
+
+
+def _speaks() -> bool:
+    """Whether an error of this process is the one to print."""
+    return _local_rank() == 0 if _group_rank() is None else _is_first_to_fail()
 
 
 def leave(status: int, message: str) -> NoReturn:
-    """Print one line (on the job's first process only) and exit with `status`."""
-    if is_first_process():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    """Print one line, on the process that speaks for its job or its node, and exit with `status`."""
+    if _speaks():
+        _print(f"error: {message}")
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Leave at once from a group: taking its threads down in order can hang or abort when others have gone."""
+    rank = _group_rank()
+    if rank is None:
+        sys.exit(status)
+    if rank == 0:
+        time.sleep(0.5)  # it may hold the store that the others ask who failed first
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _print(message: str) -> None:
+    rank, local_rank = _group_rank(), _local_rank()
+    who = f"rank {rank}: " if rank is not None else f"local rank {local_rank}: " if local_rank else ""
+    sys.stdout.flush()
+    # One write, so that lines of several processes do not mix.
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {who}{message}\n")
+    sys.stderr.flush()
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`, turning what the user can act on into one line and an exit status, without a traceback."""
+    """Call `main`, turning what the user can act on into one line and an exit status, without a traceback.
+
+    Any other exception keeps its traceback on the first process that fails; the others, which mostly fail because that
+    one has gone, say so in a line.
+    """
     try:
         main()
+    except SystemExit as error:
+        if _group_rank() is not None and error.code:
+            _exit(error.code if isinstance(error.code, int) else FAILURE_STATUS)
+        raise
     except UsageError as error:
         leave(USAGE_STATUS, str(error))
     except Diverged as error:
         leave(FAILURE_STATUS, f"{error} Checkpoints are from before that.")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        leave(
-            USAGE_STATUS,
-            f"no room left on the disk{where}; free some and start again (train.py goes on with --resume auto).",
-        )
     except KeyboardInterrupt:
         leave(FAILURE_STATUS, "interrupted (train.py goes on from its last checkpoint with --resume auto).")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            leave(
+                USAGE_STATUS,
+                f"no room left on the disk{where}; free some and start again (train.py goes on with --resume auto).",
+            )
+        if _group_rank() is None and _local_rank() == 0:
+            raise
+        _crash(error)
+
+
+def _crash(error: Exception) -> NoReturn:
+    """End one of several processes: with its traceback if it is the first that fails, else in a line."""
+    if isinstance(error, RuntimeError) and _group_rank() is not None:
+        time.sleep(0.5)  # if it comes from another process's end, let that come to an end
+    if _speaks():
+        sys.excepthook(type(error), error, error.__traceback__)  # torch's, which names the rank in every line
+    else:
+        time.sleep(0.3)  # the first one's words come first
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition(". ")[0])  # without gloo's source file and advice
+        _print(f"ended too ({type(error).__name__}: {reason:.120})".replace("\n", " "))
+    _exit(FAILURE_STATUS)
