@@ -54,7 +54,7 @@ def main() -> None:
     if precision == "fp16" and not torch.accelerator.is_available():
         precision = "fp32"  # a run trained on a GPU may be scored anywhere
     accelerator = start(precision)
-    scored = score(run, which, accelerator)
+    scored = score(run, which, accelerator, precision)
     on_main(accelerator, lambda: publish(run, scored))
     finish(accelerator)
 
@@ -78,7 +78,7 @@ def choose_checkpoint(run_dir: Path, wanted: str) -> str:
     return wanted
 
 
-def score(run: Run, which: str, accelerator: Accelerator) -> Scored:
+def score(run: Run, which: str, accelerator: Accelerator, precision: str) -> Scored:
     """Probabilities of every test image, from the run's own configuration and weights."""
     config = run.config
     weights, step = checkpoint.load_weights(run.folder, which), checkpoint.read_state(run.folder, which).step
@@ -90,13 +90,13 @@ def score(run: Run, which: str, accelerator: Accelerator) -> Scored:
     except RuntimeError:
         raise UsageError(f"{run.folder}: checkpoint {which} does not fit the model of its config.yaml.") from None
     inputs = input_config(model, config.model)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
     logits = predict(
         accelerator,
-        model,
+        model.to(accelerator.device),
         data.test.to(accelerator.device),
         Preprocess(inputs, accelerator.device, torch.float32),
         run.plan["micro_batch_size"],
+        precision,
     )
     if not logits.isfinite().all():
         raise UsageError(f"{run.folder}: checkpoint {which} (step {step}) predicts NaN; the run diverged.")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from timm.data import Mixup
 
 from cifar_dist.config import AugmentConfig, Config, InputConfig
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.ordering import global_batch, micro_batch_slice
+from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Plan
 
 
@@ -30,12 +30,14 @@ class Batch:
         targets: int64 (B,) or, under mixup and CutMix, float (B, K).
         labels: int64 (B,), the classes before mixing.
         weights: float32 (B,): 1 / (real rows of the global batch), or 0 for a filled row.
+        last: whether it is the step's last one.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    last: bool
 
 
 class ResidentBatches:
@@ -46,15 +48,20 @@ class ResidentBatches:
         config: the run's configuration.
         plan: the run's plan.
         input: what the model expects.
-        accelerator: tells which slice is this process's.
+        parallel: the engine; tells which slice is this process's, and the dtype its model takes.
     """
 
-    def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, accelerator: Accelerator):
+    def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
         self._data, self._plan, self._seed = data, plan, config.run.seed
-        self._process = accelerator.process_index
-        self._augment = Augment(config.augment, input, config.run.seed, accelerator.device, torch.float32)
+        self._process = parallel.accelerator.process_index
+        self._augment = Augment(config.augment, input, config.run.seed, data.images.device, parallel.input_dtype)
         self._mixup = _make_mixup(config.augment, plan.num_classes)
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Ids of the rows of step `step`'s global batch, over all processes."""
+        batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
+        return self._data.ids[torch.from_numpy(batch.rows[batch.real]).to(self._data.ids.device)].tolist()
 
     def __call__(self, step: int) -> Iterator[Batch]:
         """Yield this process's micro-batches of optimizer step `step`."""
@@ -72,7 +79,7 @@ class ResidentBatches:
             if self._mixup is not None:
                 np.random.seed(np.random.SeedSequence([self._seed, step, part.start]).generate_state(1))
                 images, targets = self._mixup(images, labels)
-            yield Batch(images, targets, labels, weights)
+            yield Batch(images, targets, labels, weights, last=micro == plan.grad_accum_steps - 1)
 
 
 def _make_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:

@@ -1,14 +1,14 @@
 """Checkpoints: written aside, made durable, then renamed, so a half-written one never has a name.
 
 ``RUN_DIR/checkpoints/step-XXXXXXXX/`` holds ``model.safetensors``, ``ema.safetensors`` (when kept),
-``optimizer.safetensors`` and ``optimizer.json``, ``rng-R.safetensors`` per process, and ``state.json``.
+``optimizer.safetensors`` and ``optimizer.json``, all of them whole whatever the engine, ``process-R.safetensors`` with
+what only process R has (random streams, BatchNorm statistics), and ``state.json``.
 The links ``last`` and ``best`` name two of these folders.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -23,60 +23,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
+from cifar_dist.distributed import on_main, shared_buffers
 from cifar_dist.durable import decode, encode, fsync, save_json, save_tensors
 from cifar_dist.errors import Diverged, UsageError
+from cifar_dist.parallel import Replicated
+from cifar_dist.train_state import TrainState
 
-FORMAT = 1
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. The data position is `step` alone: order is a function of it."""
-
-    step: int = 0
-    best_top1: float = -1.0
-    best_loss: float = float("inf")
-    best_step: int = 0
-    patience_top1: float = -1.0
-    epochs_without_gain: int = 0
-    seconds: float = 0.0
-
-    def judge(self, scores: dict[str, float], min_delta: float) -> bool:
-        """Take in an epoch's scores of the selecting split, ``top1`` and ``loss``; whether they are the best so far.
-
-        The higher top-1 (a fraction) is better; of equal ones, the lower loss (nats). Early stopping counts
-        the epochs in which top-1 has not risen by more than `min_delta` over the last value that did.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
-        top1, loss = scores["top1"], scores["loss"]
-        if not math.isfinite(loss):
-            raise Diverged(f"the validation loss is {loss} after step {self.step}; lower --lr or set --clip-grad.")
-        if top1 > self.patience_top1 + min_delta:
-            self.patience_top1, self.epochs_without_gain = top1, 0
-        else:
-            self.epochs_without_gain += 1
-        if (top1, -loss) <= (self.best_top1, -self.best_loss):
-            return False
-        self.best_top1, self.best_loss, self.best_step = top1, loss, self.step
-        return True
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether early stopping with this patience (epochs) ends the run here."""
-        return patience is not None and self.epochs_without_gain >= patience
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The live objects that a checkpoint holds: the prepared model and optimizer, and the average if kept."""
+    """The live objects that a checkpoint holds: the engine with model and optimizer, and the average if kept."""
 
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    parallel: Replicated
     ema: ModelEmaV3 | None
 
+    @property
+    def judged(self) -> torch.nn.Module:
+        """The model to evaluate: the average if there is one."""
+        return self.parallel.model if self.ema is None else self.ema.module
 
-def save(run_dir: Path, accelerator: Accelerator, trained: Trained, state: TrainState, best: bool) -> None:
+    def average(self) -> None:
+        """Take the weights of a new step into the average."""
+        if self.ema is not None:
+            self.ema.update(self.parallel.module)
+
+
+def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None:
     """Write a checkpoint and point ``last`` (and ``best``) at it. Every process must call this.
 
     Raises:
@@ -84,10 +58,16 @@ def save(run_dir: Path, accelerator: Accelerator, trained: Trained, state: Train
         UsageError: the file system refused on some process (full, read-only), on all of them alike; the
             checkpoints before it are intact.
     """
+    accelerator = trained.parallel.accelerator
     root = run_dir / "checkpoints"
     name = f"step-{state.step:08d}"
+    if not best and on_main(accelerator, lambda: os.path.lexists(root / name)):
+        return  # a step has one state
     aside = root / f".tmp-{name}"
-    if not all(bool(tensor.isfinite().all()) for tensor in trained.model.parameters()):
+    weights, averaged = _whole_weights(trained)
+    optimizer_state = trained.parallel.optimizer_state()
+    finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    if not on_main(accelerator, lambda: finite):
         raise Diverged(f"weights are not finite after step {state.step}; lower --lr or set --clip-grad.")
 
     def begin() -> None:
@@ -95,9 +75,9 @@ def save(run_dir: Path, accelerator: Accelerator, trained: Trained, state: Train
         aside.mkdir(parents=True)
 
     def write() -> None:
-        save_tensors(_rng_state(), aside / f"rng-{accelerator.process_index}.safetensors")
+        save_tensors(_own_state(trained), aside / f"process-{accelerator.process_index}.safetensors")
         if accelerator.is_main_process:
-            _write(aside, accelerator, trained, state)
+            _write(aside, accelerator, state, (weights, averaged, optimizer_state))
 
     for everyone, work in ((False, begin), (True, write), (False, lambda: _commit(root, aside, name, best))):
         failure = _attempt(work) if everyone or accelerator.is_main_process else ""
@@ -105,6 +85,21 @@ def save(run_dir: Path, accelerator: Accelerator, trained: Trained, state: Train
             if accelerator.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
             raise UsageError(f"--run-dir {run_dir}: {name} could not be saved ({failure}); older ones are intact.")
+
+
+def _whole_weights(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """On the main process: copies of the model's weights and the average's (empty if none is kept).
+
+    Statistics (BatchNorm) are the processes' mean.
+    """
+    accelerator, copies = trained.parallel.accelerator, []
+    average = {} if trained.ema is None else {trained.ema.module: trained.ema.module.state_dict}
+    for module, whole in {trained.parallel.module: trained.parallel.weights, **average}.items():
+        with shared_buffers(accelerator, module):
+            found = whole()
+            if accelerator.is_main_process:
+                copies.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()})
+    return tuple(copies + [{}] * (2 - len(copies)))  # type: ignore[return-value]
 
 
 def _attempt(work: Callable[[], None]) -> str:
@@ -123,12 +118,13 @@ def _first_failure(accelerator: Accelerator, failure: str) -> str:
     )
 
 
-def _write(aside: Path, accelerator: Accelerator, trained: Trained, state: TrainState) -> None:
-    save_tensors(accelerator.unwrap_model(trained.model).state_dict(), aside / "model.safetensors")
-    if trained.ema is not None:
-        save_tensors(trained.ema.module.state_dict(), aside / "ema.safetensors")
+def _write(aside: Path, accelerator: Accelerator, state: TrainState, whole: tuple[dict[str, Any], ...]) -> None:
+    weights, averaged, optimizer_state = whole
+    save_tensors(weights, aside / "model.safetensors")
+    if averaged:
+        save_tensors(averaged, aside / "ema.safetensors")
     tensors: dict[str, torch.Tensor] = {}
-    save_json(encode(trained.optimizer.state_dict(), "", tensors), aside / "optimizer.json")
+    save_json(encode(optimizer_state, "", tensors), aside / "optimizer.json")
     save_tensors(tensors, aside / "optimizer.safetensors")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     facts = {"format": FORMAT, "num_processes": accelerator.num_processes, "scaler": scaler, "state": asdict(state)}
@@ -153,27 +149,28 @@ def _commit(root: Path, aside: Path, name: str, best: bool) -> None:
             shutil.rmtree(folder)
 
 
-def load(run_dir: Path, accelerator: Accelerator, trained: Trained) -> None:
-    """Put back all of the last checkpoint but its `read_state`; to be called after ``accelerator.prepare``.
+def load(run_dir: Path, trained: Trained) -> None:
+    """Put back all of the last checkpoint but its `read_state`. Every process must call this.
 
-    With another number of processes the random streams of dropout are left as they are.
+    It may come from another engine or number of processes. With another number of processes the random streams of
+    dropout are left as they are, and all begin with the mean BatchNorm statistics.
 
     Raises:
-        UsageError: a file is missing or damaged, or the format is newer than this version reads.
+        UsageError: a file is missing or damaged, or the format is another than this version's.
     """
+    accelerator, parallel = trained.parallel.accelerator, trained.parallel
     folder = run_dir / "checkpoints" / "last"
     facts = _read_facts(folder)
     try:
-        accelerator.unwrap_model(trained.model).load_state_dict(load_file(folder / "model.safetensors"))
+        tensors = load_file(folder / "optimizer.safetensors")
+        optimizer_state = decode(json.loads((folder / "optimizer.json").read_text()), tensors)
+        parallel.load(load_file(folder / "model.safetensors"), optimizer_state)
         if trained.ema is not None:
             trained.ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
-        tensors = load_file(folder / "optimizer.safetensors")
-        trained.optimizer.load_state_dict(decode(json.loads((folder / "optimizer.json").read_text()), tensors))
-        _lay_out_like_parameters(trained.optimizer)
         if accelerator.scaler is not None and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
         if facts["num_processes"] == accelerator.num_processes:
-            _set_rng_state(load_file(folder / f"rng-{accelerator.process_index}.safetensors"))
+            _put_back_own_state(trained, load_file(folder / f"process-{accelerator.process_index}.safetensors"))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(folder, error) from None
 
@@ -186,8 +183,11 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads((folder / "state.json").read_text())
-        if facts["format"] > FORMAT:
-            raise UsageError(f"checkpoint {folder} was written by a newer version of cifar-dist; update to read it.")
+        if facts["format"] != FORMAT:
+            raise UsageError(
+                f"checkpoint {folder} has format {facts['format']}, this version of cifar-dist reads {FORMAT};"
+                " go on with the version that wrote it."
+            )
         TrainState(**facts["state"])
         return {**facts, "num_processes": int(facts["num_processes"]), "scaler": dict(facts["scaler"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -198,14 +198,6 @@ def _damaged(folder: Path, error: Exception) -> UsageError:
     return UsageError(
         f"checkpoint {folder} cannot be read ({_first_line(error)}); restore it, or start afresh in another --run-dir."
     )
-
-
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded moments their parameter's memory layout (channels_last), as they had before they were saved."""
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def exists(run_dir: Path) -> bool:
@@ -243,15 +235,29 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    """The generators that dropout and stochastic depth draw from; all else is a function of the step."""
-    states = {"cpu": torch.get_rng_state()}
+def _own_buffers(trained: Trained) -> dict[str, torch.Tensor]:
+    """Buffers in which processes differ: BatchNorm statistics of their own micro-batches."""
+    modules = {"model": trained.parallel.module, "ema": None if trained.ema is None else trained.ema.module}
+    return {
+        f"{whose}.{name}": buffer
+        for whose, module in modules.items()
+        if module is not None and trained.parallel.accelerator.num_processes > 1
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _own_state(trained: Trained) -> dict[str, torch.Tensor]:
+    """What this process alone has: its buffers, and the generators that dropout and stochastic depth draw from."""
+    states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states | _own_buffers(trained)
 
 
-def _set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _put_back_own_state(trained: Trained, states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if "random.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["random.cuda"])
+    with torch.no_grad():
+        for name, buffer in _own_buffers(trained).items():
+            buffer.copy_(states[name])

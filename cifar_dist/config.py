@@ -98,6 +98,7 @@ class ModelConfig:
         None, "per-channel standard deviation (default: the model's own)", type=positive, nargs=3
     )
     interpolation: str | None = option(None, "resize filter (default: the model's own)", choices=INTERPOLATIONS)
+    sync_bn: bool = option(False, "batch statistics over all processes (SyncBatchNorm)")
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")
 
@@ -158,6 +159,13 @@ class RunConfig:
         None, "stop after this many epochs without a better top-1 (early stopping)", type=positive_int
     )
     min_delta: float = option(0.0, "smallest gain in top-1 (a fraction) that early stopping counts", type=fraction)
+    on_nan: str = option(
+        "stop",
+        "a loss or gradient that is not finite: stop after a checkpoint of the last good state, or skip the batch "
+        "(at most 10 in a row)",
+        choices=("stop", "skip"),
+    )
+    ddp_timeout: int = option(600, "seconds a process waits for the others, e.g. for a late node", type=positive_int)
     run_dir: str | None = option(None, "folder of this run (default: runs/MODEL-DATASET-TIME)")
     resume: str = option(
         "never", "auto: continue from the last checkpoint in --run-dir if there is one", choices=("never", "auto")

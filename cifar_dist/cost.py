@@ -7,6 +7,7 @@ import torch
 from cifar_dist.config import Config
 from cifar_dist.data import TrainingData
 from cifar_dist.models import count_parameters
+from cifar_dist.models.sync_bn import has_batch_norm
 from cifar_dist.optim import state_per_parameter
 from cifar_dist.plan import Sizes
 
@@ -24,4 +25,5 @@ def measure(config: Config, data: TrainingData, model: torch.nn.Module) -> Sizes
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         state_per_parameter=state_per_parameter(config.optim),
+        has_batch_norm=has_batch_norm(model),
     )

@@ -4,51 +4,62 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from typing import TypeVar
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 
 from cifar_dist.errors import FAILURE_STATUS, UsageError
+from cifar_dist.launch import prepare_environment
 
 T = TypeVar("T")
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start(precision: str) -> Accelerator:
+def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     """Join the process group that the launcher asked for, or refuse.
 
     Args:
-        precision: fp32, bf16 or fp16; the compute type of autocast.
+        precision: fp32, bf16 or fp16; the compute type of autocast. DeepSpeed runs bf16 by its own configuration.
+        timeout_seconds: how long a process waits for the others, at the start and in any collective.
 
     Raises:
-        UsageError: the device lacks the precision, or the processes would train side by side
-            without sharing gradients.
+        UsageError: the launcher, the machine and the precision do not fit together, processes are missing, or
+            they would train side by side without sharing gradients.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if missing := [name for name in LAUNCHER_VARIABLES if launched > 1 and name not in os.environ]:
-        raise UsageError(
-            f"WORLD_SIZE is {launched} but {', '.join(missing)} are not set; start with torchrun --nproc-per-node N."
-        )
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and precision == "fp16":
+    launch = prepare_environment(precision)
+    if launch.on_cpu and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
+    autocast = "no" if precision == "fp32" or (launch.deepspeed and precision == "bf16") else precision
+    # Accelerate leaves out a timeout that equals its default for NCCL, and gloo's own is another.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1))
+    if launch.on_cpu and launch.grouped:
+        group.backend = "gloo"
+    launch.wait_for_rank_0(timeout_seconds)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
-    except ValueError as error:
-        raise UsageError(f"Accelerate does not start with --precision {precision}: {error}") from None
-    if on_cpu:
-        _keep_freed_memory()
-    if accelerator.num_processes != launched:
-        raise UsageError(
-            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}; launch with"
-            " torchrun --nproc-per-node N train.py …"
+        accelerator = Accelerator(
+            cpu=launch.on_cpu and not launch.deepspeed, mixed_precision=autocast, kwargs_handlers=[group, ddp]
         )
-    if launched > 1 and accelerator.distributed_type == DistributedType.NO:
-        raise UsageError(f"{launched} processes were started but none would share gradients; check the launch config.")
+    except ValueError as error:
+        raise UsageError(f"Accelerate does not start (--precision {precision}): {error}") from None
+    except torch.distributed.DistError as error:
+        raise UsageError(launch.absence(str(error), timeout_seconds)) from None
+    if launch.on_cpu:
+        _keep_freed_memory()
+    launch.check(accelerator.num_processes, accelerator.distributed_type)
     return accelerator
 
 
@@ -101,11 +112,72 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def share_buffers(accelerator: Accelerator, module: torch.nn.Module) -> None:
-    """Give every process the main process's buffers (BatchNorm statistics), so that all evaluate one model."""
-    if accelerator.num_processes > 1:
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+def engine_name(accelerator: Accelerator) -> str:
+    """How the job keeps and shares its training state: single, ddp, zero1 to zero3, zero3_offload or fsdp2."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        layout = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        kept = [layout.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+        return f"zero{layout['stage']}" + ("_offload" if kept != ["none", "none"] else "")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "single" if accelerator.num_processes == 1 else "ddp"
+
+
+def device_bytes(accelerator: Accelerator) -> int:
+    """Memory of this process's device; on a CPU its share of the machine's."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_properties(accelerator.device).total_memory
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+
+
+def autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[Any]:
+    """The forward pass's compute type on any engine."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
+    """Compare what every process found with what the first one did.
+
+    Raises:
+        UsageError: on every process; names those that differ, their machine, and in what.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = gather_object([(platform.node(), facts)])
+    for rank, (machine, theirs) in enumerate(found):
+        for name in facts:
+            first = found[0][1][name]
+            if theirs[name] != first:
+                raise UsageError(
+                    f"process {rank} (on {machine}) has another {name} than process 0 ({theirs[name]} against {first});"
+                    " give every process the same command, code and data."
+                )
+
+
+@contextmanager
+def shared_buffers(accelerator: Accelerator, module: torch.nn.Module) -> Iterator[None]:
+    """Give every process the mean of all processes' buffers (BatchNorm statistics), so that all evaluate one model.
+
+    Afterwards each process has its own again: whether and when a run is evaluated does not change its training.
+    """
+    own = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if accelerator.num_processes == 1 or not own:
+        yield
+        return
+    kept = [buffer.clone() for buffer in own]
+    flat = torch.cat([buffer.flatten().double() for buffer in own])
+    torch.distributed.all_reduce(flat)
+    flat /= accelerator.num_processes
+    for buffer, mean in zip(own, flat.split([buffer.numel() for buffer in own]), strict=True):
+        buffer.copy_(mean.view(buffer.shape))
+    try:
+        yield
+    finally:
+        for buffer, value in zip(own, kept, strict=True):
+            buffer.copy_(value)
 
 
 def total(accelerator: Accelerator, sums: torch.Tensor) -> list[float]:

@@ -6,71 +6,88 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
 from cifar_dist.batches import Batch
+from cifar_dist.control import BeforeStep, Verdict, agree
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed import total
-from cifar_dist.errors import Diverged
+from cifar_dist.distributed import autocast, total
+from cifar_dist.parallel import Replicated
 
 
-@dataclass(frozen=True)
 class Stepper:
-    """What a training step works with: the prepared model and optimizer, and the loss's settings."""
+    """What a training step works with.
 
-    accelerator: Accelerator
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    smoothing: float
-    clip_grad: float | None
+    Args:
+        parallel: the engine that holds the model and its optimizer.
+        smoothing: label smoothing.
+    """
+
+    def __init__(self, parallel: Replicated, smoothing: float):
+        self.parallel, self.smoothing = parallel, smoothing
+        self.before = BeforeStep(parallel.module, parallel.accelerator.device)
 
 
-def train_step(stepper: Stepper, micro_batches: Iterable[Batch]) -> torch.Tensor:
-    """One optimizer update from this process's micro-batches.
+def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = False) -> tuple[torch.Tensor, Verdict]:
+    """One optimizer update from this process's micro-batches, unless a number in it is not finite.
 
     The update follows the mean loss over the real rows of the global batch, whatever the number of
-    processes and micro-batches.
+    processes and micro-batches. A refused step leaves weights, optimizer, buffers and random streams as they were.
+
+    Args:
+        stepper: the engine and the loss's settings.
+        micro_batches: this process's part of the global batch.
+        stop: whether this process was asked to stop; the verdict says so to all of them.
 
     Returns:
-        float64 (2,) on the device: this process's share of the global batch's mean loss and top-1;
-        summed over processes they are the batch's. Nothing is fetched to the host.
+        float64 (2,) on the device: this process's share of the global batch's mean loss and top-1 (summed over
+        processes they are the batch's), and what the processes agreed on.
     """
-    accelerator, model, optimizer = stepper.accelerator, stepper.model, stepper.optimizer
-    # Accelerate divides by the accumulation and DDP by the processes; the weights already do both.
-    undo = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    share = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    parallel = stepper.parallel
+    device = parallel.accelerator.device
+    stepper.before.keep()
+    share = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in micro_batches:
-        with accelerator.accumulate(model):
-            logits = model(batch.images)
+        with parallel.micro_batch(batch.last):
+            logits = parallel.model(batch.images).float()
             soft = batch.targets.is_floating_point()  # mixup has smoothed them already
             losses = F.cross_entropy(
                 logits, batch.targets, reduction="none", label_smoothing=0.0 if soft else stepper.smoothing
             )
             loss = (losses * batch.weights).sum()
-            accelerator.backward(loss * undo)
-            if accelerator.sync_gradients and stepper.clip_grad is not None:
-                accelerator.clip_grad_norm_(model.parameters(), stepper.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
+            # The gradient of a loss that is not finite is made so too: every engine, and every process, sees it.
+            parallel.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         correct = (logits.detach().argmax(1) == batch.labels) * batch.weights
         share += torch.stack([loss.detach(), correct.sum()])
-    return share
+    bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
+    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, stop)
+    if verdict.bad:
+        parallel.drop()
+    elif parallel.update():
+        verdict = replace(verdict, bad=True)
+    if verdict.bad:
+        stepper.before.put_back()
+    return share, verdict
 
 
 class Meter:
-    """Means over the steps since the last reading; what it adds up stays on the device until then."""
+    """Means over the steps since the last reading; what it adds up stays on the device until then.
+
+    Attributes:
+        steps: how many steps the next reading is over.
+    """
 
     def __init__(self, accelerator: Accelerator, batch_size: int):
         self._accelerator, self._batch_size = accelerator, batch_size
         self._restart()
 
     def _restart(self) -> None:
-        self._steps = 0
+        self.steps = 0
         self._sum = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
         self._started = time.perf_counter()
 
@@ -84,19 +101,13 @@ class Meter:
     def add(self, share: torch.Tensor) -> None:
         """Count one step's share, as `train_step` returns it."""
         self._sum += share
-        self._steps += 1
+        self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Mean training loss (nats), top-1 (fraction) and images/s of the whole job since the last reading.
-
-        Raises:
-            Diverged: the loss is not finite, on every process alike.
-        """
+        """Mean training loss (nats), top-1 (fraction) and images/s of the whole job since the last reading."""
         loss, top1 = total(self._accelerator, self._sum)
-        steps, seconds = self._steps, time.perf_counter() - self._started
+        steps, seconds = self.steps, time.perf_counter() - self._started
         self._restart()
-        if not math.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} within the last {steps} steps; lower --lr or set --clip-grad.")
         return {
             "train/loss": loss / steps,
             "train/top1": top1 / steps,
@@ -123,9 +134,14 @@ def _passes(accelerator: Accelerator, split: ResidentSet, preprocess: Preprocess
         yield Rows(rows, positions < len(split), preprocess(split.images[rows]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, split: ResidentSet, preprocess: Preprocess, batch_size: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    split: ResidentSet,
+    preprocess: Preprocess,
+    batch_size: int,
+    precision: str,
 ) -> dict[str, float]:
     """Mean cross-entropy and top-1 of `model` over every row of `split`, each counted once.
 
@@ -135,7 +151,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for part in _passes(accelerator, split, preprocess, batch_size):
-        with accelerator.autocast():
+        with autocast(accelerator, precision):
             logits = model(part.images).float()
         labels = split.labels[part.rows]
         losses = F.cross_entropy(logits, labels, reduction="none") * part.real
@@ -147,9 +163,14 @@ def evaluate(
     return {"loss": loss / count, "top1": correct_rows / count}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: torch.nn.Module, split: ResidentSet, preprocess: Preprocess, batch_size: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    split: ResidentSet,
+    preprocess: Preprocess,
+    batch_size: int,
+    precision: str,
 ) -> torch.Tensor:
     """Logits of every row of `split`.
 
@@ -159,7 +180,7 @@ def predict(
     model.eval()
     found: list[torch.Tensor] = []
     for part in _passes(accelerator, split, preprocess, batch_size):
-        with accelerator.autocast():
+        with autocast(accelerator, precision):
             logits = model(part.images).float()
         found.append(accelerator.gather(logits).cpu())
     return torch.cat(found)[: len(split)]

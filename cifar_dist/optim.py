@@ -51,3 +51,25 @@ def state_per_parameter(config: OptimConfig) -> int:
         raise UsageError(f"--opt {config.opt} cannot step from gradients alone ({error}); take another.") from None
     tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return round(sum(t.numel() for t in tensors) / 1000)
+
+
+def is_elementwise(config: OptimConfig) -> bool:
+    """Whether the optimizer treats each number of a matrix alone, so that two halves of it are updated as the whole."""
+    draws = torch.Generator().manual_seed(0)
+    weights, gradient = torch.randn(2, 256 * 160, generator=draws, dtype=torch.float64)
+    changes = []
+    for shape, pieces in (((256, 160), 1), ((-1,), 2)):
+        parameters = [torch.nn.Parameter(piece.clone().view(shape)) for piece in weights.chunk(pieces)]
+        optimizer = create_optimizer_v2(
+            [{"params": parameters}],
+            opt=config.opt,
+            lr=0.1,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        )
+        for step in (1, 2):
+            for parameter, part in zip(parameters, gradient.chunk(pieces), strict=True):
+                parameter.grad = part.view(shape) * step
+            optimizer.step()
+        changes.append(torch.cat([parameter.detach().flatten() for parameter in parameters]) - weights)
+    return bool((changes[0] - changes[1]).abs().max() < 1e-6 * changes[0].abs().max())

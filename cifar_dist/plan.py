@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2
 
 from cifar_dist.config import Config, OptimConfig
 from cifar_dist.errors import UsageError
+from cifar_dist.memory import CONFIG_FILES, MIB, Load, Usage, gain, refuses_average, usage
 from cifar_dist.ordering import steps_per_epoch
 
 
@@ -64,6 +65,7 @@ class Sizes:
     num_parameters: int
     num_trainable: int
     state_per_parameter: int
+    has_batch_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Plan:
     num_val: int
     num_test: int | None
     num_classes: int
+    has_batch_norm: bool
     select_on: str
+    engine: str
     num_processes: int
     batch_size: int
     micro_batch_size: int
@@ -90,7 +94,8 @@ class Plan:
     num_trainable: int
     state_per_parameter: int
     data_bytes: int
-    state_bytes: int
+    memory: Usage
+    notes: tuple[str, ...]
 
     def epoch_of(self, step: int) -> float:
         """Epochs completed after `step` optimizer steps."""
@@ -106,7 +111,6 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for people, a fact a line."""
-        mib = 2**20
         test = "" if self.num_test is None else f", test {self.num_test:,}"
         if self.select_on == "test":
             test += " (val IS test: the best epoch is picked on it)"
@@ -118,8 +122,8 @@ class Plan:
             f"steps       {self.total_steps:,} of {self.schedule_steps:,} scheduled, {self.steps_per_epoch:,} an epoch",
             f"lr          first step {self.lr_first:.4g}, after {self.warmup_steps:,} warmup steps"
             f" {self.lr_after_warmup:.4g}, last step {self.lr_last:.4g}",
-            f"memory      per process about {self.state_bytes / mib:,.0f} MiB weights, gradients and optimizer state,"
-            f" {self.data_bytes / mib:,.0f} MiB data; activations come on top",
+            f"memory      {self.engine}: each process holds about {self.memory}; activations come on top",
+            *self.notes,
         ]
 
 
@@ -145,14 +149,48 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: in
     return micro, share // micro
 
 
-def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
+def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | None = None) -> Plan:
     """Derive every number of the run.
+
+    Args:
+        config: the run's configuration.
+        sizes: of its data and model.
+        num_processes: that train together.
+        engine: how they keep the training state, a name of `memory`; without one, single or ddp.
 
     Raises:
         UsageError: the numbers contradict each other (batch, warmup, data set size, mixup).
     """
     run, optim = config.run, config.optim
-    micro, accumulation = split_batch(run.batch_size, run.micro_batch_size, num_processes)
+    micro, accumulation = _split(config, num_processes)
+    _refuse_contradictions(config, sizes)
+    engine = engine or ("single" if num_processes == 1 else "ddp")
+    updates = steps_per_epoch(sizes.num_train, run.batch_size)
+    schedule_steps = run.epochs * updates
+    total = min(schedule_steps, run.max_steps or schedule_steps)
+    warmup_steps = round(optim.warmup_epochs * updates)
+    return Plan(
+        **asdict(sizes),
+        select_on=config.data.select_on,
+        engine=engine,
+        num_processes=num_processes,
+        batch_size=run.batch_size,
+        micro_batch_size=micro,
+        grad_accum_steps=accumulation,
+        steps_per_epoch=updates,
+        schedule_steps=schedule_steps,
+        total_steps=total,
+        warmup_steps=warmup_steps,
+        lr_first=lr_at(0, optim, run.epochs, updates),
+        lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
+        lr_last=lr_at(total - 1, optim, run.epochs, updates),
+        memory=usage(engine, num_processes, _load(config, sizes), accumulation > 1),
+        notes=tuple(_depends_on_processes(config, sizes, num_processes, micro)),
+    )
+
+
+def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
+    run, optim = config.run, config.optim
     if run.batch_size > sizes.num_train:
         raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
     if optim.warmup_epochs >= run.epochs:
@@ -171,26 +209,81 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int) -> Plan:
         raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
-    if (config.augment.mixup or config.augment.cutmix) and micro % 2:
+
+
+def _split(config: Config, num_processes: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps of the run; see `split_batch`.
+
+    Raises:
+        UsageError: the batch does not divide, or mixup cannot pair the images of a micro-batch.
+    """
+    micro, accumulation = split_batch(config.run.batch_size, config.run.micro_batch_size, num_processes)
+    if _pairs_images(config) and micro % 2:
         raise UsageError(f"--mixup and --cutmix pair images: the micro-batch of {micro} must be even.")
-    updates = steps_per_epoch(sizes.num_train, run.batch_size)
-    schedule_steps = run.epochs * updates
-    total = min(schedule_steps, run.max_steps or schedule_steps)
-    warmup_steps = round(optim.warmup_epochs * updates)
-    copies = 1 + (optim.model_ema_decay is not None)
-    return Plan(
-        **asdict(sizes),
-        select_on=config.data.select_on,
-        num_processes=num_processes,
-        batch_size=run.batch_size,
-        micro_batch_size=micro,
-        grad_accum_steps=accumulation,
-        steps_per_epoch=updates,
-        schedule_steps=schedule_steps,
-        total_steps=total,
-        warmup_steps=warmup_steps,
-        lr_first=lr_at(0, optim, run.epochs, updates),
-        lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
-        lr_last=lr_at(total - 1, optim, run.epochs, updates),
-        state_bytes=4 * (copies * sizes.num_parameters + (1 + sizes.state_per_parameter) * sizes.num_trainable),
+    return micro, accumulation
+
+
+def _pairs_images(config: Config) -> bool:
+    return bool(config.augment.mixup or config.augment.cutmix)
+
+
+def _load(config: Config, sizes: Sizes) -> Load:
+    """What the run has to hold, whichever engine holds it."""
+    return Load(
+        num_parameters=sizes.num_parameters,
+        num_trainable=sizes.num_trainable,
+        state_per_parameter=sizes.state_per_parameter,
+        data_bytes=sizes.data_bytes,
+        precision=config.run.precision,
+        average=config.optim.model_ema_decay is not None,
     )
+
+
+def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micro: int) -> list[str]:
+    """What makes results depend on the number of processes, a line each."""
+    if num_processes == 1:
+        return []
+    lines = []
+    if sizes.has_batch_norm and not config.model.sync_bn:
+        lines.append(
+            f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
+            f" --sync-bn takes them over all {num_processes * micro}"
+        )
+    if _pairs_images(config):
+        lines.append(
+            f"mixup       pairs images within a process's micro-batch of {micro}, so results depend on the number of"
+            " processes"
+        )
+    return lines
+
+
+def engine_table(config: Config, sizes: Sizes) -> list[str]:
+    """What each engine would need on 1, 2, 4 and 8 processes, a line each: to choose one before queueing."""
+    header = ("engine", "processes", "batch each", "weights", "gradients", "optimizer", "buckets", "data", "sum", "")
+    rows: list[tuple[str, ...]] = [header]
+    refused = []
+    for num_processes in (1, 2, 4, 8):
+        try:
+            micro, accumulation = _split(config, num_processes)
+        except UsageError as error:
+            refused.append(f"{num_processes} processes: {error}")
+            continue
+        for engine in ("single",) if num_processes == 1 else ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+            if config.optim.model_ema_decay is not None and refuses_average(engine, config.run.precision):
+                continue
+            needs = usage(engine, num_processes, _load(config, sizes), accumulation > 1)
+            parts = (needs.weights, needs.gradients, needs.optimizer, needs.buckets, needs.data)
+            numbers = [f"{size / MIB:,.0f}" for size in (*parts, sum(parts))]
+            rows.append((engine, str(num_processes), f"{micro} x {accumulation}", *numbers, CONFIG_FILES[engine]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *middle, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
+    return ["engines     MiB that each process would hold; activations come on top", *lines, *refused]
+
+
+def zero_gain(config: Config, sizes: Sizes, plan: Plan, device_bytes: int) -> list[str]:
+    """What the plan's engine brings against DDP on a device of so many bytes, as a line of the plan; see `gain`."""
+    line = gain(plan.engine, plan.memory, usage("ddp", plan.num_processes, _load(config, sizes)), device_bytes)
+    return [] if line is None else [f"gain        {line}"]

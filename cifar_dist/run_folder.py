@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
@@ -22,10 +23,13 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors")
+PACKAGES = (
+    "torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors",
+    "deepspeed",
+)  # fmt: skip
 NOT_THE_TRAINING = {
     "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "wandb", "wandb_project", "cache_dir",
-    "micro_batch_size",
+    "micro_batch_size", "on_nan", "ddp_timeout",
 }  # fmt: skip
 
 
@@ -65,6 +69,16 @@ def _check_same_training(saved: Path, config: Config) -> None:
             f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}); give those,"
             " or another --run-dir."
         )
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What every process of a job must have alike before it begins: settings, code and libraries."""
+    settings = {name: value for name, value in config.flat().items() if name != "cache_dir"}
+    return {
+        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "commit": str(_git_commit()),
+        "set of libraries": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+    }
 
 
 def run_lock(run_dir: Path) -> FileLock:
@@ -114,6 +128,17 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
         file.write(config.as_recipe())
     for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
         (run_dir / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def note_bad_step(run_dir: Path, step: int, lr: float, ids: list[int]) -> str:
+    """Write down a step whose loss or gradient is not finite, for those who look for the image; a sentence about it."""
+    note = run_dir / f"not-finite-{step:08d}.json"
+    note.write_text(json.dumps({"step": step, "lr": lr, "sample_ids": ids}) + "\n", encoding="utf-8")
+    shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
+    return (
+        f"the loss or its gradient is not finite in step {step} (counted from 0; lr {lr:.3g};"
+        f" {len(ids)} images, ids {shown}; all of them in {note})"
+    )
 
 
 def _environment(plan: Plan) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def test_missing_and_binary_recipes(tmp_path):
 
 
 def test_other_ranks_say_nothing(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(SystemExit) as stop:
         parse_command_line(["--lr", "-1"])
     assert stop.value.code == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from cifar_dist.config import InputConfig, OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.engine import Meter, Stepper, evaluate, predict, train_step
-from cifar_dist.errors import Diverged
 from cifar_dist.models import build_model
 from cifar_dist.optim import make_optimizer
 from cifar_dist.ordering import epoch_order
+from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Schedule, Sizes, make_plan
 
 INPUT = InputConfig(img_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear")
@@ -41,15 +42,16 @@ def normalised(pixels):
 def our_losses(config, model, data, steps, accelerator):
     sizes = Sizes(len(data), 0, None, 10, 0, 0, 0, 0)
     plan = make_plan(config, sizes, num_processes=1)
-    accelerator.gradient_accumulation_steps, accelerator.step = plan.grad_accum_steps, 0
-    model, optimizer = accelerator.prepare(model.train(), make_optimizer(model, config.optim))
-    schedule = Schedule(optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
-    batches = ResidentBatches(data, config, plan, INPUT, accelerator)
-    stepper = Stepper(accelerator, model, optimizer, config.augment.smoothing, config.optim.clip_grad)
+    parallel = Replicated(accelerator, model.train(), make_optimizer(model, config.optim), config.optim.clip_grad)
+    schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
+    batches = ResidentBatches(data, config, plan, INPUT, parallel)
+    stepper = Stepper(parallel, config.augment.smoothing)
     losses = []
     for step in range(steps):
         schedule.apply(step)
-        losses.append(train_step(stepper, batches(step))[0].item())
+        share, verdict = train_step(stepper, batches(step))
+        assert not verdict.bad
+        losses.append(share[0].item())
     return losses
 
 
@@ -120,7 +122,8 @@ def test_an_epochs_last_batch_is_the_mean_over_its_real_rows(accelerator):
 def test_mixup_trains_and_does_not_depend_on_what_was_drawn_before(accelerator, flags):
     config = parse_command_line(["--batch-size", "16", "--model", "cnn4", *flags.split()]).config
     plan = make_plan(config, Sizes(160, 0, None, 10, 0, 0, 0, 0), 1)
-    batches = ResidentBatches(images(160), config, plan, INPUT, accelerator)
+    parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
+    batches = ResidentBatches(images(160), config, plan, INPUT, parallel)
     first = next(batches(3))
     np.random.seed(77)
     again = next(batches(3))
@@ -137,8 +140,8 @@ def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10))
     preprocess = Preprocess(INPUT, "cpu", torch.float32)
-    scores = evaluate(accelerator, model, data, preprocess, batch_size)
-    logits = predict(accelerator, model, data, preprocess, batch_size)
+    scores = evaluate(accelerator, model, data, preprocess, batch_size, "fp32")
+    logits = predict(accelerator, model, data, preprocess, batch_size, "fp32")
     with torch.inference_mode():
         expected = model.eval()(normalised(data.images))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -147,7 +150,7 @@ def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
     assert scores["loss"] == pytest.approx(log_loss(data.labels, probabilities, labels=range(10)), rel=1e-4)
 
 
-def test_the_meter_reads_means_and_refuses_what_is_not_finite(accelerator, monkeypatch):
+def test_the_meter_reads_means(accelerator, monkeypatch):
     clock = itertools.count(0.0, 0.5)
     monkeypatch.setattr("cifar_dist.engine.time.perf_counter", lambda: next(clock))
     meter = Meter(accelerator, batch_size=10)  # 0.0
@@ -157,6 +160,3 @@ def test_the_meter_reads_means_and_refuses_what_is_not_finite(accelerator, monke
     meter.add(torch.tensor([4.0, 0.0], dtype=torch.float64))
     expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / (1.5 - 0.5)}
     assert meter.read() == pytest.approx(expected)
-    meter.add(torch.tensor([float("nan"), 0.0], dtype=torch.float64))
-    with pytest.raises(Diverged, match="nan within the last 1 steps"):
-        meter.read()

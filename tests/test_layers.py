@@ -10,10 +10,12 @@ from tests.conftest import ROOT
 
 LAYERS = [
     {"errors"},
-    {"config", "ordering", "durable"},
-    {"command_line", "plan"},
-    {"distributed", "models", "optim", "data", "checkpoint", "wandb_run", "metrics", "predictions", "run_folder"},
-    {"batches", "cost", "figures", "tracking"},
+    {"config", "ordering", "durable", "train_state"},
+    {"command_line", "memory", "launch"},
+    {"plan"},
+    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder"},
+    {"control", "parallel", "cost", "figures", "tracking"},
+    {"batches", "checkpoint"},
     {"engine", "report"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))

@@ -1,5 +1,6 @@
 """Derived numbers, and learning rates against closed forms and plain PyTorch schedulers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.errors import UsageError
-from cifar_dist.plan import Schedule, Sizes, lr_at, make_plan, split_batch
+from cifar_dist.memory import MIB, Load, usage
+from cifar_dist.plan import Schedule, Sizes, engine_table, lr_at, make_plan, split_batch, zero_gain
 
 SIZES = Sizes(
     num_train=45_000, num_val=5_000, num_test=10_000, num_classes=10, data_bytes=50_000 * 3072,
@@ -20,8 +22,8 @@ def optim(*argv):
     return parse_command_line(argv).config.optim
 
 
-def plan(*argv, processes=1):
-    return make_plan(parse_command_line(argv).config, SIZES, processes)
+def plan(*argv, processes=1, engine=None, sizes=SIZES):
+    return make_plan(parse_command_line(argv).config, sizes, processes, engine)
 
 
 def torch_lrs(make, lr, count):
@@ -111,8 +113,81 @@ def test_plan_of_study_e_counted_by_hand():
     found = plan("--batch-size", "64", "--epochs", "50")
     assert (found.steps_per_epoch, found.total_steps) == (704, 35_200)  # 45,000 / 64 = 703.1
     assert (found.micro_batch_size, found.grad_accum_steps) == (64, 1)
-    assert found.state_bytes == 4 * (1_000 + 3 * 900)  # weights, gradients, two moments
+    assert found.memory.state == 4 * (1_000 + 3 * 900)  # weights, gradients, two moments
     assert found.epoch_of(704) == 1
+
+
+def test_a_plan_names_its_engine_and_what_a_process_holds():
+    assert (plan().engine, plan(processes=2).engine, plan(processes=2, engine="zero3").engine) == (
+        "single", "ddp", "zero3",
+    )  # fmt: skip
+    sizes = dataclasses.replace(SIZES, num_parameters=3 * MIB, num_trainable=2 * MIB)
+    found = plan("--model-ema-decay", "0.9", "--batch-size", "64", processes=2, sizes=sizes)
+    assert found.memory == usage("ddp", 2, Load(3 * MIB, 2 * MIB, 2, SIZES.data_bytes, average=True))
+    assert found.lines()[-1] == (
+        "memory      ddp: each process holds about 24 MiB weights, 8 MiB gradients, 16 MiB optimizer state, 146 MiB"
+        " data; activations come on top"
+    )
+    held = plan("--precision", "fp16", processes=4, engine="zero2").memory
+    assert held == usage("zero2", 4, Load(1_000, 900, 2, SIZES.data_bytes, precision="fp16"))
+    between = plan("--micro-batch-size", "8", processes=4, engine="fsdp2").memory
+    assert between.gradients == 4 * 900
+
+
+def test_what_depends_on_the_number_of_processes_is_said():
+    normed = dataclasses.replace(SIZES, has_batch_norm=True)
+    argv = ["--batch-size", "128", "--mixup", "0.2"]
+    statistics, pairs = plan(*argv, processes=4, sizes=normed).lines()[-2:]
+    assert statistics == (
+        "batch norm  statistics per process: over 32 images, so results depend on the number of processes; --sync-bn"
+        " takes them over all 128"
+    )
+    assert pairs.startswith("mixup       pairs images within a process's micro-batch of 32, so results depend")
+    assert plan(*argv, "--sync-bn", processes=4, sizes=normed).notes == (pairs,)
+    assert plan("--cutmix", "1", processes=4).notes == (pairs,)
+    assert plan(*argv, processes=1, sizes=normed).notes == ()
+    assert plan(processes=4).notes == ()
+
+
+def table(*argv):
+    sizes = dataclasses.replace(SIZES, num_parameters=4 * MIB, num_trainable=4 * MIB, data_bytes=5 * MIB)
+    lines = engine_table(parse_command_line(argv).config, sizes)
+    return lines, [line.split() for line in lines]
+
+
+def test_table_of_engines_counted_by_hand():
+    lines, cells = table("--batch-size", "64", "--micro-batch-size", "16")
+    assert [row[:2] for row in cells[2:]] == [["single", "1"]] + [
+        [engine, str(count)] for count in (2, 4, 8) for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+    ]
+    assert cells[2][2:] == ["16", "x", "4", "16", "16", "32", "0", "5", "69", "accelerate_configs/gpu.yaml"]
+    zero2_on_4 = next(row for row in cells if row[:2] == ["zero2", "4"])
+    assert zero2_on_4[2:] == [
+        "16", "x", "1", "16", "4", "12", "38", "5", "75", "accelerate_configs/zero2.yaml",
+    ]  # fmt: skip
+    assert zero2_on_4[2:5] != cells[-1][2:5] == ["8", "x", "1"]
+    ends = {line.index("accelerate_configs") for line in lines[2:]}
+    assert len(ends) == 1
+
+
+def test_table_says_what_does_not_divide_and_leaves_out_what_is_refused():
+    lines, cells = table("--batch-size", "36", "--mixup", "0.2", "--model-ema-decay", "0.9")
+    assert [row[0] for row in cells[2:-2]] == ["single", "ddp", "zero1", "zero2"]
+    assert lines[-2] == "4 processes: --mixup and --cutmix pair images: the micro-batch of 9 must be even."
+    assert lines[-1].startswith("8 processes: --batch-size 36 is global and does not divide over 8 processes;")
+
+
+def test_gain_compares_with_ddp_on_as_many_processes():
+    config = parse_command_line(["--batch-size", "64"]).config
+    sizes = dataclasses.replace(SIZES, num_parameters=400 * MIB, num_trainable=400 * MIB)
+    ddp, sharded = (make_plan(config, sizes, 4, engine) for engine in ("ddp", "fsdp2"))
+    assert zero_gain(config, sizes, ddp, 2**40) == []
+    [said] = zero_gain(config, sizes, sharded, 2**40)
+    assert said.startswith(
+        "gain        fsdp2 holds 1,600 MiB of weights, gradients and optimizer state per process, DDP would hold"
+    )
+    assert "DDP would hold 6,400 MiB of 1,048,576 MiB: it brings nothing" in said
+    assert "nothing" not in zero_gain(config, sizes, sharded, 2**34)[0]
 
 
 def test_a_plan_that_selects_on_test_says_so():

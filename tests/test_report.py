@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import confusion_matrix, f1_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
-from cifar_dist.checkpoint import TrainState
+from cifar_dist.checkpoint import FORMAT
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data
 from cifar_dist.errors import UsageError
@@ -24,6 +25,7 @@ from cifar_dist.models import build_model
 from cifar_dist.predictions import Scored, load_predictions, save_predictions
 from cifar_dist.report import write_report
 from cifar_dist.run_folder import open_run
+from cifar_dist.train_state import TrainState
 from tests.conftest import ROOT
 
 NAMES = ("cat", "dog", "a|b", "ship", "truck", "frog")
@@ -223,7 +225,7 @@ def digits_run(tmp_path):
     torch.manual_seed(0)
     save_file(build_model(config.model, 10).state_dict(), checkpoint / "model.safetensors")
     (checkpoint / "state.json").write_text(
-        json.dumps({"format": 1, "num_processes": 1, "scaler": {}, "state": dataclasses.asdict(TrainState(step=20))})
+        json.dumps({"format": FORMAT, "num_processes": 1, "scaler": {}, "state": asdict(TrainState(step=20))})
     )
     (folder / "checkpoints" / "best").symlink_to(checkpoint.name)
     (folder / "checkpoints" / "last").symlink_to(checkpoint.name)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -176,7 +175,7 @@ def test_early_stopping_ends_the_run(start, tmp_path):
 def test_a_diverging_run_stops_with_status_1_and_keeps_only_good_checkpoints(start, tmp_path, capsys, every):
     settings = ["--opt", "momentum", "--lr", "1e30", "--warmup-epochs", 1, "--warmup-lr", 0, "--run-dir", tmp_path]
     assert start(*DIGITS, *settings, "--epochs", 3, "--checkpoint-every", every) == 1
-    assert "lower --lr or set --clip-grad" in capsys.readouterr().err
+    assert "lower --lr, set --clip-grad" in capsys.readouterr().err
     for file in (tmp_path / "checkpoints").rglob("model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
@@ -246,41 +245,6 @@ def launch(*command):
     """Start a launcher as a user would, on two cores at most."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-
-
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-
-
-def test_two_processes_train_as_one(start, tmp_path):
-    """Without batch norm the only difference is the order of sums."""
-    settings = [
-        *DIGITS,
-        "--model",
-        "vit_small_cifar",
-        "--max-steps",
-        8,
-        "--epochs",
-        1,
-        "--log-every",
-        1,
-        "--lr",
-        "1e-4",
-    ]
-    assert start(*settings, "--run-dir", tmp_path / "one") == 0
-    two = launch(*TWO_PROCESSES, "train.py", *settings, "--run-dir", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    losses = [[r["train/loss"] for r in records(tmp_path / n) if "train/loss" in r] for n in ("one", "two")]
-    assert len(losses[0]) == 8
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-    one, other = (next(r for r in records(tmp_path / n) if "val/loss" in r) for n in ("one", "two"))
-    assert one["val/top1"] == other["val/top1"]
-    assert two.stdout.count("run folder") == 1
-
-
-def test_two_processes_agree_when_something_fails(tmp_path):
-    found = launch(*TWO_PROCESSES, ROOT / "tests" / "two_processes.py", tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert sorted(path.name for path in tmp_path.glob("sound-*")) == ["sound-0", "sound-1"]
 
 
 def test_accelerate_launch_with_our_config(tmp_path):

@@ -6,6 +6,7 @@ else. A set that does not fit in memory would be streamed by a sibling of `resid
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from cifar_dist.config import DataConfig
@@ -25,6 +26,15 @@ class TrainingData:
     name: str
     fingerprint: str
     num_test: int | None
+
+    @property
+    def split_digest(self) -> str:
+        """12 hexadecimal digits that differ when another row, or label, is in train or in val."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.val):
+            if split is not None:
+                digest.update(split.ids.cpu().numpy().tobytes() + split.labels.cpu().numpy().tobytes() + b"/")
+        return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

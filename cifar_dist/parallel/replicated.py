@@ -1,0 +1,100 @@
+"""Whole weights and optimizer state on every process: one process alone, or DDP."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class Replicated:
+    """How training updates its weights where each process holds all of them.
+
+    The other engines are subclasses; `train_step` and the checkpoints work with any of them.
+
+    Args:
+        accelerator: of this process.
+        model: on its device, not yet prepared.
+        optimizer: over the model's trainable parameters, not yet prepared.
+        clip_grad: largest gradient norm, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float | None,
+    ):
+        self.accelerator, self.module, self._clip_grad = accelerator, model, clip_grad
+        with warnings.catch_warnings():  # Accelerate has no name yet for what torch 2.15 calls forward_sync_buffers
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What the model takes; autocast casts on its own."""
+        return torch.float32
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; gradients are shared in the step's last one only."""
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this process's part of the gradient of the global batch's loss, the sum over processes of `loss`."""
+        self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
+
+    def gradient_is_bad(self) -> torch.Tensor | None:
+        """Clip the gradient; bool (), alike on every process, whether it is not finite. None where only `update` knows.
+
+        A gradient too large for fp16 is the loss scaler's business, not a bad one.
+        """
+        unscaled = self.accelerator.scaler is None
+        if self._clip_grad is not None:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+        elif unscaled:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return ~norm.isfinite() if unscaled else torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+
+    def update(self) -> bool:
+        """Step the optimizer; whether the step was refused because the gradient was not finite."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return False
+
+    def drop(self) -> None:
+        """Throw the gradient away; the weights stay as they are."""
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()  # the scaler sees that the gradient is not finite, and skips
+        self.optimizer.zero_grad()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole ``state_dict`` of the model in fp32; to be called on every process."""
+        return self.module.state_dict()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole ``state_dict`` of the optimizer as torch writes it; to be called on every process."""
+        return self.optimizer.state_dict()
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
+        """Put back what `weights` and `optimizer_state` returned, be it on another engine."""
+        self.module.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer_state)
+        _lay_out_like_parameters(self.optimizer)
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments their parameter's memory layout (channels_last), as they had before they were saved."""
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

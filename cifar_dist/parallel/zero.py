@@ -1,0 +1,239 @@
+"""DeepSpeed ZeRO: weights, gradients or optimizer state cut into a shard per process.
+
+``ds_configs/`` say how memory is laid out. The recipe's numbers are written into DeepSpeed's configuration here, and
+read back from its engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+from cifar_dist.optim import is_elementwise
+from cifar_dist.parallel.replicated import Replicated
+from cifar_dist.plan import Plan
+
+_FROM_THE_RECIPE = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "fp16", "bf16", "torch_autocast", "optimizer", "scheduler",
+)  # fmt: skip
+
+
+class Zero(Replicated):
+    """ZeRO stage 1, 2 or 3, with or without offloading to host memory.
+
+    fp32 and bf16 keep fp32 weights and gradients and, for bf16, run under torch's autocast as DDP does; fp16 is
+    DeepSpeed's own engine with fp16 weights, fp32 masters and its loss scaler.
+
+    Args:
+        accelerator: started by a launch configuration that asks for DeepSpeed.
+        model: on its device, not yet prepared.
+        optimizer: over the model's trainable parameters, not yet prepared.
+        config: the run's configuration.
+        plan: the run's plan.
+
+    Raises:
+        UsageError: the DeepSpeed file says what belongs into the recipe, or the optimizer's update looks at more
+            than one number at a time, so that cutting it up would change the training.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        plan: Plan,
+    ):
+        _refuse_second_homes()
+        if not is_elementwise(config.optim):
+            raise UsageError(
+                f"--opt {config.optim.opt} looks at whole matrices, which ZeRO cuts up: the training would be another;"
+                " launch with accelerate_configs/multi_gpu.yaml, or take --opt adamw."
+            )
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._fp16 = config.run.precision == "fp16"
+        numbers = _numbers(config, plan)
+        accelerator.gradient_accumulation_steps = plan.grad_accum_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(numbers)
+        super().__init__(accelerator, model, optimizer, None)
+        _read_back(self.model, numbers)
+        self._sharded = self.optimizer.optimizer  # DeepSpeed's optimizer, which wraps the one given
+        self._stage = self.model.zero_optimization_stage()
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """fp16 weights take fp16 images."""
+        return torch.float16 if self._fp16 else torch.float32
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; DeepSpeed is told whether the step's last."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this process's part of the gradient of the global batch's loss, the sum over processes of `loss`."""
+        self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def gradient_is_bad(self) -> torch.Tensor | None:
+        """None: DeepSpeed clips, and looks at the gradient's norm, in its step."""
+        return None
+
+    def update(self) -> bool:
+        """Step the optimizer; whether it refused because the gradient was not finite (fp16: lowered its scale)."""
+        self.model.step()
+        return self._sharded.overflow and not self._fp16
+
+    def drop(self) -> None:
+        """Throw the gradient away: DeepSpeed does in its step, since a bad loss's gradient is not finite."""
+        self.model.step()
+        if not self._sharded.overflow:
+            raise RuntimeError("DeepSpeed made a step with a gradient that is not finite")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole ``state_dict`` of the model in fp32, put together from all processes."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = dict(self.module.state_dict())
+        trained = {id(parameter) for group in self._groups for parameter in group}
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) in trained:
+                weights[name] = safe_get_full_fp32_param(parameter)
+            else:
+                with self._gathered([parameter]):
+                    weights[name] = parameter.detach().float().clone()
+        return weights
+
+    def _gathered(self, parameters: list[torch.nn.Parameter], modifier_rank: int | None = None) -> Any:
+        """A context in which ZeRO-3's parameters are whole; what process `modifier_rank` changes is kept."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self._stage == 3)
+
+    @property
+    def _shards(self) -> list[torch.Tensor]:
+        """This process's flat fp32 shards of the trained weights."""
+        zero = self._sharded
+        return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole ``state_dict`` of the optimizer as torch writes it, put together from all processes."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        moments, common = self._kinds_of_state()
+        self._link()
+        states: dict[int, dict[str, Any]] = {}
+        settings, index = [], 0
+        for group, kept in zip(self._groups, self._sharded.optimizer.param_groups, strict=True):
+            plain = {key: value for key, value in kept.items() if key != "params"}
+            settings.append(plain | {"params": list(range(index, index + len(group)))})
+            for parameter in group:
+                whole = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in moments}
+                states[index] = copy.deepcopy(common) | whole
+                index += 1
+        return {"state": states if any(states.values()) else {}, "param_groups": settings}
+
+    def _kinds_of_state(self) -> tuple[list[str], dict[str, Any]]:
+        """Names of what the optimizer keeps per weight, and the values (the step count) all weights have in common."""
+        shard = self._shards[0]
+        state = self._sharded.optimizer.state.get(shard, {})
+        moments = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.shape]
+        return moments, {k: v for k, v in state.items() if k not in moments}
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
+        """Cut up what `weights` and `optimizer_state` returned, be it on another engine or number of processes."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        with self._gathered(list(self.module.parameters()), modifier_rank=0):
+            self.module.load_state_dict(weights)
+        parameters = [parameter for group in self._groups for parameter in group]
+        states = optimizer_state["state"]
+        self._make_room(states.get(0, {}), parameters[0].numel() if self._stage < 3 else parameters[0].ds_numel)
+        moments, _ = self._kinds_of_state()
+        for index, parameter in enumerate(parameters):
+            name = names[id(parameter)]
+            safe_set_full_fp32_param(parameter, weights[name].to(self.accelerator.device))
+            for key in moments:
+                value = states[index][key].to(self.accelerator.device, torch.float32)
+                safe_set_full_optimizer_state(parameter, value, key)
+
+    def _make_room(self, example: dict[str, Any], num_weights: int) -> None:
+        """Give each shard the state that the optimizer would make in its first step."""
+        for shard in self._shards:
+            state = self._sharded.optimizer.state[shard]
+            for key, value in example.items():
+                per_weight = isinstance(value, torch.Tensor) and value.numel() == num_weights and value.dim() > 0
+                state[key] = torch.zeros_like(shard) if per_weight else copy.deepcopy(value)
+        self._link()
+
+    def _link(self) -> None:
+        """Let ZeRO-1 and 2 find each weight's state; by itself DeepSpeed 0.19 does so for the first group only."""
+        if self._stage < 3 and self._sharded.optimizer.state:
+            self._sharded._hp_optimizer_states_linked = False
+            self._sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _refuse_second_homes() -> None:
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    written = json.loads(Path(path).read_text()) if path and path != "none" else {}
+    if second := [name for name in _FROM_THE_RECIPE if written.get(name, "auto") != "auto"]:
+        raise UsageError(
+            f"{path} sets {', '.join(second)}, which the recipe decides; take it out (--batch-size, --micro-batch-size,"
+            " --clip-grad, --precision, --opt)."
+        )
+
+
+def _numbers(config: Config, plan: Plan) -> dict[str, Any]:
+    """The recipe's numbers under DeepSpeed's names."""
+    precision = config.run.precision
+    return {
+        "train_batch_size": plan.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.grad_accum_steps,
+        "gradient_clipping": config.optim.clip_grad or 0.0,
+        # torch's own loss scaler: from 2**16, twice as much after 2000 good steps, half at the first bad one
+        "fp16": {
+            "enabled": precision == "fp16",
+            "initial_scale_power": 16,
+            "loss_scale_window": 2000,
+            "hysteresis": 1,
+            "auto_cast": False,
+        },
+        "bf16": {"enabled": False},
+        # as under DDP: fp32 weights, and gradients that are summed over processes in fp32
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _read_back(engine: Any, numbers: dict[str, Any]) -> None:
+    """Compare what DeepSpeed's engine says it does with what it was told.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    found = {
+        "train_batch_size": engine.train_batch_size(),
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "fp16": engine.fp16_enabled(),
+        "bf16": engine.bfloat16_enabled(),
+        "torch_autocast": engine.torch_autocast_enabled(),
+    }
+    for name, value in found.items():
+        told = numbers[name]["enabled"] if isinstance(numbers[name], dict) else numbers[name]
+        if told != value:
+            raise RuntimeError(f"DeepSpeed's {name} is {value}, but the recipe says {told}")

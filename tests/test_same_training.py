@@ -1,0 +1,112 @@
+"""One recipe, any number of processes, any engine: the same samples, pixels, learning rates and losses."""
+
+import hashlib
+import json
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import train
+from cifar_dist.batches import ResidentBatches
+from cifar_dist.errors import run_main
+from tests.ranks import Ranks
+
+RECIPE = shlex.split(
+    "--dataset digits --model test_vit --img-size 32 --wandb disabled --epochs 2 --batch-size 48 --lr 2e-3"
+    " --warmup-epochs 1 --clip-grad 1 --layer-decay 0.8 --smoothing 0.1 --cutout 6 --log-every 1 --max-steps 50"
+)  # an epoch has 27 steps: 50 are nearly two, and an epoch's last batch is partly filled up
+ZERO = ["zero1", "zero2", "zero3", "zero3_offload"]
+
+
+def run(*flags, spoil=lambda step, batch: batch):
+    """train.py in this process; the step and the sha256 of the pixels of each image it saw.
+
+    `spoil(step, batch)` may hand another micro-batch to the training.
+    """
+    seen = []
+
+    class Recorded(ResidentBatches):
+        def __call__(self, step):
+            for batch in super().__call__(step):
+                for image in batch.images[batch.weights > 0]:
+                    seen.append((step, hashlib.sha256(image.numpy().tobytes()).hexdigest()))
+                yield spoil(step, batch)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    kept, sys.argv, train.ResidentBatches = (sys.argv, train.ResidentBatches), ["train.py", *map(str, flags)], Recorded
+    try:
+        run_main(train.main)
+    finally:
+        sys.argv, train.ResidentBatches = kept
+    return seen
+
+
+def of(run_dir, key):
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run that all others are compared with: one process, no accumulation."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    return run_dir, run(*RECIPE, "--run-dir", run_dir)
+
+
+def assert_same(run_dir, seen, one):
+    expected_dir, expected = one
+    assert sorted(seen) == sorted(expected)  # the same pixels in the same step, each once
+    assert len(of(run_dir, "train/loss")) == 50
+    np.testing.assert_allclose(of(run_dir, "train/loss"), of(expected_dir, "train/loss"), rtol=1e-5)
+    assert of(run_dir, "lr") == of(expected_dir, "lr")
+    assert of(run_dir, "val/top1")[-1] == of(expected_dir, "val/top1")[-1]
+    assert (
+        load_file(run_dir / "checkpoints" / "last" / "model.safetensors").keys()
+        == load_file(expected_dir / "checkpoints" / "last" / "model.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize("processes, micro", [(1, 8), (2, 24), (2, 6), (3, 16)])
+def test_processes_and_accumulation_change_nothing(one, tmp_path, processes, micro):
+    flags = [*RECIPE, "--micro-batch-size", micro, "--run-dir", tmp_path / "run"]
+    found = Ranks(lambda: run(*flags), processes).check().results
+    assert_same(tmp_path / "run", [sample for seen in found for sample in seen], one)
+
+
+@pytest.mark.parametrize("engine", ZERO)
+def test_zero_changes_nothing(one, tmp_path, engine):
+    """Cut and resumed on the way."""
+    pytest.importorskip("deepspeed")
+    flags, seen = [*RECIPE, "--micro-batch-size", 12, "--resume", "auto", "--run-dir", tmp_path], []
+    for steps in (31, 50):
+        found = Ranks(lambda steps=steps: run(*flags, "--max-steps", steps), 2, engine).check()
+        seen += [sample for results in found.results for sample in results]
+    assert_same(tmp_path, seen, one)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_cut_run_ends_as_the_whole_one_bit_for_bit(tmp_path, engine):
+    pytest.importorskip("deepspeed")
+    flags = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--resume", "auto"]
+    for name, steps in (("whole", 7), ("cut", 4), ("cut", 7)):
+        Ranks(lambda n=name, s=steps: run(*flags, "--run-dir", tmp_path / n, "--max-steps", s), 2, engine).check()
+    for file in ("model", "optimizer", "process-0", "process-1"):
+        last = [tmp_path / name / "checkpoints" / "last" / f"{file}.safetensors" for name in ("whole", "cut")]
+        whole, cut = map(load_file, last)
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("first, then", [("zero3", "single"), ("ddp", "zero2"), ("zero1", "zero3")])
+def test_a_run_goes_on_under_another_engine(one, tmp_path, first, then):
+    pytest.importorskip("deepspeed")
+    for engine, steps in ((first, 31), (then, 50)):
+        flags = [*RECIPE, "--run-dir", tmp_path, "--max-steps", steps, "--resume", "auto"]
+        Ranks(lambda flags=flags: run(*flags), 1 if engine == "single" else 2, engine).check()
+    np.testing.assert_allclose(of(tmp_path, "train/loss"), of(one[0], "train/loss"), rtol=1e-5)
