@@ -32,18 +32,20 @@ from cifar_dist.distributed import (
     engine_name,
     finish,
     on_main,
+    peak_memory_bytes,
     seed_everything,
     seed_process,
     shared_buffers,
     start,
 )
 from cifar_dist.engine import Meter, Stepper, evaluate, train_step
+from cifar_dist.engine_choice import engine_table, zero_gain
 from cifar_dist.errors import Diverged, run_main
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import wrap
-from cifar_dist.plan import Plan, Schedule, engine_table, make_plan, zero_gain
+from cifar_dist.plan import Plan, Schedule, make_plan
 from cifar_dist.run_folder import choose_run_dir, create_run_dir, identity, note_bad_step, run_lock
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.train_state import TrainState
@@ -148,7 +150,8 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
             epoch_ends, ends = state.step % plan.steps_per_epoch == 0, state.step == plan.total_steps
             stopped = verdict.stop and not ends
             if plan.logs_at(state.step, run.log_every) and meter.steps:
-                tracker.training(state.step, meter.read() | {"lr": lr, "seconds": state.seconds})
+                facts = {"lr": lr, "seconds": state.seconds, "peak_memory_bytes": peak_memory_bytes(accelerator)}
+                tracker.training(state.step, meter.read() | facts)
             best = val is None
             with meter.paused():
                 if val is not None and (epoch_ends or ends):

@@ -77,7 +77,7 @@ def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None
     def write() -> None:
         save_tensors(_own_state(trained), aside / f"process-{accelerator.process_index}.safetensors")
         if accelerator.is_main_process:
-            _write(aside, accelerator, state, (weights, averaged, optimizer_state))
+            _write(aside, trained.parallel, state, (weights, averaged, optimizer_state))
 
     for everyone, work in ((False, begin), (True, write), (False, lambda: _commit(root, aside, name, best))):
         failure = _attempt(work) if everyone or accelerator.is_main_process else ""
@@ -118,7 +118,7 @@ def _first_failure(accelerator: Accelerator, failure: str) -> str:
     )
 
 
-def _write(aside: Path, accelerator: Accelerator, state: TrainState, whole: tuple[dict[str, Any], ...]) -> None:
+def _write(aside: Path, parallel: Replicated, state: TrainState, whole: tuple[dict[str, Any], ...]) -> None:
     weights, averaged, optimizer_state = whole
     save_tensors(weights, aside / "model.safetensors")
     if averaged:
@@ -126,9 +126,8 @@ def _write(aside: Path, accelerator: Accelerator, state: TrainState, whole: tupl
     tensors: dict[str, torch.Tensor] = {}
     save_json(encode(optimizer_state, "", tensors), aside / "optimizer.json")
     save_tensors(tensors, aside / "optimizer.safetensors")
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    facts = {"format": FORMAT, "num_processes": accelerator.num_processes, "scaler": scaler, "state": asdict(state)}
-    save_json(facts, aside / "state.json")
+    facts = {"format": FORMAT, "num_processes": parallel.accelerator.num_processes, "state": asdict(state)}
+    save_json(facts | {"scaler": parallel.scaler_state()}, aside / "state.json")
 
 
 def _commit(root: Path, aside: Path, name: str, best: bool) -> None:
@@ -167,8 +166,7 @@ def load(run_dir: Path, trained: Trained) -> None:
         parallel.load(load_file(folder / "model.safetensors"), optimizer_state)
         if trained.ema is not None:
             trained.ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
-        if accelerator.scaler is not None and facts["scaler"]:
-            accelerator.scaler.load_state_dict(facts["scaler"])
+        parallel.load_scaler(facts["scaler"])
         if facts["num_processes"] == accelerator.num_processes:
             _put_back_own_state(trained, load_file(folder / f"process-{accelerator.process_index}.safetensors"))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

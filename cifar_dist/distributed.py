@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -40,7 +42,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
             they would train side by side without sharing gradients.
     """
     launch = prepare_environment(precision)
-    if launch.on_cpu and precision == "fp16":
+    if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
     autocast = "no" if precision == "fp32" or (launch.deepspeed and precision == "bf16") else precision
     # Accelerate leaves out a timeout that equals its default for NCCL, and gloo's own is another.
@@ -129,6 +131,13 @@ def device_bytes(accelerator: Accelerator) -> int:
         return torch.cuda.get_device_properties(accelerator.device).total_memory
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+
+
+def peak_memory_bytes(accelerator: Accelerator) -> int:
+    """The most this process has held so far: tensors on its GPU, or without one all of its resident memory."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[Any]:

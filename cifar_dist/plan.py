@@ -9,7 +9,7 @@ from timm.scheduler import create_scheduler_v2
 
 from cifar_dist.config import Config, OptimConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.memory import CONFIG_FILES, MIB, Load, Usage, gain, refuses_average, usage
+from cifar_dist.memory import Load, Usage, usage
 from cifar_dist.ordering import steps_per_epoch
 
 
@@ -162,7 +162,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         UsageError: the numbers contradict each other (batch, warmup, data set size, mixup).
     """
     run, optim = config.run, config.optim
-    micro, accumulation = _split(config, num_processes)
+    micro, accumulation = micro_batches(config, num_processes)
     _refuse_contradictions(config, sizes)
     engine = engine or ("single" if num_processes == 1 else "ddp")
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
@@ -184,7 +184,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         lr_first=lr_at(0, optim, run.epochs, updates),
         lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
         lr_last=lr_at(total - 1, optim, run.epochs, updates),
-        memory=usage(engine, num_processes, _load(config, sizes), accumulation > 1),
+        memory=usage(engine, num_processes, memory_load(config, sizes), accumulation > 1),
         notes=tuple(_depends_on_processes(config, sizes, num_processes, micro)),
     )
 
@@ -211,7 +211,7 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
 
 
-def _split(config: Config, num_processes: int) -> tuple[int, int]:
+def micro_batches(config: Config, num_processes: int) -> tuple[int, int]:
     """Micro-batch size and accumulation steps of the run; see `split_batch`.
 
     Raises:
@@ -227,7 +227,7 @@ def _pairs_images(config: Config) -> bool:
     return bool(config.augment.mixup or config.augment.cutmix)
 
 
-def _load(config: Config, sizes: Sizes) -> Load:
+def memory_load(config: Config, sizes: Sizes) -> Load:
     """What the run has to hold, whichever engine holds it."""
     return Load(
         num_parameters=sizes.num_parameters,
@@ -255,35 +255,3 @@ def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micr
             " processes"
         )
     return lines
-
-
-def engine_table(config: Config, sizes: Sizes) -> list[str]:
-    """What each engine would need on 1, 2, 4 and 8 processes, a line each: to choose one before queueing."""
-    header = ("engine", "processes", "batch each", "weights", "gradients", "optimizer", "buckets", "data", "sum", "")
-    rows: list[tuple[str, ...]] = [header]
-    refused = []
-    for num_processes in (1, 2, 4, 8):
-        try:
-            micro, accumulation = _split(config, num_processes)
-        except UsageError as error:
-            refused.append(f"{num_processes} processes: {error}")
-            continue
-        for engine in ("single",) if num_processes == 1 else ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-            if config.optim.model_ema_decay is not None and refuses_average(engine, config.run.precision):
-                continue
-            needs = usage(engine, num_processes, _load(config, sizes), accumulation > 1)
-            parts = (needs.weights, needs.gradients, needs.optimizer, needs.buckets, needs.data)
-            numbers = [f"{size / MIB:,.0f}" for size in (*parts, sum(parts))]
-            rows.append((engine, str(num_processes), f"{micro} x {accumulation}", *numbers, CONFIG_FILES[engine]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *middle, last in rows:
-        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
-    return ["engines     MiB that each process would hold; activations come on top", *lines, *refused]
-
-
-def zero_gain(config: Config, sizes: Sizes, plan: Plan, device_bytes: int) -> list[str]:
-    """What the plan's engine brings against DDP on a device of so many bytes, as a line of the plan; see `gain`."""
-    line = gain(plan.engine, plan.memory, usage("ddp", plan.num_processes, _load(config, sizes)), device_bytes)
-    return [] if line is None else [f"gain        {line}"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
-from cifar_dist.batches import ResidentBatches
+from cifar_dist.batches import Batch, ResidentBatches
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig, OptimConfig
 from cifar_dist.data.augment import Preprocess
@@ -160,3 +161,58 @@ def test_the_meter_reads_means(accelerator, monkeypatch):
     meter.add(torch.tensor([4.0, 0.0], dtype=torch.float64))
     expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / (1.5 - 0.5)}
     assert meter.read() == pytest.approx(expected)
+
+
+def scaled_engine(clip_grad):
+    """An engine under fp16 with torch's loss scaler, as Accelerate sets it up on a GPU, here on the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**10), True
+    accelerator.state._mixed_precision = "fp16"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    return Replicated(accelerator, model, make_optimizer(model, OptimConfig(opt="momentum", lr=0.01)), clip_grad)
+
+
+def batch_of(pixels):
+    labels = torch.arange(len(pixels))
+    return [Batch(pixels, labels, labels, torch.full((len(pixels),), 1 / len(pixels)), last=True)]
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+def test_fp16_with_its_scaler_follows_fp32_and_refuses_a_bad_loss(clip_grad):
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    parallel = scaled_engine(clip_grad)
+    stepper, scaler = Stepper(parallel, 0.0), parallel.accelerator.scaler
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+
+    def plain_step():
+        nn.functional.cross_entropy(plain(pixels), torch.arange(8)).backward()
+        if clip_grad:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for group in parallel.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    assert not train_step(stepper, batch_of(pixels))[1].bad
+    plain_step()
+    assert train_step(stepper, batch_of(pixels * math.nan))[1].bad  # changes nothing but the scale
+    assert scaler.get_scale() == 2.0**9
+    assert not train_step(stepper, batch_of(pixels))[1].bad
+    plain_step()
+    for mine, theirs in zip(parallel.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_fp16_gradients_that_overflow_at_every_scale_are_bad():
+    parallel = scaled_engine(None)
+    parallel.module[1].bias.register_hook(lambda gradient: gradient * math.inf)
+    before = parallel.module[1].weight.detach().clone()
+    verdicts = [train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].bad for _ in range(15)]
+    assert verdicts == [False] * 14 + [True]
+    assert torch.equal(before, parallel.module[1].weight)

@@ -14,7 +14,7 @@ LAYERS = [
     {"command_line", "memory", "launch"},
     {"plan"},
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder"},
-    {"control", "parallel", "cost", "figures", "tracking"},
+    {"control", "engine_choice", "parallel", "cost", "figures", "tracking"},
     {"batches", "checkpoint"},
     {"engine", "report"},
 ]

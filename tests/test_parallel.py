@@ -166,3 +166,23 @@ def test_fsdp2_states_are_put_together_and_cut_up():
     step(model, optimizer)
     torch.testing.assert_close(one, dict(model.state_dict()))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU has no fp16")
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_fp16_under_zero_follows_fp32_and_goes_on_exactly(tmp_path, engine):
+    """DeepSpeed's own fp16 engine: fp16 images in, fp32 masters and its loss scale in the checkpoint."""
+    pytest.importorskip("deepspeed")
+    run(*SHORT, "--max-steps", 6, "--run-dir", tmp_path / "one")
+    flags = [*SHORT, "--precision", "fp16", "--resume", "auto"]
+    for name, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
+        Ranks(lambda n=name, s=steps: run(*flags, "--run-dir", tmp_path / n, "--max-steps", s), 2, engine).check()
+    one, two = (torch.tensor(of(tmp_path / name, "train/loss")) for name in ("one", "whole"))
+    torch.testing.assert_close(two, one, rtol=5e-3, atol=0)
+    last = [tmp_path / name / "checkpoints" / "last" for name in ("whole", "cut")]
+    for file in ("model", "optimizer", "process-1"):
+        whole, cut = (load_file(folder / f"{file}.safetensors") for folder in last)
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    scalers = [json.loads((folder / "state.json").read_text())["scaler"] for folder in last]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["cur_scale"] >= 2.0

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+OVERFLOWS_IN_A_ROW = 14  # from the first loss scale, 2**16, down to 4
+
 
 class Replicated:
     """How training updates its weights where each process holds all of them.
@@ -30,7 +32,7 @@ class Replicated:
         optimizer: torch.optim.Optimizer,
         clip_grad: float | None,
     ):
-        self.accelerator, self.module, self._clip_grad = accelerator, model, clip_grad
+        self.accelerator, self.module, self._clip_grad, self._overflows = accelerator, model, clip_grad, 0
         with warnings.catch_warnings():  # Accelerate has no name yet for what torch 2.15 calls forward_sync_buffers
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -69,7 +71,12 @@ class Replicated:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return False
+        return self._overflows_for_ever(self.optimizer.step_was_skipped)
+
+    def _overflows_for_ever(self, overflowed: bool) -> bool:
+        """Whether fp16 gradients overflow at whatever loss scale: then they are not too large, but not finite."""
+        self._overflows = self._overflows + 1 if overflowed else 0
+        return self._overflows > OVERFLOWS_IN_A_ROW
 
     def drop(self) -> None:
         """Throw the gradient away; the weights stay as they are."""
@@ -84,6 +91,15 @@ class Replicated:
     def optimizer_state(self) -> dict[str, Any]:
         """The whole ``state_dict`` of the optimizer as torch writes it; to be called on every process."""
         return self.optimizer.state_dict()
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The fp16 loss scaler's numbers; empty without one."""
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """Put back what `scaler_state` returned."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
 
     def load(self, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
         """Put back what `weights` and `optimizer_state` returned, be it on another engine."""

@@ -27,6 +27,7 @@ _FROM_THE_RECIPE = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "fp16", "bf16", "torch_autocast", "optimizer", "scheduler",
 )  # fmt: skip
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Zero(Replicated):
@@ -91,9 +92,10 @@ class Zero(Replicated):
         return None
 
     def update(self) -> bool:
-        """Step the optimizer; whether it refused because the gradient was not finite (fp16: lowered its scale)."""
+        """Step the optimizer; whether the step was refused because the gradient was not finite."""
         self.model.step()
-        return self._sharded.overflow and not self._fp16
+        overflowed = bool(self._sharded.overflow)
+        return self._overflows_for_ever(overflowed) if self._fp16 else overflowed
 
     def drop(self) -> None:
         """Throw the gradient away: DeepSpeed does in its step, since a bad loss's gradient is not finite."""
@@ -150,6 +152,16 @@ class Zero(Replicated):
         state = self._sharded.optimizer.state.get(shard, {})
         moments = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.shape]
         return moments, {k: v for k, v in state.items() if k not in moments}
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The numbers of DeepSpeed's fp16 loss scaler; empty without one."""
+        return {name: getattr(self._sharded.loss_scaler, name) for name in _SCALER if self._fp16}
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """Put back what `scaler_state` returned."""
+        for name in _SCALER:
+            if self._fp16 and name in state:
+                setattr(self._sharded.loss_scaler, name, state[name])
 
     def load(self, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
         """Cut up what `weights` and `optimizer_state` returned, be it on another engine or number of processes."""
