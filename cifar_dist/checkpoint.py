@@ -169,6 +169,8 @@ def load(run_dir: Path, trained: Trained) -> None:
         parallel.load_scaler(facts["scaler"])
         if facts["num_processes"] == accelerator.num_processes:
             _put_back_own_state(trained, load_file(folder / f"process-{accelerator.process_index}.safetensors"))
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # not the checkpoint's fault
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(folder, error) from None
 

@@ -34,7 +34,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     """Join the process group that the launcher asked for, or refuse.
 
     Args:
-        precision: fp32, bf16 or fp16; the compute type of autocast. DeepSpeed runs bf16 by its own configuration.
+        precision: fp32, bf16 or fp16; the compute type of autocast. ZeRO and FSDP set up bf16 themselves.
         timeout_seconds: how long a process waits for the others, at the start and in any collective.
 
     Raises:
@@ -44,7 +44,8 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     launch = prepare_environment(precision)
     if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
-    autocast = "no" if precision == "fp32" or (launch.deepspeed and precision == "bf16") else precision
+    sharded = launch.deepspeed or launch.fsdp  # bf16 is torch's autocast there too, over fp32 weights and gradients
+    autocast = "no" if precision == "fp32" or (sharded and precision == "bf16") else precision
     # Accelerate leaves out a timeout that equals its default for NCCL, and gloo's own is another.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1))
     if launch.on_cpu and launch.grouped:

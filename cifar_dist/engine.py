@@ -54,7 +54,7 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
     share = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in micro_batches:
         with parallel.micro_batch(batch.last):
-            logits = parallel.model(batch.images).float()
+            logits = parallel.forward(batch.images).float()
             soft = batch.targets.is_floating_point()  # mixup has smoothed them already
             losses = F.cross_entropy(
                 logits, batch.targets, reduction="none", label_smoothing=0.0 if soft else stepper.smoothing

@@ -56,10 +56,12 @@ def state_per_parameter(config: OptimConfig) -> int:
 def is_elementwise(config: OptimConfig) -> bool:
     """Whether the optimizer treats each number of a matrix alone, so that two halves of it are updated as the whole."""
     draws = torch.Generator().manual_seed(0)
-    weights, gradient = torch.randn(2, 256 * 160, generator=draws, dtype=torch.float64)
+    weights, *gradients = torch.randn(3, 256, 160, generator=draws, dtype=torch.float64)
+    along = (gradients[0] * weights).sum(1, keepdim=True) / weights.square().sum(1, keepdim=True)
+    gradients[0] -= along * weights  # across the weights, which AdamP looks for; the second, against the first
     changes = []
     for shape, pieces in (((256, 160), 1), ((-1,), 2)):
-        parameters = [torch.nn.Parameter(piece.clone().view(shape)) for piece in weights.chunk(pieces)]
+        parameters = [torch.nn.Parameter(piece.clone().view(shape)) for piece in weights.flatten().chunk(pieces)]
         optimizer = create_optimizer_v2(
             [{"params": parameters}],
             opt=config.opt,
@@ -67,9 +69,9 @@ def is_elementwise(config: OptimConfig) -> bool:
             weight_decay=config.weight_decay,
             momentum=config.momentum,
         )
-        for step in (1, 2):
-            for parameter, part in zip(parameters, gradient.chunk(pieces), strict=True):
-                parameter.grad = part.view(shape) * step
+        for gradient in gradients:
+            for parameter, part in zip(parameters, gradient.flatten().chunk(pieces), strict=True):
+                parameter.grad = part.clone().view(shape)
             optimizer.step()
-        changes.append(torch.cat([parameter.detach().flatten() for parameter in parameters]) - weights)
+        changes.append(torch.cat([parameter.detach().flatten() for parameter in parameters]) - weights.flatten())
     return bool((changes[0] - changes[1]).abs().max() < 1e-6 * changes[0].abs().max())

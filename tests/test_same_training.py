@@ -90,17 +90,38 @@ def test_zero_changes_nothing(one, tmp_path, engine):
     assert_same(tmp_path, seen, one)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_a_cut_run_ends_as_the_whole_one_bit_for_bit(tmp_path, engine):
+NORMED = ["--model", "cnn4", "--layer-decay", "none", "--micro-batch-size", 12]
+
+
+@pytest.mark.parametrize(
+    "engine, flags",
+    [
+        ("ddp", []),
+        ("ddp", [*NORMED, "--model-ema-decay", 0.9, "--channels-last"]),  # statistics of each process's own
+        ("ddp", [*NORMED, "--sync-bn"]),
+        ("zero1", []),
+        ("zero1", ["--opt", "adan"]),  # counts its steps in the groups
+        ("zero1", ["--opt", "laprop"]),  # keeps another number for each group
+        ("zero2", [*NORMED, "--model-ema-decay", 0.9, "--channels-last"]),
+        ("zero3", []),
+        ("zero3", ["--opt", "momentum", "--momentum", 0, "--freeze", "backbone"]),  # no state at all
+    ],
+)
+def test_a_cut_run_ends_as_the_whole_one_bit_for_bit(tmp_path, engine, flags):
     pytest.importorskip("deepspeed")
-    flags = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--resume", "auto"]
+    settings = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--resume", "auto", *flags]
     for name, steps in (("whole", 7), ("cut", 4), ("cut", 7)):
-        Ranks(lambda n=name, s=steps: run(*flags, "--run-dir", tmp_path / n, "--max-steps", s), 2, engine).check()
-    for file in ("model", "optimizer", "process-0", "process-1"):
-        last = [tmp_path / name / "checkpoints" / "last" / f"{file}.safetensors" for name in ("whole", "cut")]
-        whole, cut = map(load_file, last)
+        Ranks(lambda n=name, s=steps: run(*settings, "--run-dir", tmp_path / n, "--max-steps", s), 2, engine).check()
+    last = [tmp_path / name / "checkpoints" / "last" for name in ("whole", "cut")]
+    files = sorted(path.name for path in last[0].glob("*.safetensors"))
+    assert {"model.safetensors", "optimizer.safetensors", "process-0.safetensors", "process-1.safetensors"} <= set(
+        files
+    )
+    for file in files:
+        whole, cut = (load_file(folder / file) for folder in last)
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert (last[0] / "optimizer.json").read_text() == (last[1] / "optimizer.json").read_text()
 
 
 @pytest.mark.parametrize("first, then", [("zero3", "single"), ("ddp", "zero2"), ("zero1", "zero3")])

@@ -37,6 +37,12 @@ def wrap(
             f"--model-ema-decay needs whole fp32 weights on every process, which {engine} with --precision"
             f" {config.run.precision} does not keep; launch with accelerate_configs/multi_gpu.yaml."
         )
+    if config.run.precision == "fp16" and engine == "fsdp2":
+        raise UsageError("--precision fp16 is not for fsdp2, whose gradients would be summed in fp16; take bf16.")
+    if config.run.precision == "fp16" and engine.startswith("zero") and plan.has_batch_norm:
+        raise UsageError(
+            f"--precision fp16: {engine} makes batch norm's weights fp16 but not its statistics; take --precision bf16."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from cifar_dist.parallel.zero import Zero
 
@@ -44,5 +50,5 @@ def wrap(
     if accelerator.distributed_type == DistributedType.FSDP:
         from cifar_dist.parallel.fully_sharded import FullySharded
 
-        return FullySharded(accelerator, model, optimizer, config.optim.clip_grad)
+        return FullySharded(accelerator, model, optimizer, config)
     return Replicated(accelerator, model, optimizer, config.optim.clip_grad)

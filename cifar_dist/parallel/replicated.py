@@ -51,6 +51,10 @@ class Replicated:
             with self.accelerator.no_sync(self.model):
                 yield
 
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits in training, under autocast where the precision asks for it."""
+        return self.model(images)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add this process's part of the gradient of the global batch's loss, the sum over processes of `loss`."""
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes

@@ -67,10 +67,14 @@ class Zero(Replicated):
         numbers = _numbers(config, plan)
         accelerator.gradient_accumulation_steps = plan.grad_accum_steps
         accelerator.state.deepspeed_plugin.deepspeed_config.update(numbers)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()  # DeepSpeed flattens them: channels_last stays for images
         super().__init__(accelerator, model, optimizer, None)
         _read_back(self.model, numbers)
         self._sharded = self.optimizer.optimizer  # DeepSpeed's optimizer, which wraps the one given
         self._stage = self.model.zero_optimization_stage()
+        if self._fp16:
+            self._sharded.loss_scaler.raise_error_at_min_scale = False  # an end without a checkpoint; `update` tells
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -104,54 +108,58 @@ class Zero(Replicated):
             raise RuntimeError("DeepSpeed made a step with a gradient that is not finite")
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole ``state_dict`` of the model in fp32, put together from all processes."""
+        """The whole ``state_dict`` of the model in fp32, put together from all processes, one weight after another."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = dict(self.module.state_dict())
         trained = {id(parameter) for group in self._groups for parameter in group}
         for name, parameter in self.module.named_parameters():
             if id(parameter) in trained:
-                weights[name] = safe_get_full_fp32_param(parameter)
+                weights[name] = safe_get_full_fp32_param(parameter).cpu()
             else:
-                with self._gathered([parameter]):
-                    weights[name] = parameter.detach().float().clone()
+                with self._gathered(parameter):
+                    weights[name] = parameter.detach().float().to("cpu", copy=True)
         return weights
 
-    def _gathered(self, parameters: list[torch.nn.Parameter], modifier_rank: int | None = None) -> Any:
-        """A context in which ZeRO-3's parameters are whole; what process `modifier_rank` changes is kept."""
+    def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None) -> Any:
+        """A context in which a weight of ZeRO-3 is whole; what process `modifier_rank` changes is kept."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self._stage == 3)
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank, enabled=self._stage == 3)
 
     @property
-    def _shards(self) -> list[torch.Tensor]:
-        """This process's flat fp32 shards of the trained weights."""
+    def _shards(self) -> list[list[torch.Tensor]]:
+        """This process's flat fp32 shards of the trained weights, by group; stage 3 cuts large groups into several."""
         zero = self._sharded
-        return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
+        if self._stage < 3:
+            return [[shard] for shard in zero.single_partition_of_fp32_groups]
+        shards: list[list[torch.Tensor]] = [[] for _ in self._groups]
+        for number, shard in enumerate(zero.fp32_partitioned_groups_flat):
+            shards[zero.sub_group_to_group_id[number]].append(shard)
+        return shards
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole ``state_dict`` of the optimizer as torch writes it, put together from all processes."""
+        """The whole ``state_dict`` of the optimizer as torch writes it; of states, only the main process has them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        moments, common = self._kinds_of_state()
         self._link()
+        bare = self._sharded.optimizer
         states: dict[int, dict[str, Any]] = {}
         settings, index = [], 0
-        for group, kept in zip(self._groups, self._sharded.optimizer.param_groups, strict=True):
+        for group, kept, shards in zip(self._groups, bare.param_groups, self._shards, strict=True):
             plain = {key: value for key, value in kept.items() if key != "params"}
             settings.append(plain | {"params": list(range(index, index + len(group)))})
-            for parameter in group:
-                whole = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in moments}
-                states[index] = copy.deepcopy(common) | whole
-                index += 1
-        return {"state": states if any(states.values()) else {}, "param_groups": settings}
-
-    def _kinds_of_state(self) -> tuple[list[str], dict[str, Any]]:
-        """Names of what the optimizer keeps per weight, and the values (the step count) all weights have in common."""
-        shard = self._shards[0]
-        state = self._sharded.optimizer.state.get(shard, {})
-        moments = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.shape]
-        return moments, {k: v for k, v in state.items() if k not in moments}
+            of_shard = bare.state.get(shards[0], {})
+            for index, parameter in enumerate(group, start=index):  # noqa: B020  it counts through the groups
+                state = {}
+                for key, value in of_shard.items():
+                    if isinstance(value, torch.Tensor) and value.shape == shards[0].shape:
+                        value = safe_get_full_optimizer_state(parameter, key)
+                    if self.accelerator.is_main_process:
+                        state[key] = value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+                states[index] = state
+            index += 1
+        return {"state": {number: state for number, state in states.items() if state}, "param_groups": settings}
 
     def scaler_state(self) -> dict[str, Any]:
         """The numbers of DeepSpeed's fp16 loss scaler; empty without one."""
@@ -167,27 +175,36 @@ class Zero(Replicated):
         """Cut up what `weights` and `optimizer_state` returned, be it on another engine or number of processes."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        device, bare = self.accelerator.device, self._sharded.optimizer
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(weights[name])
+            for name, parameter in self.module.named_parameters():
+                with self._gathered(parameter, modifier_rank=0):
+                    parameter.copy_(weights[name])
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        with self._gathered(list(self.module.parameters()), modifier_rank=0):
-            self.module.load_state_dict(weights)
-        parameters = [parameter for group in self._groups for parameter in group]
         states = optimizer_state["state"]
-        self._make_room(states.get(0, {}), parameters[0].numel() if self._stage < 3 else parameters[0].ds_numel)
-        moments, _ = self._kinds_of_state()
-        for index, parameter in enumerate(parameters):
-            name = names[id(parameter)]
-            safe_set_full_fp32_param(parameter, weights[name].to(self.accelerator.device))
-            for key in moments:
-                value = states[index][key].to(self.accelerator.device, torch.float32)
-                safe_set_full_optimizer_state(parameter, value, key)
+        for kept, saved in zip(bare.param_groups, optimizer_state["param_groups"], strict=True):
+            kept.update({key: value for key, value in saved.items() if key != "params"})
+        self._make_room(states)
+        for index, parameter in enumerate(parameter for group in self._groups for parameter in group):
+            whole = weights[names[id(parameter)]]
+            safe_set_full_fp32_param(parameter, whole.to(device))
+            for key, value in states.get(index, {}).items():
+                if isinstance(value, torch.Tensor) and value.shape == whole.shape and value.dim():
+                    safe_set_full_optimizer_state(parameter, value.to(device, torch.float32), key)
 
-    def _make_room(self, example: dict[str, Any], num_weights: int) -> None:
+    def _make_room(self, states: dict[int, dict[str, Any]]) -> None:
         """Give each shard the state that the optimizer would make in its first step."""
-        for shard in self._shards:
-            state = self._sharded.optimizer.state[shard]
-            for key, value in example.items():
-                per_weight = isinstance(value, torch.Tensor) and value.numel() == num_weights and value.dim() > 0
-                state[key] = torch.zeros_like(shard) if per_weight else copy.deepcopy(value)
+        index = 0
+        for group, shards in zip(self._groups, self._shards, strict=True):
+            shape = group[0].shape if self._stage < 3 else group[0].ds_shape
+            for shard in shards:
+                for key, value in states.get(index, {}).items():
+                    per_weight = isinstance(value, torch.Tensor) and value.shape == shape and value.dim()
+                    state = torch.zeros_like(shard) if per_weight else copy.deepcopy(value)
+                    self._sharded.optimizer.state[shard][key] = state
+            index += len(group)
         self._link()
 
     def _link(self) -> None:
