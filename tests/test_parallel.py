@@ -108,8 +108,9 @@ def test_bf16_is_the_same_under_every_engine(tmp_path, engine):
     Ranks(lambda: run(*settings, "--run-dir", tmp_path / "two"), 2, engine).check()
     run(*SHORT, "--run-dir", tmp_path / "fp32")
     one, two, fp32 = (torch.tensor(of(tmp_path / name, "train/loss")) for name in ("one", "two", "fp32"))
-    torch.testing.assert_close(two, one, rtol=2e-5, atol=0)
-    assert (fp32 / one - 1).abs().max() > 4e-5
+    torch.testing.assert_close(two[0], one[0], rtol=2e-6, atol=0)
+    assert (fp32[0] / one[0] - 1).abs() > 1e-5
+    torch.testing.assert_close(two, one, rtol=2e-4, atol=0)
     weights = load_file(tmp_path / "two" / "checkpoints" / "last" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
