@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from cifar_dist import checkpoint
-from cifar_dist.batches import ResidentBatches
 from cifar_dist.checkpoint import Trained
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
@@ -40,13 +39,14 @@ from cifar_dist.distributed import (
 )
 from cifar_dist.engine import Meter, Stepper, evaluate, train_step
 from cifar_dist.engine_choice import engine_table, zero_gain
-from cifar_dist.errors import Diverged, run_main
+from cifar_dist.errors import Diverged, UsageError, run_main
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import wrap
 from cifar_dist.plan import Plan, Schedule, make_plan
 from cifar_dist.run_folder import choose_run_dir, create_run_dir, identity, note_bad_step, run_lock
+from cifar_dist.stream_batches import make_batches
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.train_state import TrainState
 from cifar_dist.wandb_run import wandb_mode
@@ -60,8 +60,9 @@ def main() -> None:
     accelerator = start(config.run.precision, config.run.ddp_timeout)
     check_agreement(accelerator, identity(config))
     run_dir = None if command.plan_only else on_main(accelerator, lambda: claim(config))
-    data = load_training_data(config.data)
-    check_agreement(accelerator, {"data set": data.fingerprint, "train/val split": data.split_digest})
+    data = load_training_data(config.data, device_bytes(accelerator))
+    facts = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
+    check_agreement(accelerator, facts)
     seed_everything(config.run.seed)
     resuming = run_dir is not None and checkpoint.exists(run_dir)
     fresh = replace(config.model, pretrained=False, init_weights=None)
@@ -73,9 +74,9 @@ def main() -> None:
     lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     accelerator.print(*lines, *(engine_table(config, sizes) if command.plan_only else []), sep="\n", flush=True)
     if run_dir is not None:
-        facts = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names)}
+        belongs = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names), "data_mode": data.mode}
         lock = run_lock(run_dir)
-        on_main(accelerator, lambda: create_run_dir(lock, config, plan, facts))
+        on_main(accelerator, lambda: create_run_dir(lock, config, plan, belongs))
         with StopRequest() as request:
             train(config, plan, data, model, Job(accelerator, run_dir, request))
         lock.release()
@@ -119,7 +120,7 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
     if resuming:
         checkpoint.load(run_dir, trained)
 
-    batches = ResidentBatches(data.train.to(accelerator.device), config, plan, inputs, trained.parallel)
+    batches = make_batches(data.train, config, plan, inputs, trained.parallel)
     val = None if data.val is None else data.val.to(accelerator.device)
     preprocess = Preprocess(inputs, accelerator.device, trained.parallel.input_dtype)
     schedule = Schedule(trained.parallel.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
@@ -134,6 +135,9 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
             lr = schedule.apply(state.step)
             trained.parallel.model.train()
             share, verdict = train_step(stepper, batches(state.step), stop=bool(job.request.signal))
+            if verdict.lost:
+                checkpoint.save(run_dir, trained, state, best=False)
+                raise UsageError(batches.lost or "another process has no more data; its own message says why.")
             if verdict.bad:
                 note = partial(note_bad_step, run_dir, state.step, lr, batches.sample_ids(state.step))
                 notice = on_main(accelerator, note)
@@ -151,8 +155,7 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
             stopped = verdict.stop and not ends
             if plan.logs_at(state.step, run.log_every) and meter.steps:
                 facts = {"lr": lr, "seconds": state.seconds, "peak_memory_bytes": peak_memory_bytes(accelerator)}
-                facts |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
-                tracker.training(state.step, meter.read() | facts)
+                tracker.training(state.step, meter.read(batches.take_waits()) | facts)
             best = val is None
             with meter.paused():
                 if val is not None and (epoch_ends or ends):

@@ -16,6 +16,7 @@ from timm.data import Mixup
 from cifar_dist.config import AugmentConfig, Config, InputConfig
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.resident import ResidentSet
+from cifar_dist.data.stream import StreamSet
 from cifar_dist.ordering import global_batch, micro_batch_slice
 from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Plan
@@ -31,6 +32,7 @@ class Batch:
         labels: int64 (B,), the classes before mixing.
         weights: float32 (B,): 1 / (real rows of the global batch), or 0 for a filled row.
         last: whether it is the step's last one.
+        lost: whether there were no data for it; the step must not be made.
     """
 
     images: torch.Tensor
@@ -38,48 +40,95 @@ class Batch:
     labels: torch.Tensor
     weights: torch.Tensor
     last: bool
+    lost: bool = False
 
 
-class ResidentBatches:
-    """Batches of a set that lives on the device.
+@dataclass(frozen=True)
+class Part:
+    """Rows of a micro-batch on the device, as they are in the set: images uint8 (B,S,S,3); labels, ids, weights (B,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class Batches:
+    """From a step to this process's micro-batches; where rows come from is for subclasses to say.
+
+    Attributes:
+        lost: why no further rows can be had, or None. Batches are empty then: all their weights are 0.
 
     Args:
-        data: the whole training set, on the accelerator's device.
+        data: the training set.
         config: the run's configuration.
         plan: the run's plan.
         input: what the model expects.
-        parallel: the engine; tells which slice is this process's, and the dtype its model takes.
+        parallel: the engine; tells the device, which slice is this process's, and the dtype its model takes.
     """
 
-    def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
-        self._data, self._plan, self._seed = data, plan, config.run.seed
-        self._process = parallel.accelerator.process_index
-        self._augment = Augment(config.augment, input, config.run.seed, data.images.device, parallel.input_dtype)
+    def __init__(
+        self, data: ResidentSet | StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated
+    ):
+        self.lost: str | None = None
+        self._plan, self._seed = plan, config.run.seed
+        self._process, self._device = parallel.accelerator.process_index, parallel.accelerator.device
+        self._augment = Augment(config.augment, input, config.run.seed, self._device, parallel.input_dtype)
         self._mixup = _make_mixup(config.augment, plan.num_classes)
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
 
     def sample_ids(self, step: int) -> list[int]:
         """Ids of the rows of step `step`'s global batch, over all processes."""
-        batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
-        return self._data.ids[torch.from_numpy(batch.rows[batch.real]).to(self._data.ids.device)].tolist()
+        raise NotImplementedError
+
+    def _parts(self, step: int) -> Iterator[Part]:
+        """This process's rows of step `step`, a micro-batch at a time."""
+        raise NotImplementedError
 
     def __call__(self, step: int) -> Iterator[Batch]:
         """Yield this process's micro-batches of optimizer step `step`."""
         plan = self._plan
-        batch = global_batch(plan.num_train, plan.batch_size, self._seed, step)
-        weight = np.float32(1 / batch.real.sum())
-        device = self._data.images.device
-        for micro in range(plan.grad_accum_steps):
-            part = micro_batch_slice(self._process, plan.num_processes, micro, plan.micro_batch_size)
-            rows = torch.from_numpy(batch.rows[part]).to(device, non_blocking=True)
-            weights = torch.from_numpy(batch.real[part] * weight).to(device, non_blocking=True)
-            labels = self._data.labels[rows]
-            images = self._augment(self._data.images[rows], self._data.ids[rows], step // plan.steps_per_epoch)
-            images, targets = images.contiguous(memory_format=self._layout), labels
+        for micro, part in enumerate(self._parts(step)):
+            images = self._augment(part.images, part.ids, step // plan.steps_per_epoch)
+            images, targets = images.contiguous(memory_format=self._layout), part.labels
             if self._mixup is not None:
-                np.random.seed(np.random.SeedSequence([self._seed, step, part.start]).generate_state(1))
-                images, targets = self._mixup(images, labels)
-            yield Batch(images, targets, labels, weights, last=micro == plan.grad_accum_steps - 1)
+                place = self._slice(micro).start
+                np.random.seed(np.random.SeedSequence([self._seed, step, place]).generate_state(1))
+                images, targets = self._mixup(images, part.labels)
+            last = micro == plan.grad_accum_steps - 1
+            yield Batch(images, targets, part.labels, part.weights, last, lost=self.lost is not None)
+
+    def _slice(self, micro: int) -> slice:
+        return micro_batch_slice(self._process, self._plan.num_processes, micro, self._plan.micro_batch_size)
+
+    def take_waits(self) -> list[float]:
+        """Seconds that steps waited for data, and images that were damaged and skipped, since last asked."""
+        return [0.0, 0.0]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+class ResidentBatches(Batches):
+    """Batches of a set that lives on the device."""
+
+    def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
+        super().__init__(data, config, plan, input, parallel)
+        self._data = data.to(self._device)
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Ids of the rows of step `step`'s global batch, over all processes."""
+        batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
+        return self._data.ids[torch.from_numpy(batch.rows[batch.real]).to(self._device)].tolist()
+
+    def _parts(self, step: int) -> Iterator[Part]:
+        batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
+        weight = np.float32(1 / batch.real.sum())
+        for micro in range(self._plan.grad_accum_steps):
+            place = self._slice(micro)
+            rows = torch.from_numpy(batch.rows[place]).to(self._device, non_blocking=True)
+            weights = torch.from_numpy(batch.real[place] * weight).to(self._device, non_blocking=True)
+            yield Part(self._data.images[rows], self._data.labels[rows], self._data.ids[rows], weights)
 
 
 def _make_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:

@@ -77,6 +77,18 @@ class DataConfig:
         "labelled in every output",
         choices=("val", "test"),
     )
+    data_mode: str = option(
+        "auto",
+        "resident: decoded once, kept on the device; stream: read and decoded while training, never whole in memory; "
+        "auto: resident where it fits into a quarter of the device's memory",
+        choices=("auto", "resident", "stream"),
+    )
+    shuffle_window: int = option(
+        16384, "stream: rows that are shuffled among each other, and the most that wait in memory", type=positive_int
+    )
+    skip_corrupt: int = option(
+        0, "stream: images that may be damaged, per process, before the run stops", type=non_negative_int
+    )
     cache_dir: str | None = option(None, "folder of decoded data sets (default: ~/.cache/cifar-dist)")
 
 

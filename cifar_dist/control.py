@@ -17,25 +17,28 @@ class Verdict:
     Attributes:
         bad: the loss, or the gradient of the global batch, is not finite on some process.
         stop: some process was asked to stop.
+        lost: some process has no more data; the step is refused as a bad one.
     """
 
     bad: bool
     stop: bool
+    lost: bool
 
 
-def agree(accelerator: Accelerator, bad: torch.Tensor, stop: bool) -> Verdict:
+def agree(accelerator: Accelerator, bad: torch.Tensor, stop: bool, lost: bool) -> Verdict:
     """One reduction over all processes and the step's one host sync.
 
     Args:
         accelerator: of this process.
         bad: bool (), on the device: whether something is not finite here.
         stop: whether this process was asked to stop.
+        lost: whether this process has no data.
     """
-    flags = torch.stack([bad.float(), torch.full_like(bad, stop, dtype=torch.float32)])
+    flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in (stop, lost))])
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     found = flags.tolist()
-    return Verdict(bad=found[0] > 0, stop=found[1] > 0)
+    return Verdict(*(flag > 0 for flag in found))
 
 
 class StopRequest:

@@ -21,7 +21,7 @@ def measure(config: Config, data: TrainingData, model: torch.nn.Module) -> Sizes
         num_val=0 if data.val is None else len(data.val),
         num_test=data.num_test,
         num_classes=len(data.class_names),
-        data_bytes=sum(split.images.nbytes for split in resident),
+        data_bytes=sum(split.nbytes for split in resident),
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         state_per_parameter=state_per_parameter(config.optim),

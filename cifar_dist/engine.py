@@ -51,8 +51,9 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
     parallel = stepper.parallel
     device = parallel.accelerator.device
     stepper.before.keep()
-    share = torch.zeros(2, dtype=torch.float64, device=device)
+    share, lost = torch.zeros(2, dtype=torch.float64, device=device), False
     for batch in micro_batches:
+        lost = lost or batch.lost
         with parallel.micro_batch(batch.last):
             logits = parallel.forward(batch.images).float()
             soft = batch.targets.is_floating_point()  # mixup has smoothed them already
@@ -61,11 +62,11 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
             )
             loss = (losses * batch.weights).sum()
             # The gradient of a loss that is not finite is made so too: every engine, and every process, sees it.
-            parallel.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+            parallel.backward(loss * torch.where(loss.detach().isfinite(), math.nan if lost else 1.0, math.nan))
         correct = (logits.detach().argmax(1) == batch.labels) * batch.weights
         share += torch.stack([loss.detach(), correct.sum()])
     bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
-    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, stop)
+    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, stop, lost)
     if verdict.bad:
         parallel.drop()
     elif parallel.update():
@@ -103,15 +104,26 @@ class Meter:
         self._sum += share
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
-        """Mean training loss (nats), top-1 (fraction) and images/s of the whole job since the last reading."""
-        loss, top1 = total(self._accelerator, self._sum)
+    def read(self, waits: list[float]) -> dict[str, float]:
+        """Means of the whole job since the last reading.
+
+        Args:
+            waits: this process's, as `Batches.take_waits` returns them.
+
+        Returns:
+            Mean training loss (nats), top-1 (fraction), images/s, the share of time that steps waited for data, and
+            damaged images that were skipped.
+        """
+        numbers = torch.cat([self._sum, torch.tensor(waits, dtype=torch.float64, device=self._sum.device)])
+        loss, top1, waited, corrupt = total(self._accelerator, numbers)
         steps, seconds = self.steps, time.perf_counter() - self._started
         self._restart()
         return {
             "train/loss": loss / steps,
             "train/top1": top1 / steps,
             "images_per_second": steps * self._batch_size / seconds,
+            "data_wait": waited / self._accelerator.num_processes / seconds,
+            **({"skipped_images": corrupt} if corrupt else {}),
         }
 
 

@@ -44,6 +44,13 @@ def global_batch(num_samples: int, batch_size: int, seed: int, step: int) -> Glo
     return GlobalBatch(rows=order[positions % num_samples], real=positions < num_samples)
 
 
+def fill_up(order: np.ndarray, batch_size: int, index: int) -> GlobalBatch:
+    """Batch number `index` of an epoch's `order`; the last one is filled up with rows of its own."""
+    first = index * batch_size
+    rows = order[first : first + batch_size]
+    return GlobalBatch(rows=np.resize(rows, batch_size), real=np.arange(batch_size) < len(rows))
+
+
 def micro_batch_slice(process: int, num_processes: int, micro: int, micro_batch_size: int) -> slice:
     """The part of a global batch that `process` holds as its micro-batch number `micro`."""
     start = (micro * num_processes + process) * micro_batch_size

@@ -1,7 +1,7 @@
 """Images and labels for training and for the final evaluation.
 
 `load_training_data` never reads the test split unless `--select-on test` asks for it; `load_test_data` reads nothing
-else. A set that does not fit in memory would be streamed by a sibling of `resident`, from the same `Source.rows`.
+else. A set that does not fit in memory is streamed (`stream`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.resident import ResidentSet, load_resident
-from cifar_dist.data.sources import open_source
+from cifar_dist.data.sources import Source, open_source
 from cifar_dist.data.splits import stratified_split
+from cifar_dist.data.stream import StreamSet, open_stream
 from cifar_dist.errors import UsageError
 
 
@@ -20,12 +21,17 @@ from cifar_dist.errors import UsageError
 class TrainingData:
     """What training may see; `num_test` is None where the test split would have to be read to count it."""
 
-    train: ResidentSet
+    train: ResidentSet | StreamSet
     val: ResidentSet | None
     class_names: tuple[str, ...]
     name: str
     fingerprint: str
     num_test: int | None
+
+    @property
+    def mode(self) -> str:
+        """How train is held: resident or stream."""
+        return "resident" if isinstance(self.train, ResidentSet) else "stream"
 
     @property
     def split_digest(self) -> str:
@@ -49,16 +55,24 @@ class TestData:
     fingerprint: str
 
 
-def load_training_data(config: DataConfig) -> TrainingData:
-    """Load train and set val apart from it (None for ``--val-fraction 0``).
+def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
+    """Load train, or open it as a stream, and set val apart from it (None for ``--val-fraction 0``).
 
-    With ``--select-on test`` val is the test split and train is whole, as in the studies this reproduces.
+    With ``--select-on test`` val is the test split and train is whole, as in the studies this reproduces. val is
+    resident in any case.
+
+    Args:
+        config: which data.
+        device_bytes: memory of the device; ``--data-mode auto`` streams what takes more than a quarter of it.
 
     Raises:
         UsageError: the data cannot be used; the message names the flag and the cure.
     """
     source = open_source(config)
-    train = load_resident(source, "train", config)
+    streams = config.data_mode == "stream" or (config.data_mode == "auto" and not _fits(source, config, device_bytes))
+    if config.skip_corrupt and not streams:
+        raise UsageError(f"--skip-corrupt {config.skip_corrupt} works with --data-mode stream only; add that.")
+    train = open_stream(source, "train", config) if streams else load_resident(source, "train", config)
     if len(train.labels.unique()) < 2:
         raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
     val: ResidentSet | None = None
@@ -66,8 +80,14 @@ def load_training_data(config: DataConfig) -> TrainingData:
         val = load_resident(source, "test", config)
     elif config.val_fraction:
         in_train, in_val = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)
-        train, val = train.take(in_train), train.take(in_val)
+        val = train.take(in_val) if isinstance(train, ResidentSet) else train.take_resident(in_val)
+        train = train.take(in_train)
     return TrainingData(train, val, source.class_names, source.name, source.fingerprint, source.num_rows("test"))
+
+
+def _fits(source: Source, config: DataConfig, device_bytes: int) -> bool:
+    rows = source.num_rows("train")
+    return rows is None or rows * config.data_size**2 * 3 <= device_bytes / 4
 
 
 def load_test_data(config: DataConfig) -> TestData:

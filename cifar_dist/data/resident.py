@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +47,11 @@ class ResidentSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images."""
+        return self.images.nbytes
+
     def to(self, device: torch.device | str) -> ResidentSet:
         """The same set on `device`."""
         return ResidentSet(self.images.to(device), self.labels.to(device), self.ids.to(device))
@@ -68,7 +72,7 @@ def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet
     """
     from filelock import FileLock
 
-    entry = _cache_folder(config) / _entry_name(source, split, config)
+    entry = cache_entry(source, split, config)
     try:
         if not entry.exists():
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,11 @@ def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet
     if isinstance(found, str):
         raise UsageError(f"--cache-dir {entry.parent}: what was just written reads back wrong ({found}).")
     return found
+
+
+def cache_entry(source: Source, split: str, config: DataConfig) -> Path:
+    """Where the cache keeps a split of this source, decoded as `config` says."""
+    return _cache_folder(config) / _entry_name(source, split, config)
 
 
 def _cache_folder(config: DataConfig) -> Path:
@@ -152,7 +161,7 @@ def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
     stream = iter(progress)
     with (folder / "images.u8").open("wb") as file:
         for rows in iter(lambda: list(itertools.islice(stream, _CHUNK_ROWS)), []):
-            file.write(_to_pixels((image for image, _ in rows), size))
+            file.write(np.stack([to_pixels(image, size) for image, _ in rows]).tobytes())
             labels.extend(label for _, label in rows)
     if not labels:
         raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
@@ -165,14 +174,10 @@ def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
         fsync(path)
 
 
-def _to_pixels(images: Iterable[Image.Image | np.ndarray], size: int) -> bytes:
-    """RGB images of any size to the bytes of uint8 (n,S,S,3)."""
-
-    def square(image: Image.Image | np.ndarray) -> np.ndarray:
-        if isinstance(image, np.ndarray) and image.shape[:2] != (size, size):
-            image = Image.fromarray(image)
-        if isinstance(image, Image.Image) and image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image)
-
-    return np.stack([square(image) for image in images]).tobytes()
+def to_pixels(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """An RGB image of any size as uint8 (S,S,3)."""
+    if isinstance(image, np.ndarray) and image.shape[:2] != (size, size):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image) and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

@@ -68,7 +68,7 @@ class Source:
                     f"{where} has the label {label}, which is outside 0..{len(self.class_names) - 1}; every row needs "
                     "one of the classes (-1 marks rows without label)."
                 )
-            yield _decode(row[self.columns.image], where), int(label)
+            yield decode_image(row[self.columns.image], where), int(label)
 
     def _raw_rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Rows whose images are still encoded, so that one that fails to decode can be named."""
@@ -89,7 +89,7 @@ class Source:
             ) from None
 
 
-def _decode(value: Any, where: str) -> Image.Image | np.ndarray:
+def decode_image(value: Any, where: str) -> Image.Image | np.ndarray:
     """An image in RGB: grey and palette images are converted, an alpha channel is dropped, EXIF rotation applied."""
     import datasets
 

@@ -1,0 +1,183 @@
+"""Batches of a set that is streamed: read and decoded ahead of the training, in a thread."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar_dist.batches import Batches, Part, ResidentBatches
+from cifar_dist.config import Config, InputConfig
+from cifar_dist.data.resident import ResidentSet
+from cifar_dist.data.stream import DataLost, StreamSet
+from cifar_dist.errors import UsageError
+from cifar_dist.ordering import GlobalBatch, fill_up
+from cifar_dist.parallel import Replicated
+from cifar_dist.plan import Plan
+
+_STEPS_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class _Step:
+    """This process's decoded rows of a step, micro-batch after micro-batch."""
+
+    step: int
+    rows: np.ndarray
+    images: np.ndarray
+    weights: np.ndarray
+
+
+class StreamBatches(Batches):
+    """Batches of a stream, from any step on."""
+
+    def __init__(self, data: StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
+        super().__init__(data, config, plan, input, parallel)
+        self._data, self._allowed = data, config.data.skip_corrupt
+        self._queue: queue.Queue[_Step | Exception] = queue.Queue(_STEPS_AHEAD)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._next, self._waited, self._corrupt = -1, 0.0, 0
+        self._told = 0
+
+    def _batch(self, step: int) -> GlobalBatch:
+        epoch, index = divmod(step, self._plan.steps_per_epoch)
+        return fill_up(self._data.order(self._seed, epoch), self._plan.batch_size, index)
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Ids of the rows of step `step`'s global batch, over all processes."""
+        batch = self._batch(step)
+        return batch.rows[batch.real].tolist()
+
+    def _own(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of this process in `step`, and their weights."""
+        batch = self._batch(step)
+        place = np.concatenate([np.r_[self._slice(micro)] for micro in range(self._plan.grad_accum_steps)])
+        return batch.rows[place], (batch.real[place] / batch.real.sum()).astype(np.float32)
+
+    def _parts(self, step: int) -> Iterator[Part]:
+        found, size = self._fetch(step), self._plan.micro_batch_size
+        labels = torch.from_numpy(self._data.all_labels[found.rows])
+        tensors = torch.from_numpy(found.images), labels, torch.from_numpy(found.rows), torch.from_numpy(found.weights)
+        for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+            yield Part(*(part.to(self._device, non_blocking=True) for part in parts))
+
+    def _fetch(self, step: int) -> _Step:
+        """The decoded step, as soon as it is there."""
+        if step != self._next:
+            self._start(step)
+        self._next = step + 1
+        began = time.perf_counter()
+        found: _Step | Exception | None = None if self.lost else self._queue.get()
+        self._waited += time.perf_counter() - began
+        if isinstance(found, UsageError):
+            self.lost = str(found)
+        elif isinstance(found, Exception):
+            raise found
+        if self.lost:
+            rows, weights = self._own(step)
+            side = self._data.size
+            return _Step(step, rows, np.zeros((len(rows), side, side, 3), np.uint8), np.zeros_like(weights))
+        assert isinstance(found, _Step)
+        assert found.step == step
+        return found
+
+    def _start(self, step: int) -> None:
+        """Read ahead from `step` on."""
+        self.close()
+        self._queue, self._stop = queue.Queue(_STEPS_AHEAD), threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(step, self._queue, self._stop), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def take_waits(self) -> list[float]:
+        """Seconds that steps waited for data, and images that were damaged and skipped, since last asked."""
+        found, self._waited, self._told = [self._waited, float(self._corrupt - self._told)], 0.0, self._corrupt
+        return found
+
+    def _run(self, step: int, ready: queue.Queue[_Step | Exception], stop: threading.Event) -> None:
+        try:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // here)) as pool:
+                for decoded in self._decoded(step, pool):
+                    if not _put(ready, decoded, stop):
+                        return
+        except Exception as error:
+            _put(ready, error, stop)
+
+    def _decoded(self, step: int, pool: ThreadPoolExecutor) -> Iterator[_Step]:
+        """This process's decoded rows from `step` to the last one."""
+        plan = self._plan
+        while step < plan.total_steps:
+            epoch = step // plan.steps_per_epoch
+            steps = range(step, min((epoch + 1) * plan.steps_per_epoch, plan.total_steps))
+            wanted = np.zeros(len(self._data.all_labels), dtype=bool)
+            for own in steps:
+                wanted[self._own(own)[0]] = True
+            stream = self._data.read(wanted, self._seed, epoch)
+            waiting: dict[int, Any] = {}
+            for step in steps:
+                rows, weights = self._own(step)
+                missing = set(rows.tolist()) - waiting.keys()
+                while missing:
+                    number, image = next(stream)
+                    waiting[number] = image
+                    missing.discard(number)
+                each, places = np.unique(rows, return_inverse=True)  # an epoch's last batch holds some rows twice
+                images = list(pool.map(self._decode, each.tolist(), [waiting.pop(row) for row in each.tolist()]))
+                sound = np.array([image is not None for image in images], dtype=np.float32)
+                pixels = np.stack([self._blank if image is None else image for image in images])
+                yield _Step(step, rows, pixels[places], weights * sound[places])
+            step += 1
+
+    @property
+    def _blank(self) -> np.ndarray:
+        return np.zeros((self._data.size, self._data.size, 3), dtype=np.uint8)
+
+    def _decode(self, number: int, image: Any) -> np.ndarray | None:
+        """The decoded image, or None if it is damaged and may be skipped."""
+        try:
+            return self._data.decode(number, image)
+        except DataLost:
+            raise
+        except UsageError as error:
+            self._corrupt += 1
+            if self._corrupt > self._allowed:
+                raise UsageError(f"{error} --skip-corrupt {self._allowed} allows no more.") from None
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            return None
+
+
+def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
+    """Hand over an item as soon as there is room; whether it was taken before the order to stop."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def make_batches(
+    data: ResidentSet | StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated
+) -> Batches:
+    """Batches of `data`, however it is held; see `Batches`."""
+    if isinstance(data, StreamSet):
+        return StreamBatches(data, config, plan, input, parallel)
+    return ResidentBatches(data, config, plan, input, parallel)
