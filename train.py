@@ -10,7 +10,6 @@ import shlex
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +17,11 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from cifar_dist import checkpoint
+from cifar_dist.batches import Batches
 from cifar_dist.checkpoint import Trained
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
-from cifar_dist.control import StopRequest
+from cifar_dist.control import StopRequest, Verdict
 from cifar_dist.cost import measure
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.data.augment import Preprocess
@@ -78,15 +78,17 @@ def main() -> None:
         lock = run_lock(run_dir)
         on_main(accelerator, lambda: create_run_dir(lock, config, plan, belongs))
         with StopRequest() as request:
-            train(config, plan, data, model, Job(accelerator, run_dir, request))
+            train(Job(config, plan, accelerator, run_dir, request), data, model)
         lock.release()
     finish(accelerator)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where a training runs: its processes, its folder, and who may ask it to stop."""
+    """A training that is to run: what, on which processes, in which folder, and who may ask it to stop."""
 
+    config: Config
+    plan: Plan
     accelerator: Accelerator
     run_dir: Path
     request: StopRequest
@@ -109,9 +111,30 @@ def prepare(config: Config, plan: Plan, model: torch.nn.Module, accelerator: Acc
     return Trained(wrap(accelerator, model, make_optimizer(model, config.optim), config, plan), ema)
 
 
-def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module, job: Job) -> None:
+def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, verdict: Verdict) -> str:
+    """What follows from a step that was refused: a word about a skipped one, or the end.
+
+    Raises:
+        Diverged: it was not finite, and may not be skipped; the last good state is saved.
+        UsageError: there were no data for it; the last good state is saved.
+    """
+    if verdict.lost:
+        checkpoint.save(job.run_dir, trained, state, best=False)
+        raise UsageError(batches.lost or "another process has no more data; its own message says why.")
+    lr = max(group["lr"] for group in trained.parallel.optimizer.param_groups)
+    notice = on_main(
+        job.accelerator, lambda: note_bad_step(job.run_dir, state.step, lr, batches.sample_ids(state.step))
+    )
+    if job.config.run.on_nan == "stop" or not state.may_skip:
+        checkpoint.save(job.run_dir, trained, state, best=False)
+        raise Diverged(f"{notice}; lower --lr, set --clip-grad, or --on-nan skip.")
+    return f"skipped     {notice}"
+
+
+def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
-    run, run_dir, accelerator = config.run, job.run_dir, job.accelerator
+    config, plan, accelerator, run_dir = job.config, job.plan, job.accelerator, job.run_dir
+    run = config.run
     inputs = input_config(model, config.model)
     trained = prepare(config, plan, model, accelerator)
     resuming = on_main(accelerator, lambda: checkpoint.exists(run_dir))
@@ -135,16 +158,8 @@ def train(config: Config, plan: Plan, data: TrainingData, model: torch.nn.Module
             lr = schedule.apply(state.step)
             trained.parallel.model.train()
             share, verdict = train_step(stepper, batches(state.step), stop=bool(job.request.signal))
-            if verdict.lost:
-                checkpoint.save(run_dir, trained, state, best=False)
-                raise UsageError(batches.lost or "another process has no more data; its own message says why.")
             if verdict.bad:
-                note = partial(note_bad_step, run_dir, state.step, lr, batches.sample_ids(state.step))
-                notice = on_main(accelerator, note)
-                if run.on_nan == "stop" or not state.may_skip:
-                    checkpoint.save(run_dir, trained, state, best=False)
-                    raise Diverged(f"{notice}; lower --lr, set --clip-grad, or --on-nan skip.")
-                tracker.say(f"skipped     {notice}")
+                tracker.say(decline(job, trained, state, batches, verdict))
             else:
                 meter.add(share)
                 trained.average()

@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a micro-batch on the device, as they are in the set: images uint8 (B,S,S,3); labels, ids, weights (B,)."""
+    """Rows of a micro-batch on the device, as they are in the set: uint8 (B,S,S,3); labels, ids, weights (B,)."""
 
     images: torch.Tensor
     labels: torch.Tensor

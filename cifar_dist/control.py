@@ -38,7 +38,7 @@ def agree(accelerator: Accelerator, bad: torch.Tensor, stop: bool, lost: bool) -
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     found = flags.tolist()
-    return Verdict(*(flag > 0 for flag in found))
+    return Verdict(bad=found[0] > 0 or found[2] > 0, stop=found[1] > 0, lost=found[2] > 0)
 
 
 class StopRequest:

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from cifar_dist.batches import ResidentBatches
+from cifar_dist.batches import Batches
 from cifar_dist.errors import run_main
+from cifar_dist.stream_batches import make_batches
 from tests.ranks import Ranks
 
 RECIPE = shlex.split(
@@ -23,6 +24,19 @@ RECIPE = shlex.split(
 ZERO = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
+class Recorder:
+    """Batches that are looked at, or changed, on their way to the training."""
+
+    def __init__(self, batches, call):
+        self.batches, self.call = batches, call
+
+    def __call__(self, step):
+        return self.call(step)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
 def run(*flags, spoil=lambda step, batch: batch):
     """train.py in this process; the step and the sha256 of the pixels of each image it saw.
 
@@ -30,20 +44,25 @@ def run(*flags, spoil=lambda step, batch: batch):
     """
     seen = []
 
-    class Recorded(ResidentBatches):
-        def __call__(self, step):
-            for batch in super().__call__(step):
+    def recorded(*arguments):
+        batches: Batches = make_batches(*arguments)
+        call = batches.__call__
+
+        def yields(step):
+            for batch in call(step):
                 for image in batch.images[batch.weights > 0]:
                     seen.append((step, hashlib.sha256(image.numpy().tobytes()).hexdigest()))
                 yield spoil(step, batch)
 
+        return Recorder(batches, yields)
+
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    kept, sys.argv, train.ResidentBatches = (sys.argv, train.ResidentBatches), ["train.py", *map(str, flags)], Recorded
+    kept, sys.argv, train.make_batches = (sys.argv, train.make_batches), ["train.py", *map(str, flags)], recorded
     try:
         run_main(train.main)
     finally:
-        sys.argv, train.ResidentBatches = kept
+        sys.argv, train.make_batches = kept
     return seen
 
 
@@ -77,6 +96,17 @@ def test_processes_and_accumulation_change_nothing(one, tmp_path, processes, mic
     flags = [*RECIPE, "--micro-batch-size", micro, "--run-dir", tmp_path / "run"]
     found = Ranks(lambda: run(*flags), processes).check().results
     assert_same(tmp_path / "run", [sample for seen in found for sample in seen], one)
+
+
+@pytest.mark.parametrize("processes, micro", [(2, 12), (3, 16)])
+def test_a_stream_is_the_same_and_goes_on_with_another_number_of_processes(tmp_path, processes, micro):
+    settings = [*RECIPE, "--data-mode", "stream", "--shuffle-window", 200]
+    alone = run(*settings, "--run-dir", tmp_path / "one")
+    flags, seen = [*settings, "--micro-batch-size", micro, "--run-dir", tmp_path / "many", "--resume", "auto"], []
+    for count, steps in ((processes, 31), (1, 34), (processes, 50)):
+        found = Ranks(lambda steps=steps: run(*flags, "--max-steps", steps), count).check()
+        seen += [sample for results in found.results for sample in results]
+    assert_same(tmp_path / "many", seen, (tmp_path / "one", alone))
 
 
 @pytest.mark.parametrize("engine", ZERO)

@@ -222,7 +222,7 @@ def _write_index(entry: Path, source: Source, split: str) -> None:
     if len(no_class):
         raise UsageError(
             f"--dataset {source.name}: row {no_class[0]} of {split} has the label {labels[no_class[0]]}, which is"
-            f" outside 0..{len(source.class_names) - 1}; every row needs one of the classes (-1 marks rows without label)."
+            f" outside 0..{len(source.class_names) - 1}; every row needs a class (-1 marks rows without label)."
         )
     aside = entry.with_name(f".tmp-{os.getpid()}-{entry.name}")
     np.savez(aside, labels=labels.astype(np.int64), shard_rows=np.array(shard_rows))
