@@ -170,6 +170,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
             stopped = verdict.stop and not ends
             if plan.logs_at(state.step, run.log_every) and meter.steps:
                 facts = {"lr": lr, "seconds": state.seconds, "peak_memory_bytes": peak_memory_bytes(accelerator)}
+                facts |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
                 tracker.training(state.step, meter.read(batches.take_waits()) | facts)
             best = val is None
             with meter.paused():

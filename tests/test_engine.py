@@ -159,8 +159,8 @@ def test_the_meter_reads_means(accelerator, monkeypatch):
     with meter.paused():  # 0.5 to 1.0
         pass
     meter.add(torch.tensor([4.0, 0.0], dtype=torch.float64))
-    expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / (1.5 - 0.5)}
-    assert meter.read() == pytest.approx(expected)
+    expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / (1.5 - 0.5), "data_wait": 0.25}
+    assert meter.read([0.25, 0.0]) == pytest.approx(expected)
 
 
 def scaled_engine(clip_grad):

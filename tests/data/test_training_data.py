@@ -21,19 +21,19 @@ def decoded(monkeypatch):
 
 
 def test_val_is_part_of_train_and_test_is_not_read(config, decoded):
-    data = load_training_data(config("digits", val_fraction=0.2, split_seed=7))
+    data = load_training_data(config("digits", val_fraction=0.2, split_seed=7), 2**40)
     assert decoded == ["train"]
     assert (data.name, data.num_test, len(data.train), len(data.val)) == ("digits", 359, 1150, 288)
     both = torch.cat((data.train.ids, data.val.ids))
     assert sorted(both.tolist()) == list(range(1438))
-    whole = load_training_data(config("digits", val_fraction=0.0))
+    whole = load_training_data(config("digits", val_fraction=0.0), 2**40)
     assert whole.val is None and torch.equal(whole.train.images[data.val.ids], data.val.images)
     expected = stratified_split(whole.train.labels.numpy(), 0.2, 7)[1]
     assert np.array_equal(data.val.ids.numpy(), expected) and decoded == ["train"]
 
 
 def test_select_on_test_takes_test_as_val_and_all_of_train(config, decoded):
-    data = load_training_data(config("digits", select_on="test"))
+    data = load_training_data(config("digits", select_on="test"), 2**40)
     test = load_test_data(config("digits"))
     assert len(data.train) == 1438 and torch.equal(data.val.images, test.test.images)
     assert decoded == ["train", "test"] and data.fingerprint == test.fingerprint
@@ -47,7 +47,7 @@ def test_train_images_of_one_class(parquet_folder, config):
     features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
     values = {"image": list(pixels(4)), "label": [1, 1, 1, 1]}
     with pytest.raises(UsageError, match="all train images are of one class"):
-        load_training_data(config(parquet_folder({"train": values, "test": values}, features)))
+        load_training_data(config(parquet_folder({"train": values, "test": values}, features)), 2**40)
 
 
 def test_real_cifar10_test_split(real_cifar10, config):
