@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.data import Mixup
 
-from cifar_dist.config import AugmentConfig, Config, InputConfig
-from cifar_dist.data.augment import Augment
+from cifar_dist.config import Config, InputConfig
+from cifar_dist.data.augment import Augment, Mixing
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.ordering import global_batch, micro_batch_slice
 from cifar_dist.parallel import Replicated
@@ -53,42 +52,32 @@ class ResidentBatches:
 
     def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
         self._data, self._plan, self._seed = data, plan, config.run.seed
+        self._ids = data.ids.cpu()  # what is drawn for groups of images is drawn on the host
         self._process = parallel.accelerator.process_index
         self._augment = Augment(config.augment, input, config.run.seed, data.images.device, parallel.input_dtype)
-        self._mixup = _make_mixup(config.augment, plan.num_classes)
+        mixes = config.augment.mixup or config.augment.cutmix
+        self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if mixes else None
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
 
     def sample_ids(self, step: int) -> list[int]:
         """Ids of the rows of step `step`'s global batch, over all processes."""
         batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
-        return self._data.ids[torch.from_numpy(batch.rows[batch.real]).to(self._data.ids.device)].tolist()
+        return self._ids[torch.from_numpy(batch.rows[batch.real])].tolist()
 
     def __call__(self, step: int) -> Iterator[Batch]:
         """Yield this process's micro-batches of optimizer step `step`."""
         plan = self._plan
         batch = global_batch(plan.num_train, plan.batch_size, self._seed, step)
         weight = np.float32(1 / batch.real.sum())
-        device = self._data.images.device
+        device, epoch = self._data.images.device, step // plan.steps_per_epoch
         for micro in range(plan.grad_accum_steps):
             part = micro_batch_slice(self._process, plan.num_processes, micro, plan.micro_batch_size)
-            rows = torch.from_numpy(batch.rows[part]).to(device, non_blocking=True)
+            on_host = torch.from_numpy(batch.rows[part])
+            rows, ids = on_host.to(device, non_blocking=True), self._ids[on_host]
             weights = torch.from_numpy(batch.real[part] * weight).to(device, non_blocking=True)
             labels = self._data.labels[rows]
-            images = self._augment(self._data.images[rows], self._data.ids[rows], step // plan.steps_per_epoch)
+            images = self._augment(self._data.images[rows], ids, epoch)
             images, targets = images.contiguous(memory_format=self._layout), labels
-            if self._mixup is not None:
-                np.random.seed(np.random.SeedSequence([self._seed, step, part.start]).generate_state(1))
-                images, targets = self._mixup(images, labels)
+            if self._mixing is not None:
+                images, targets = self._mixing(images, labels, ids, epoch)
             yield Batch(images, targets, labels, weights, last=micro == plan.grad_accum_steps - 1)
-
-
-def _make_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:
-    """timm's batch-wise mixup/CutMix; it smooths the labels itself. Its draws follow from (seed, step, slice)."""
-    if not config.mixup and not config.cutmix:
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        label_smoothing=config.smoothing,
-        num_classes=num_classes,
-    )

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors"},
+    {"errors", "policy_string"},
     {"config", "ordering", "durable", "train_state"},
     {"command_line", "memory", "launch"},
     {"plan"},
