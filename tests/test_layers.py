@@ -16,7 +16,7 @@ LAYERS = [
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder"},
     {"control", "engine_choice", "parallel", "cost", "figures", "tracking"},
     {"batches", "checkpoint"},
-    {"engine", "report"},
+    {"engine", "preview", "report"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 
