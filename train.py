@@ -75,9 +75,9 @@ def main() -> None:
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     accelerator.print(*lines, *(engine_table(config, sizes) if command.plan_only else []), sep="\n", flush=True)
-    if command.preview is not None and accelerator.is_main_process:
-        write_preview(command.preview, config, plan, data, input_config(model, config.model))
-        print(f"preview     {command.preview}")
+    if (preview := command.preview) is not None:
+        on_main(accelerator, lambda: write_preview(preview, config, plan, data, input_config(model, config.model)))
+        accelerator.print(f"preview     {preview}")
     if run_dir is not None:
         facts = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names)}
         lock = run_lock(run_dir)

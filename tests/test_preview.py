@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import train
@@ -23,8 +24,23 @@ TILE, GAP, LINE = 96, 4, 12
 FLAGS = "--dataset digits --model cnn4 --batch-size 48 --wandb disabled --crop-padding 0 --hflip 0"
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process, which tests of other modules must not find."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 def sheet(monkeypatch, path, flags=""):
     """The tiles of a sheet, (8, 8, 32, 32, 3): rows are images, columns the original and epochs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     argv = ["train.py", *shlex.split(FLAGS), *shlex.split(flags), "--preview-augment", str(path)]
     monkeypatch.setattr(sys, "argv", argv)
     run_main(train.main)
