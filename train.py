@@ -45,6 +45,7 @@ from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import wrap
 from cifar_dist.plan import Plan, Schedule, make_plan
+from cifar_dist.preview import check_preview, write_preview
 from cifar_dist.run_folder import choose_run_dir, create_run_dir, identity, note_bad_step, run_lock
 from cifar_dist.stream_batches import make_batches
 from cifar_dist.tracking import Silent, Tracker
@@ -57,9 +58,11 @@ def main() -> None:
     command = parse_command_line()
     config = command.config
     resolve_name(config.model.model)  # wrong names and taken folders are refused before data is decoded
+    if command.preview is not None:
+        check_preview(command.preview)
     accelerator = start(config.run.precision, config.run.ddp_timeout)
     check_agreement(accelerator, identity(config))
-    run_dir = None if command.plan_only else on_main(accelerator, lambda: claim(config))
+    run_dir = on_main(accelerator, lambda: claim(config)) if command.trains else None
     data = load_training_data(config.data, device_bytes(accelerator))
     facts = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
     check_agreement(accelerator, facts)
@@ -73,6 +76,9 @@ def main() -> None:
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     accelerator.print(*lines, *(engine_table(config, sizes) if command.plan_only else []), sep="\n", flush=True)
+    if (preview := command.preview) is not None:
+        on_main(accelerator, lambda: write_preview(preview, config, plan, data, input_config(model, config.model)))
+        accelerator.print(f"preview     {preview}")
     if run_dir is not None:
         belongs = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names), "data_mode": data.mode}
         lock = run_lock(run_dir)

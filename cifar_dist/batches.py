@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.data import Mixup
 
-from cifar_dist.config import AugmentConfig, Config, InputConfig
-from cifar_dist.data.augment import Augment
+from cifar_dist.config import Config, InputConfig
+from cifar_dist.data.augment import Augment, Mixing
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.data.stream import StreamSet
 from cifar_dist.ordering import global_batch, micro_batch_slice
@@ -45,7 +44,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a micro-batch on the device, as they are in the set: uint8 (B,S,S,3); labels, ids, weights (B,)."""
+    """Rows of a micro-batch as they are in the set.
+
+    Images uint8 (B,S,S,3), labels and weights (B,) are on the device; ids int64 (B,) on the host, which draws for them.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -74,7 +76,8 @@ class Batches:
         self._plan, self._seed = plan, config.run.seed
         self._process, self._device = parallel.accelerator.process_index, parallel.accelerator.device
         self._augment = Augment(config.augment, input, config.run.seed, self._device, parallel.input_dtype)
-        self._mixup = _make_mixup(config.augment, plan.num_classes)
+        mixes = config.augment.mixup or config.augment.cutmix
+        self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if mixes else None
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
 
     def sample_ids(self, step: int) -> list[int]:
@@ -87,14 +90,12 @@ class Batches:
 
     def __call__(self, step: int) -> Iterator[Batch]:
         """Yield this process's micro-batches of optimizer step `step`."""
-        plan = self._plan
+        plan, epoch = self._plan, step // self._plan.steps_per_epoch
         for micro, part in enumerate(self._parts(step)):
-            images = self._augment(part.images, part.ids, step // plan.steps_per_epoch)
+            images = self._augment(part.images, part.ids, epoch)
             images, targets = images.contiguous(memory_format=self._layout), part.labels
-            if self._mixup is not None:
-                place = self._slice(micro).start
-                np.random.seed(np.random.SeedSequence([self._seed, step, place]).generate_state(1))
-                images, targets = self._mixup(images, part.labels)
+            if self._mixing is not None:
+                images, targets = self._mixing(images, part.labels, part.ids, epoch)
             last = micro == plan.grad_accum_steps - 1
             yield Batch(images, targets, part.labels, part.weights, last, lost=self.lost is not None)
 
@@ -114,30 +115,19 @@ class ResidentBatches(Batches):
 
     def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
         super().__init__(data, config, plan, input, parallel)
-        self._data = data.to(self._device)
+        self._data, self._ids = data.to(self._device), data.ids.cpu()
 
     def sample_ids(self, step: int) -> list[int]:
         """Ids of the rows of step `step`'s global batch, over all processes."""
         batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
-        return self._data.ids[torch.from_numpy(batch.rows[batch.real]).to(self._device)].tolist()
+        return self._ids[torch.from_numpy(batch.rows[batch.real])].tolist()
 
     def _parts(self, step: int) -> Iterator[Part]:
         batch = global_batch(self._plan.num_train, self._plan.batch_size, self._seed, step)
         weight = np.float32(1 / batch.real.sum())
         for micro in range(self._plan.grad_accum_steps):
             place = self._slice(micro)
-            rows = torch.from_numpy(batch.rows[place]).to(self._device, non_blocking=True)
+            on_host = torch.from_numpy(batch.rows[place])
+            rows = on_host.to(self._device, non_blocking=True)
             weights = torch.from_numpy(batch.real[place] * weight).to(self._device, non_blocking=True)
-            yield Part(self._data.images[rows], self._data.labels[rows], self._data.ids[rows], weights)
-
-
-def _make_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:
-    """timm's batch-wise mixup/CutMix; it smooths the labels itself. Its draws follow from (seed, step, slice)."""
-    if not config.mixup and not config.cutmix:
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        label_smoothing=config.smoothing,
-        num_classes=num_classes,
-    )
+            yield Part(self._data.images[rows], self._data.labels[rows], self._ids[on_host], weights)

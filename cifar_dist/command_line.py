@@ -41,6 +41,9 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument(
+        "--preview-augment", metavar="FILE", type=Path, help="write a PNG sheet of what the model will see, and stop"
+    )
     for section in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[section.name]
         group = parser.add_argument_group(kind.__doc__)
@@ -146,10 +149,22 @@ def _with_dashes(argument: str) -> str:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line asks for: the merged configuration, and whether only to print the plan."""
+    """What a command line asks for: the merged configuration, and whether only to look at what it would do.
+
+    Attributes:
+        config: the merged configuration.
+        plan_only: print the plan and stop.
+        preview: write a sheet of augmented images to this file and stop.
+    """
 
     config: Config
     plan_only: bool
+    preview: Path | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run itself is asked for."""
+        return not self.plan_only and self.preview is None
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
@@ -167,4 +182,4 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         _parse(saved, Path(recipe))  # alone first, so that its errors name the file
         arguments = saved + arguments
     values = _parse(arguments)
-    return CommandLine(Config.from_flat(values), values["plan"])
+    return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"])

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from cifar_dist.policy_string import policy_text
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "step", "constant")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -119,11 +121,36 @@ class ModelConfig:
 class AugmentConfig:
     """augmentation"""
 
-    crop_padding: int = option(4, "random crop after zero padding of this many pixels; 0 is off", type=non_negative_int)
+    crop_padding: int = option(4, "random crop after padding by this many pixels; 0 is off", type=non_negative_int)
+    crop_mode: str = option("zeros", "what the crop's padding is", choices=("zeros", "reflect"))
     hflip: float = option(0.5, "probability of a horizontal flip", type=closed_fraction)
+    flip_mode: str = option(
+        "random",
+        "horizontal flip: at random every epoch, or at random in the first and the other way each epoch after",
+        choices=("random", "alternating"),
+    )
+    aa: str | None = option(
+        None,
+        "policy: RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1 (m magnitude, n layers, p probability), or "
+        "trivial (TrivialAugment)",
+        type=policy_text,
+    )
+    color_jitter: float = option(
+        0.0, "change brightness, contrast and saturation by factors up to 1 ± this; 0 is off", type=non_negative
+    )
     cutout: int = option(0, "side in pixels of the square set to the mean (Cutout); 0 is off", type=non_negative_int)
+    reprob: float = option(0.0, "probability of random erasing", type=closed_fraction)
+    remode: str = option(
+        "const",
+        "what random erasing leaves: the mean, a random colour, or a random colour a pixel",
+        choices=("const", "rand", "pixel"),
+    )
     mixup: float = option(0.0, "mixup alpha; 0 is off", type=non_negative)
     cutmix: float = option(0.0, "CutMix alpha; 0 is off", type=non_negative)
+    mixup_prob: float = option(1.0, "probability that a pair of images is mixed", type=closed_fraction)
+    mixup_switch_prob: float = option(
+        0.5, "probability of CutMix rather than mixup where both are on", type=closed_fraction
+    )
     smoothing: float = option(0.0, "label smoothing", type=fraction)
 
 

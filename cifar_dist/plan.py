@@ -164,6 +164,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     run, optim = config.run, config.optim
     micro, accumulation = micro_batches(config, num_processes)
     _refuse_contradictions(config, sizes)
+    _refuse_augmentation(config)
     engine = engine or ("single" if num_processes == 1 else "ddp")
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
     schedule_steps = run.epochs * updates
@@ -211,6 +212,21 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
 
 
+def _refuse_augmentation(config: Config) -> None:
+    augment, size = config.augment, config.data.data_size
+    if augment.crop_padding >= size:
+        raise UsageError(f"--crop-padding {augment.crop_padding} must be less than the images' --data-size {size}.")
+    if augment.cutout > size:
+        raise UsageError(
+            f"--cutout {augment.cutout} is larger than the images' --data-size {size}; lower it (0 is off)."
+        )
+    if augment.flip_mode == "alternating" and augment.hflip != 0.5:
+        raise UsageError(
+            f"--flip-mode alternating mirrors every image each other epoch, so --hflip {augment.hflip:g} means nothing;"
+            " leave it at 0.5."
+        )
+
+
 def micro_batches(config: Config, num_processes: int) -> tuple[int, int]:
     """Micro-batch size and accumulation steps of the run; see `split_batch`.
 
@@ -218,13 +234,9 @@ def micro_batches(config: Config, num_processes: int) -> tuple[int, int]:
         UsageError: the batch does not divide, or mixup cannot pair the images of a micro-batch.
     """
     micro, accumulation = split_batch(config.run.batch_size, config.run.micro_batch_size, num_processes)
-    if _pairs_images(config) and micro % 2:
+    if (config.augment.mixup or config.augment.cutmix) and micro % 2:
         raise UsageError(f"--mixup and --cutmix pair images: the micro-batch of {micro} must be even.")
     return micro, accumulation
-
-
-def _pairs_images(config: Config) -> bool:
-    return bool(config.augment.mixup or config.augment.cutmix)
 
 
 def memory_load(config: Config, sizes: Sizes) -> Load:
@@ -248,10 +260,5 @@ def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micr
         lines.append(
             f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
             f" --sync-bn takes them over all {num_processes * micro}"
-        )
-    if _pairs_images(config):
-        lines.append(
-            f"mixup       pairs images within a process's micro-batch of {micro}, so results depend on the number of"
-            " processes"
         )
     return lines

@@ -69,7 +69,8 @@ class StreamBatches(Batches):
         labels = torch.from_numpy(self._data.all_labels[found.rows])
         tensors = torch.from_numpy(found.images), labels, torch.from_numpy(found.rows), torch.from_numpy(found.weights)
         for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
-            yield Part(*(part.to(self._device, non_blocking=True) for part in parts))
+            images, labels, weights = (parts[k].to(self._device, non_blocking=True) for k in (0, 1, 3))
+            yield Part(images, labels, parts[2], weights)
 
     def _fetch(self, step: int) -> _Step:
         """The decoded step, as soon as it is there."""

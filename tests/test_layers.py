@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors"},
+    {"errors", "policy_string"},
     {"config", "ordering", "durable", "train_state"},
     {"command_line", "memory", "launch"},
     {"plan"},
@@ -17,6 +17,7 @@ LAYERS = [
     {"control", "engine_choice", "parallel", "cost", "figures", "tracking"},
     {"batches", "checkpoint"},
     {"engine", "report", "stream_batches"},
+    {"preview"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 

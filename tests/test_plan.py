@@ -136,15 +136,13 @@ def test_a_plan_names_its_engine_and_what_a_process_holds():
 
 def test_what_depends_on_the_number_of_processes_is_said():
     normed = dataclasses.replace(SIZES, has_batch_norm=True)
-    argv = ["--batch-size", "128", "--mixup", "0.2"]
-    statistics, pairs = plan(*argv, processes=4, sizes=normed).lines()[-2:]
+    argv = ["--batch-size", "128", "--mixup", "0.2", "--cutmix", "1"]
+    statistics = plan(*argv, processes=4, sizes=normed).lines()[-1]
     assert statistics == (
         "batch norm  statistics per process: over 32 images, so results depend on the number of processes; --sync-bn"
         " takes them over all 128"
     )
-    assert pairs.startswith("mixup       pairs images within a process's micro-batch of 32, so results depend")
-    assert plan(*argv, "--sync-bn", processes=4, sizes=normed).notes == (pairs,)
-    assert plan("--cutmix", "1", processes=4).notes == (pairs,)
+    assert plan(*argv, "--sync-bn", processes=4, sizes=normed).notes == ()
     assert plan(*argv, processes=1, sizes=normed).notes == ()
     assert plan(processes=4).notes == ()
 
@@ -189,6 +187,9 @@ def test_global_batch_is_split_exactly(processes, micro, expected):
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
         (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),
+        (["--crop-padding", "32"], 1, "--crop-padding 32 must be less than the images' --data-size 32"),
+        (["--cutout", "33"], 1, "--cutout 33 is larger than the images' --data-size 32; lower it"),
+        (["--flip-mode", "alternating", "--hflip", "0"], 1, "--hflip 0 means nothing; leave it at 0.5"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(argv, processes, said):

@@ -38,7 +38,7 @@ class Recorder:
 
 
 def run(*flags, spoil=lambda step, batch: batch):
-    """train.py in this process; the step and the sha256 of the pixels of each image it saw.
+    """train.py in this process; the step and the sha256 of the pixels and target of each image it saw.
 
     `spoil(step, batch)` may hand another micro-batch to the training.
     """
@@ -50,8 +50,10 @@ def run(*flags, spoil=lambda step, batch: batch):
 
         def yields(step):
             for batch in call(step):
-                for image in batch.images[batch.weights > 0]:
-                    seen.append((step, hashlib.sha256(image.numpy().tobytes()).hexdigest()))
+                for image, target, weight in zip(batch.images, batch.targets, batch.weights, strict=True):
+                    if weight > 0:
+                        found = hashlib.sha256(image.numpy().tobytes() + target.numpy().tobytes())
+                        seen.append((step, found.hexdigest()))
                 yield spoil(step, batch)
 
         return Recorder(batches, yields)
@@ -107,6 +109,27 @@ def test_a_stream_is_the_same_and_goes_on_with_another_number_of_processes(tmp_p
         found = Ranks(lambda steps=steps: run(*flags, "--max-steps", steps), count).check()
         seen += [sample for results in found.results for sample in results]
     assert_same(tmp_path / "many", seen, (tmp_path / "one", alone))
+
+
+AUGMENTED = {
+    "mixing-erasing": "--mixup 0.4 --cutmix 1 --mixup-prob 0.8 --reprob 0.3 --remode pixel --flip-mode alternating",
+    "rand-jitter": "--aa rand-m9-mstd0.5-inc1 --color-jitter 0.4 --crop-mode reflect",
+    "trivial-cutmix": "--aa trivial --cutmix 1",
+}
+
+
+@pytest.mark.parametrize("flags", AUGMENTED.values(), ids=AUGMENTED)
+def test_every_augmentation_is_the_same_on_any_number_of_processes(tmp_path, flags):
+    """Pixels and targets bit for bit, over an epoch's partly filled last batch too."""
+    recipe = [*RECIPE, *flags.split(), "--max-steps", 28]
+    expected = run(*recipe, "--run-dir", tmp_path / "one")
+    assert len(set(expected)) == len(expected) > 26 * 48
+    for processes, micro in ((2, 24), (2, 6), (3, 16)):
+        run_dir = tmp_path / f"{processes}-{micro}"
+        found = Ranks(lambda m=micro, d=run_dir: run(*recipe, "--micro-batch-size", m, "--run-dir", d), processes)
+        seen = [sample for results in found.check().results for sample in results]
+        assert sorted(seen) == sorted(expected)
+        np.testing.assert_allclose(of(run_dir, "train/loss"), of(tmp_path / "one", "train/loss"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ZERO)
