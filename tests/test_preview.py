@@ -55,7 +55,7 @@ def sheet(monkeypatch, path, flags=""):
 
 def test_the_sheet_shows_originals_and_what_training_sees(monkeypatch, tmp_path):
     tiles = sheet(monkeypatch, tmp_path / "plain.png")
-    data = load_training_data(parse_command_line(shlex.split(FLAGS)).config.data)
+    data = load_training_data(parse_command_line(shlex.split(FLAGS)).config.data, 2**40)
     assert np.array_equal(tiles[:, 0], data.train.images[:8].numpy())
     assert (tiles[:, 1:] == tiles[:, :1]).all()  # nothing is augmented, so every epoch shows the original
     assert list(tmp_path.iterdir()) == [tmp_path / "plain.png"]  # and no run has begun
@@ -76,9 +76,10 @@ def test_a_mixed_image_is_the_one_that_training_sees(monkeypatch, tmp_path):
     flags = "--mixup 0.8 --aa rand-m9-mstd0.5-inc1 --mean 0 0 0 --std 1 1 1"
     tiles = sheet(monkeypatch, tmp_path / "mixed.png", flags)
     config = parse_command_line(shlex.split(f"{FLAGS} {flags}")).config
-    train_set = load_training_data(config.data).train
+    train_set = load_training_data(config.data, 2**40).train
     plan = make_plan(config, Sizes(len(train_set), 0, None, 10, 0, 0, 0, 0), 1)
-    parallel = SimpleNamespace(accelerator=SimpleNamespace(process_index=0), input_dtype=torch.float32)
+    accelerator = SimpleNamespace(process_index=0, device=torch.device("cpu"))
+    parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
     batches = ResidentBatches(train_set, config, plan, InputConfig(32, (0,) * 3, (1,) * 3, "bilinear"), parallel)
     found = 0
     for step in range(plan.steps_per_epoch):
