@@ -184,8 +184,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                     judged = trained.judged
                     with shared_buffers(accelerator, judged):
                         scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size, run.precision)
-                    # A run cut within an epoch is scored, but not judged: it must go on as if it had not been cut.
-                    best = state.judge(scores, run.min_delta) if epoch_ends else state.best_step == 0
+                    best = state.judge(scores, run.min_delta) if epoch_ends else state.glimpse(scores)
                     tracker.evaluation(state.step, scores, best)
                 if epoch_ends or ends or stopped or state.step % (run.checkpoint_every or plan.total_steps) == 0:
                     checkpoint.save(run_dir, trained, state, best)

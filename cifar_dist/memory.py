@@ -143,7 +143,7 @@ def gain(engine: str, own: Usage, ddp: Usage, device_bytes: int) -> str | None:
     buckets = f" ({own.buckets / MIB:,.0f} of it buckets)" if own.buckets else ""
     line = (
         f"{engine} holds {own.state / MIB:,.0f} MiB of weights, gradients and optimizer state per process{buckets}, DDP"
-        f" would hold {ddp.state / MIB:,.0f} MiB of {device_bytes / MIB:,.0f} MiB"
+        f" would hold {ddp.state / MIB:,.0f} MiB of the {device_bytes / MIB:,.0f} MiB there are"
     )
     if ddp.state - own.state >= WORTH * device_bytes:
         return line

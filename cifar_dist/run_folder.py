@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -73,9 +72,8 @@ def _check_same_training(saved: Path, config: Config) -> None:
 
 def identity(config: Config) -> dict[str, str]:
     """What every process of a job must have alike before it begins: settings, code and libraries."""
-    settings = {name: value for name, value in config.flat().items() if name != "cache_dir"}
-    return {
-        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+    settings = {f"--{k.replace('_', '-')}": str(v) for k, v in config.flat().items() if k != "cache_dir"}
+    return settings | {
         "commit": str(_git_commit()),
         "set of libraries": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
     }

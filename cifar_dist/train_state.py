@@ -33,9 +33,7 @@ class TrainState:
         Raises:
             Diverged: the loss is not finite.
         """
-        top1, loss = scores["top1"], scores["loss"]
-        if not math.isfinite(loss):
-            raise Diverged(f"the validation loss is {loss} after step {self.step}; lower --lr or set --clip-grad.")
+        top1, loss = scores["top1"], self._finite_loss(scores)
         if top1 > self.patience_top1 + min_delta:
             self.patience_top1, self.epochs_without_gain = top1, 0
         else:
@@ -44,6 +42,24 @@ class TrainState:
             return False
         self.best_top1, self.best_loss, self.best_step = top1, loss, self.step
         return True
+
+    def glimpse(self, scores: dict[str, float]) -> bool:
+        """Take note of scores within an epoch; whether there is nothing better: they count only until an epoch's.
+
+        A run cut within an epoch must go on as if it had not been cut.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        self._finite_loss(scores)
+        return self.best_step == 0
+
+    def _finite_loss(self, scores: dict[str, float]) -> float:
+        if not math.isfinite(scores["loss"]):
+            raise Diverged(
+                f"the validation loss is {scores['loss']} after step {self.step}; lower --lr or set --clip-grad."
+            )
+        return scores["loss"]
 
     def advance(self, skipped: bool, seconds: float) -> None:
         """Count a step, made or skipped, after `seconds` of training in all."""

@@ -48,5 +48,5 @@ def test_gain_compares_with_ddp_on_as_many_processes():
     assert said.startswith(
         "gain        fsdp2 holds 1,600 MiB of weights, gradients and optimizer state per process, DDP would hold"
     )
-    assert "DDP would hold 6,400 MiB of 1,048,576 MiB: it brings nothing" in said
+    assert "DDP would hold 6,400 MiB of the 1,048,576 MiB there are: it brings nothing" in said
     assert "nothing" not in zero_gain(config, sizes, sharded, 2**34)[0]

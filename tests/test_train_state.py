@@ -1,5 +1,8 @@
 """What a run makes of its scores, and how it counts."""
 
+import pytest
+
+from cifar_dist.errors import Diverged
 from cifar_dist.train_state import TrainState
 
 
@@ -31,3 +34,12 @@ def test_ten_batches_in_a_row_may_be_skipped():
     state.advance(skipped=False, seconds=2.0)
     assert state.may_skip
     assert (state.step, state.skipped_steps, state.skipped_in_a_row, state.seconds) == (11, 10, 0, 2.0)
+
+
+def test_scores_within_an_epoch_count_until_there_are_an_epochs():
+    state = TrainState(step=3)
+    assert state.glimpse({"top1": 0.4, "loss": 1.0})
+    state.judge({"top1": 0.2, "loss": 2.0}, 0.0)
+    assert not state.glimpse({"top1": 0.9, "loss": 0.1})
+    with pytest.raises(Diverged, match="validation loss is nan after step 3"):
+        state.glimpse({"top1": 0.1, "loss": float("nan")})
