@@ -154,7 +154,8 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     preprocess = Preprocess(inputs, accelerator.device, trained.parallel.input_dtype)
     schedule = Schedule(trained.parallel.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
     stepper = Stepper(trained.parallel, config.augment.smoothing)
-    with closing(Tracker(run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()) as tracker:
+    speaker = Tracker(run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
+    with closing(batches), closing(speaker) as tracker:
         tracker.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
         meter = Meter(accelerator, plan.batch_size)
         began = time.perf_counter() - state.seconds
