@@ -30,6 +30,7 @@ from cifar_dist.distributed import (
     device_bytes,
     engine_name,
     finish,
+    first_failure,
     on_main,
     peak_memory_bytes,
     seed_everything,
@@ -126,7 +127,7 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
     """
     if verdict.lost:
         checkpoint.save(job.run_dir, trained, state, best=False)
-        raise UsageError(batches.lost or "another process has no more data; its own message says why.")
+        raise UsageError(first_failure(job.accelerator, batches.lost or ""))
     lr = max(group["lr"] for group in trained.parallel.optimizer.param_groups)
     notice = on_main(
         job.accelerator, lambda: note_bad_step(job.run_dir, state.step, lr, batches.sample_ids(state.step))

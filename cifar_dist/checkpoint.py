@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from cifar_dist.distributed import on_main, shared_buffers
+from cifar_dist.distributed import first_failure, on_main, shared_buffers
 from cifar_dist.durable import decode, encode, fsync, save_json, save_tensors
 from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.parallel import Replicated
@@ -81,7 +79,7 @@ def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None
 
     for everyone, work in ((False, begin), (True, write), (False, lambda: _commit(root, aside, name, best))):
         failure = _attempt(work) if everyone or accelerator.is_main_process else ""
-        if failure := _first_failure(accelerator, failure):
+        if failure := first_failure(accelerator, failure):
             if accelerator.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
             raise UsageError(f"--run-dir {run_dir}: {name} could not be saved ({failure}); older ones are intact.")
@@ -109,13 +107,6 @@ def _attempt(work: Callable[[], None]) -> str:
     except (OSError, SafetensorError) as error:
         return _first_line(error)
     return ""
-
-
-def _first_failure(accelerator: Accelerator, failure: str) -> str:
-    """The first process's failure, known to every process; an empty string if all went well."""
-    return (
-        next((found for found in gather_object([failure]) if found), "") if accelerator.num_processes > 1 else failure
-    )
 
 
 def _write(aside: Path, parallel: Replicated, state: TrainState, whole: tuple[dict[str, Any], ...]) -> None:

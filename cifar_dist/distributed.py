@@ -167,6 +167,12 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
                 )
 
 
+def first_failure(accelerator: Accelerator, failure: str) -> str:
+    """The first process's failure, known to every process; an empty string if none has one."""
+    failures = gather_object([failure]) if accelerator.num_processes > 1 else [failure]
+    return next((found for found in failures if found), "")
+
+
 @contextmanager
 def shared_buffers(accelerator: Accelerator, module: torch.nn.Module) -> Iterator[None]:
     """Give every process the mean of all processes' buffers (BatchNorm statistics), so that all evaluate one model.

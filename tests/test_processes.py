@@ -20,6 +20,7 @@ from cifar_dist.batches import Batch
 from cifar_dist.checkpoint import Trained
 from cifar_dist.config import OptimConfig
 from cifar_dist.data.augment import Preprocess
+from cifar_dist.data.stream import StreamSet
 from cifar_dist.distributed import check_agreement, finish, on_main, shared_buffers, start
 from cifar_dist.engine import Meter, Stepper, evaluate, predict, train_step
 from cifar_dist.errors import UsageError
@@ -286,3 +287,25 @@ def test_a_step_says_no_more_than_gradients_and_one_control_reduction(micro_batc
     for names, items, lists in Ranks(work, 2).check().results:
         assert names == ["gloo:all_reduce"] * 8  # in each of four steps the gradient's and the control's
         assert (items, lists) == (0, 4)  # the control's answer
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_process_whose_stream_breaks_off_stops_all_with_a_checkpoint(tmp_path, engine):
+    pytest.importorskip("deepspeed")
+    decode, decoded = StreamSet.decode, []
+
+    def breaks_off(self, number, image):
+        decoded.append(number)
+        if os.environ["RANK"] == "1" and len(decoded) > 4 * 24:
+            raise UsageError(f"row {number} cannot be decoded.")
+        return decode(self, number, image)
+
+    def work():
+        StreamSet.decode = breaks_off
+        return run(*SHORT, "--data-mode", "stream", "--val-fraction", 0, "--run-dir", tmp_path)
+
+    found = Ranks(work, 2, engine)
+    assert found.statuses == [2, 2]
+    assert "cannot be decoded. --skip-corrupt 0 allows no more" in "".join(found.said)
+    assert checkpoint.read_state(tmp_path, "last").step == 4
+    assert "Traceback" not in "".join(found.said)
