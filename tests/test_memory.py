@@ -78,7 +78,7 @@ def test_gain_says_what_an_engine_saves_and_when_that_is_nothing():
     worth = gain("zero3", cut, ddp, 7_000 * MIB)  # saves 350 MiB: 5 %
     assert worth == (
         "zero3 holds 450 MiB of weights, gradients and optimizer state per process (50 of it buckets), DDP would hold"
-        " 800 MiB of 7,000 MiB"
+        " 800 MiB of the 7,000 MiB there are"
     )
     assert gain("zero3", cut, ddp, 7_001 * MIB) == (
         worth.replace("7,000", "7,001") + ": it brings nothing for this model; take accelerate_configs/multi_gpu.yaml"
