@@ -59,7 +59,7 @@ def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None
     accelerator = trained.parallel.accelerator
     root = run_dir / "checkpoints"
     name = f"step-{state.step:08d}"
-    if not best and on_main(accelerator, lambda: os.path.lexists(root / name)):
+    if not best and on_main(accelerator, lambda: _named(root, "last") == name):
         return  # a step has one state
     aside = root / f".tmp-{name}"
     weights, averaged = _whole_weights(trained)
@@ -133,10 +133,15 @@ def _commit(root: Path, aside: Path, name: str, best: bool) -> None:
         fresh.symlink_to(name)
         os.replace(fresh, root / link)
     fsync(root)
-    kept = {os.readlink(root / link) for link in ("last", "best") if (root / link).is_symlink()}
+    kept = {_named(root, link) for link in ("last", "best")}
     for folder in root.glob("step-*"):
         if folder.name not in kept:
             shutil.rmtree(folder)
+
+
+def _named(root: Path, link: str) -> str | None:
+    """The folder that ``last`` or ``best`` names, if there is such a link."""
+    return os.readlink(root / link) if (root / link).is_symlink() else None
 
 
 def load(run_dir: Path, trained: Trained) -> None:

@@ -128,22 +128,33 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Part of a split: `rows` int64 (B,) positions, `real` bool (B,) False where filled up, `images` ready."""
+class Scored:
+    """Part of a split: `rows` int64 (B,) positions, `real` bool (B,) False where filled up, `logits` float32 (B, K)."""
 
     rows: torch.Tensor
     real: torch.Tensor
-    images: torch.Tensor
+    logits: torch.Tensor
 
 
-def _passes(accelerator: Accelerator, split: ResidentSet, preprocess: Preprocess, batch_size: int) -> Iterator[Rows]:
+def _scored(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    split: ResidentSet,
+    preprocess: Preprocess,
+    batch_size: int,
+    precision: str,
+) -> Iterator[Scored]:
     """This process's batches of a split: as many on every process, each row real exactly once."""
+    model.eval()
     stride = batch_size * accelerator.num_processes
     offsets = torch.arange(batch_size, device=split.images.device)
     for start in range(accelerator.process_index * batch_size, -(-len(split) // stride) * stride, stride):
         positions = start + offsets
         rows = positions.clamp(max=len(split) - 1)
-        yield Rows(rows, positions < len(split), preprocess(split.images[rows]))
+        images = preprocess(split.images[rows])
+        with autocast(accelerator, precision):
+            logits = model(images).float()
+        yield Scored(rows, positions < len(split), logits)
 
 
 @torch.no_grad()
@@ -160,14 +171,11 @@ def evaluate(
     Returns:
         ``loss`` in nats and ``top1`` as a fraction, the same on every process.
     """
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for part in _passes(accelerator, split, preprocess, batch_size):
-        with autocast(accelerator, precision):
-            logits = model(part.images).float()
+    for part in _scored(accelerator, model, split, preprocess, batch_size, precision):
         labels = split.labels[part.rows]
-        losses = F.cross_entropy(logits, labels, reduction="none") * part.real
-        correct = (logits.argmax(1) == labels) & part.real
+        losses = F.cross_entropy(part.logits, labels, reduction="none") * part.real
+        correct = (part.logits.argmax(1) == labels) & part.real
         sums += torch.stack([losses.sum(dtype=torch.float64), correct.sum(), part.real.sum()])
     loss, correct_rows, count = total(accelerator, sums)
     if count != len(split):
@@ -189,10 +197,5 @@ def predict(
     Returns:
         float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
     """
-    model.eval()
-    found: list[torch.Tensor] = []
-    for part in _passes(accelerator, split, preprocess, batch_size):
-        with autocast(accelerator, precision):
-            logits = model(part.images).float()
-        found.append(accelerator.gather(logits).cpu())
-    return torch.cat(found)[: len(split)]
+    parts = _scored(accelerator, model, split, preprocess, batch_size, precision)
+    return torch.cat([accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]

@@ -188,3 +188,13 @@ def test_another_format_is_refused(tmp_path, accelerator):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(UsageError, match="has format 99, this version of cifar-dist reads 2"):
         checkpoint.load(tmp_path, whole)
+
+
+def test_a_folder_that_no_link_names_yet_is_written_again(tmp_path, accelerator):
+    """What a kill between the rename and the links leaves behind; the run comes to that step once more."""
+    whole = trained(accelerator, steps=1)
+    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    (tmp_path / "checkpoints" / "step-00000002").mkdir()
+    checkpoint.save(tmp_path, whole, TrainState(step=2), best=False)
+    assert checkpoint.read_state(tmp_path, "last").step == 2
+    checkpoint.load(tmp_path, whole)
