@@ -4,17 +4,18 @@
 
 All three read the same 50,000 random 32 x 32 images from memory, do random crop with padding 4, horizontal flip and
 normalising, and at 224 also a bicubic resize, on the same cores: ours with that many threads, the loaders with that
-many workers (persistent, prefetching), each worker with one thread. They are timed in turn; a repeat is a few seconds
-after a warm-up. On a GPU ours runs there, and the loaders' batches are copied to it.
+many workers (prefetching), each worker with one thread. They are timed in turn, and only one of them exists at a time:
+workers of another would fill their queues meanwhile. A repeat is a few seconds after a warm-up that empties the queues.
+On a GPU ours runs there, and the loaders' batches are copied to it.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from torchvision import transforms as T
 
 from cifar_dist.config import AugmentConfig, InputConfig
 from cifar_dist.data.augment import Augment
+from cifar_dist.distributed import keep_freed_memory
 from cifar_dist.ordering import epoch_order
+from cifar_dist.run_folder import processor
 
 COUNT, BATCH = 50_000, 256
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -46,7 +49,7 @@ class InMemory(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), index % 10
 
 
-def ours(images: np.ndarray, size: int, dtype: torch.dtype, _: int) -> Iterator[torch.Tensor]:
+def ours(images: np.ndarray, size: int, dtype: torch.dtype, _: int) -> Generator[torch.Tensor]:
     """Batches of cifar_dist."""
     data = torch.from_numpy(images).to(DEVICE)
     augment = Augment(AugmentConfig(), InputConfig(size, MEAN, STD, "bicubic"), 0, DEVICE, dtype)
@@ -56,7 +59,7 @@ def ours(images: np.ndarray, size: int, dtype: torch.dtype, _: int) -> Iterator[
             yield augment(data[rows], rows, epoch)
 
 
-def torchvision(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Iterator[torch.Tensor]:
+def torchvision(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Generator[torch.Tensor]:
     """The loop everyone writes."""
     steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
     steps += [] if size == 32 else [T.Resize(size, T.InterpolationMode.BICUBIC)]
@@ -70,7 +73,7 @@ def torchvision(images: np.ndarray, size: int, dtype: torch.dtype, workers: int)
             yield batch.to(DEVICE, dtype)
 
 
-def timm(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Iterator[torch.Tensor]:
+def timm(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Generator[torch.Tensor]:
     """timm's loader, with its crop for small images and its prefetcher where there is a GPU."""
     loader = create_loader(
         InMemory(images),
@@ -95,7 +98,7 @@ def timm(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Ite
             yield batch.to(DEVICE, dtype)
 
 
-PATHS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {"ours": ours, "torchvision": torchvision, "timm": timm}
+PATHS: dict[str, Callable[..., Generator[torch.Tensor]]] = {"ours": ours, "torchvision": torchvision, "timm": timm}
 
 
 def rate(batches: Iterator[torch.Tensor], seconds: float) -> float:
@@ -117,21 +120,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as train.py does
     images = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
     rows = []
     print("size  dtype     ours      torchvision  timm      images/s (medians); ours / torchvision, ours / timm")
     for size in (32, 224):
         for dtype in (torch.float32, torch.bfloat16):
-            paths = {name: path(images, size, dtype, args.threads) for name, path in PATHS.items()}
-            for batches in paths.values():
-                rate(batches, args.seconds)  # starts workers, fills queues
-            found: dict[str, list[float]] = {name: [] for name in paths}
+            found: dict[str, list[float]] = {name: [] for name in PATHS}
             for _ in range(args.repeats):
-                for name, batches in paths.items():
-                    found[name].append(rate(batches, args.seconds))
+                for name, path in PATHS.items():
+                    with closing(path(images, size, dtype, args.threads)) as batches:
+                        rate(batches, args.seconds / 2)
+                        found[name].append(rate(batches, args.seconds))
             medians = {name: statistics.median(rates) for name, rates in found.items()}
-            for batches in paths.values():
-                batches.close()
             name = str(dtype).removeprefix("torch.")
             ratios = [medians["ours"] / medians[other] for other in ("torchvision", "timm")]
             rows.append({"size": size, "dtype": name, "rates": found, "ratios": ratios})
@@ -139,7 +140,7 @@ def main() -> None:
             print(f"{size:4}  {name:8}  {numbers}      {ratios[0]:.1f}  {ratios[1]:.1f}", flush=True)
     if args.json:
         facts = {
-            "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor(),
+            "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
             "threads": args.threads,
             "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "rows": rows,

@@ -11,7 +11,6 @@ The machine should have nothing else to do.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from cifar_dist.run_folder import processor
 
 ROOT = Path(__file__).parent.parent
 GPUS = torch.cuda.device_count()
@@ -91,17 +92,12 @@ def main() -> None:
     if args.json:
         facts = {
             "command": " ".join(sys.argv),
-            "hardware": torch.cuda.get_device_name() if GPUS else _processor(),
+            "hardware": torch.cuda.get_device_name() if GPUS else processor(),
             "cores": os.cpu_count(),
             "versions": {name: version(name) for name in ("torch", "accelerate", "deepspeed", "timm")},
             "rows": rows,
         }
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

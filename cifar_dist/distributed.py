@@ -61,22 +61,24 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     except torch.distributed.DistError as error:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None
     if launch.on_cpu:
-        _keep_freed_memory()
+        keep_freed_memory()
     launch.check(accelerator.num_processes, accelerator.distributed_type)
     return accelerator
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel and faulting it in again every step.
 
-    ``mallopt(3)``: blocks up to 32 MiB, the largest value it takes, come from the heap, and the heap is not trimmed.
+    ``mallopt(3)``: blocks up to 1 GiB (an older glibc takes no more than 32 MiB) come from the heap, and the heap is
+    not trimmed. A batch of 256 images of 224 pixels has 147 MiB; to fault it in takes longer than to compute it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 32 * 2**20)
+    if not mallopt(m_mmap_threshold, 2**30):
+        mallopt(m_mmap_threshold, 32 * 2**20)
     mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -126,16 +126,17 @@ def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
     require_splits(path, files)
     tables = {}
     for split in SPLITS:
-        num_rows = 0
+        sizes = []
         for file in files[split]:
             try:
-                num_rows += pq.read_metadata(file).num_rows
+                sizes.append((file.name, pq.read_metadata(file).num_rows))
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise UsageError(
                     f"--dataset {path}: {file.name} is truncated or no parquet file ({reason}); copy it again."
                 ) from None
-        tables[split] = Table(IterableDataset.from_parquet([str(file) for file in files[split]]), num_rows)
+        stream = IterableDataset.from_parquet([str(file) for file in files[split]])
+        tables[split] = Table(stream, sum(rows for _, rows in sizes), tuple(sizes))
     return _opened(tables, path, path, [file for split in SPLITS for file in files[split]])
 
 

@@ -54,6 +54,10 @@ class Source:
         """Rows of a split, where that is known without reading it."""
         return self.tables[split].num_rows
 
+    def place(self, split: str, row: int) -> str:
+        """What a message about a row starts with: the data set, the row and its file."""
+        return f"--dataset {self.name}: row {row} of {split}{self.tables[split].file_of(row)}"
+
     def rows(self, split: str) -> Iterator[tuple[Image.Image | np.ndarray, int]]:
         """Stream a split in its own order as (RGB image, or uint8 (H,W,3)), label in 0..K-1.
 
@@ -61,7 +65,7 @@ class Source:
             UsageError: a row cannot be read, an image is damaged or no 8-bit one, or a label is no class.
         """
         for number, row in enumerate(self._raw_rows(split)):
-            where = f"--dataset {self.name}: row {number} of {split}"
+            where = self.place(split, number)
             label = row[self.columns.label]
             if label is None or not 0 <= label < len(self.class_names):
                 raise UsageError(

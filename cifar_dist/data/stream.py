@@ -144,8 +144,7 @@ class StreamSet:
         Raises:
             UsageError: it is damaged; the message names row and file.
         """
-        where = f"--dataset {self.source.name}: row {number} of {self.split}"
-        return to_pixels(decode_image(image, where), self.size)
+        return to_pixels(decode_image(image, self.source.place(self.split, number)), self.size)
 
     def take_resident(self, numbers: np.ndarray) -> ResidentSet:
         """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers."""
@@ -221,8 +220,8 @@ def _write_index(entry: Path, source: Source, split: str) -> None:
     no_class = np.flatnonzero(~((labels >= 0) & (labels < len(source.class_names))))  # also NaN, for a missing one
     if len(no_class):
         raise UsageError(
-            f"--dataset {source.name}: row {no_class[0]} of {split} has the label {labels[no_class[0]]}, which is"
-            f" outside 0..{len(source.class_names) - 1}; every row needs a class (-1 marks rows without label)."
+            f"{source.place(split, int(no_class[0]))} has the label {labels[no_class[0]]}, which is outside"
+            f" 0..{len(source.class_names) - 1}; every row needs a class (-1 marks rows without label)."
         )
     aside = entry.with_name(f".tmp-{os.getpid()}-{entry.name}")
     np.savez(aside, labels=labels.astype(np.int64), shard_rows=np.array(shard_rows))

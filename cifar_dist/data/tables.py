@@ -17,10 +17,25 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Table:
-    """A split: its streaming rows, and their number where that is known without reading them."""
+    """A split.
+
+    Attributes:
+        stream: its rows.
+        num_rows: their number, where that is known without reading them.
+        files: name and rows of each file, in the order of the stream, where rows lie in files of many.
+    """
 
     stream: IterableDataset
     num_rows: int | None
+    files: tuple[tuple[str, int], ...] = ()
+
+    def file_of(self, row: int) -> str:
+        """`` (row 5 of train-00001-of-00002.parquet)`` for row number `row` of the split; empty if no file is known."""
+        for name, rows in self.files:
+            if row < rows:
+                return f" (row {row} of {name})"
+            row -= rows
+        return ""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def test_a_damaged_image_is_named_and_may_be_skipped(tmp_path):
     bad = len(pyarrow.parquet.read_table(sorted(folder.glob("train-*"))[0])) + 5
     batches, plan, _ = batches_of(folder, "--val-fraction", "0")
     found = seen(batches, range(plan.steps_per_epoch))
-    assert f"row {bad} of train" in batches.lost
+    assert f"row {bad} of train (row 5 of {path.name}) cannot be decoded" in batches.lost
     assert "--skip-corrupt 0 allows no more" in batches.lost
     assert found[-1] == []
     batches, plan, _ = batches_of(folder, "--val-fraction", "0", "--skip-corrupt", "1")

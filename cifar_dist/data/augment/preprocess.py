@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cifar_dist.config import InputConfig
 
+_CACHE_BYTES = 8 * 2**20
+
 
 def resize_matrix(size: int, new_size: int, interpolation: str) -> Tensor:
     """float32 (new_size, size): the antialiased filter of PIL and torchvision along one side, read off an identity."""
@@ -32,8 +34,7 @@ class Preprocess:
         self._input, self._dtype = input, dtype
         self._mean = torch.tensor(input.mean, device=device) * 255
         self._std_inverse = 1 / (torch.tensor(input.std, device=device) * 255)
-        black_and_white = torch.tensor([[0.0], [255.0]], device=device)
-        self._range = ((black_and_white - self._mean) * self._std_inverse).to(dtype)[:, :, None, None]
+        self._range = [(-mean / std, (1 - mean) / std) for mean, std in zip(input.mean, input.std, strict=True)]
         self._matrices: dict[int, Tensor] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -57,7 +58,17 @@ class Preprocess:
             matrix = resize_matrix(size, new_size, self._input.interpolation)
             self._matrices[size] = matrix.to(images.device, images.dtype)
         matrix = self._matrices[size]
-        if self._input.interpolation == "bilinear":  # stays within the range of its pixels
-            return matrix @ (images.contiguous() @ matrix.T)
-        wide = (images.contiguous() @ matrix.T).clamp_(*self._range)
-        return (matrix @ wide).clamp_(*self._range)
+        wide = self._clip_(images.contiguous() @ matrix.T)
+        resized = images.new_empty(len(images), 3, new_size, new_size)
+        # On a CPU the result is made in parts that are still in its cache when they are clipped.
+        part = len(images) if images.is_cuda else max(1, _CACHE_BYTES // resized[:1].nbytes)
+        for source, target in zip(wide.split(part), resized.split(part), strict=True):
+            self._clip_(torch.matmul(matrix, source, out=target))
+        return resized
+
+    def _clip_(self, images: Tensor) -> Tensor:
+        """Cut normalised images (B,3,H,W) to the range of pixels, in place; bilinear filters stay within it."""
+        if self._input.interpolation != "bilinear":
+            for channel, (black, white) in enumerate(self._range):  # a tensor of bounds is many times slower on a CPU
+                images[:, channel].clamp_(black, white)
+        return images
