@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -31,12 +32,20 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from timm.utils import ModelEmaV3  # noqa: E402
 
 import train  # noqa: E402, F401  what every forked training has imported already
+from cifar_dist import checkpoint  # noqa: E402
+from cifar_dist.checkpoint import Trained  # noqa: E402
+from cifar_dist.config import OptimConfig  # noqa: E402
+from cifar_dist.distributed import start  # noqa: E402
+from cifar_dist.optim import make_optimizer  # noqa: E402
+from cifar_dist.parallel import Replicated  # noqa: E402
 from cifar_dist.run_folder import processor  # noqa: E402
+from cifar_dist.train_state import TrainState  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = shlex.split(  # two epochs of 7 steps: batch norm, dropout, stochastic depth, mixing, cutout, average, accumulation
+FLAGS = shlex.split(  # two epochs of 7 steps with all that has a state, or draws at random
     "--dataset digits --model test_efficientnet --img-size 32 --wandb disabled --epochs 2 --batch-size 192"
     " --micro-batch-size 48 --lr 2e-3 --warmup-epochs 1 --clip-grad 1 --drop 0.2 --drop-path 0.2 --mixup 0.4 --cutout 6"
     " --smoothing 0.1 --model-ema-decay 0.9 --log-every 1 --checkpoint-every 3 --resume auto"
@@ -242,6 +251,52 @@ def final_digest(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
+class Failures(list[str]):
+    """Sentences, each said as soon as it is known."""
+
+    def add(self, failure: str) -> None:
+        """One more."""
+        print(f"FAILED  {failure}", flush=True)
+        self.append(failure)
+
+
+class Small:
+    """A tiny training whose weights, average and momentum all hold its step, to save and load by itself.
+
+    Args:
+        run_dir: where checkpoints go.
+        width: weights are `width` x `width`.
+    """
+
+    def __init__(self, run_dir: Path, width: int = 8):
+        model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.1))
+        self.run_dir, self._ema = run_dir, ModelEmaV3(model)
+        optimizer = make_optimizer(model, OptimConfig(opt="momentum"))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        self._trained = Trained(Replicated(start("fp32", 60), model, optimizer, None), self._ema)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        parallel = self._trained.parallel
+        momenta = [state["momentum_buffer"] for state in parallel.optimizer.state.values()]
+        return [*parallel.module.parameters(), *self._ema.module.parameters(), *momenta]
+
+    def save(self, step: int, best: bool = False) -> None:
+        """Save the checkpoint of a step, keeping the last two and the best."""
+        with torch.no_grad():
+            for tensor in self._tensors():
+                tensor.fill_(step)
+        keep = {"keep_last": 2} if "keep_last" in inspect.signature(checkpoint.save).parameters else {}
+        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best, **keep)
+
+    def load(self) -> int:
+        """Load the checkpoint that is chosen; its step, on which everything in it must agree."""
+        checkpoint.load(self.run_dir, self._trained)
+        [step] = {value for tensor in self._tensors() for value in tensor.unique().tolist()}
+        return int(step)
+
+
 def reference(folder: Path, count: int, flags: list[str] = FLAGS, real: bool = False) -> tuple[str, float]:
     """Digest and seconds of an uninterrupted run on `count` processes."""
     name = f"whole-{count}{'-real' * real}"
@@ -287,8 +342,6 @@ def campaign(
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    for failure in found["failures"]:
-        print(f"FAILED  {failure}")
     print(f"{found['seconds']} s; " + (f"failed runs are in {folder}" if found["failures"] else "nothing failed"))
     if json_path is not None:
         packages = ("torch", "accelerate", "safetensors", "timm", "numpy")

@@ -21,7 +21,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import FLAGS, Job, begin, campaign, final_digest, reference, replace_everywhere
+from benchmarks.recovery.common import (
+    FLAGS,
+    Failures,
+    Job,
+    begin,
+    campaign,
+    final_digest,
+    reference,
+    replace_everywhere,
+)
 
 REAL_SHARE = 1 / 6  # of trials under real launchers, at 12 to 20 s a start
 
@@ -67,13 +76,13 @@ def trial(how: dict[str, Any], seconds: float, run_dir: Path, hook: Any) -> tupl
 def run(trials: int, seed: int, folder: Path, control: bool = False) -> dict[str, Any]:
     """Make all trials; rows of a table, and failures."""
     begin(folder)
-    dice, failures, kills, resumed_trials, differ = random.Random(seed), [], Counter[str](), 0, 0
+    dice, failures, kills, resumed_trials, differ = random.Random(seed), Failures(), Counter[str](), 0, 0
     plans = [plan_trial(dice, control) for _ in range(trials)]
     cases = sorted({(how["count"], how["real"]) for how in plans})
     wholes = {case: reference(folder, case[0], real=case[1]) for case in cases}
     for count, real in cases:
         if real and (count, False) in wholes and wholes[count, True][0] != wholes[count, False][0]:
-            failures.append(f"real and forked processes ({count}) differ: {folder}/whole-{count}*")
+            failures.add(f"real and forked processes ({count}) differ: {folder}/whole-{count}*")
     for number, how in enumerate(plans):
         run_dir, (expected, seconds) = folder / f"trial-{number}", wholes[how["count"], how["real"]]
         failure, met, resumed = trial(how, seconds, run_dir, without_random_streams if control else None)
@@ -87,8 +96,7 @@ def run(trials: int, seed: int, folder: Path, control: bool = False) -> dict[str
             elif not control and not same:
                 failure = "another final state than the uninterrupted run's"
         if failure:
-            failures.append(f"trial {number}, seed {seed}: {failure}; {how}: {run_dir}, {run_dir}.txt")
-            print(f"FAILED  {failures[-1]}", flush=True)
+            failures.add(f"trial {number}, seed {seed}: {failure}; {how}: {run_dir}, {run_dir}.txt")
         else:
             shutil.rmtree(run_dir, ignore_errors=True)
     row = {
