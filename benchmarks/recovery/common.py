@@ -261,7 +261,7 @@ class Failures(list[str]):
 
 
 class Small:
-    """A tiny training whose weights, average and momentum all hold its step, to save and load by itself.
+    """A tiny training whose weights, average, momentum and random stream all tell its step, to save and load by itself.
 
     Args:
         run_dir: where checkpoints go.
@@ -280,20 +280,24 @@ class Small:
     def _tensors(self) -> list[torch.Tensor]:
         parallel = self._trained.parallel
         momenta = [state["momentum_buffer"] for state in parallel.optimizer.state.values()]
-        return [*parallel.module.parameters(), *self._ema.module.parameters(), *momenta]
+        return [*parallel.module.parameters(), *momenta]
 
     def save(self, step: int, best: bool = False) -> None:
         """Save the checkpoint of a step, keeping the last two and the best."""
+        torch.manual_seed(step)
         with torch.no_grad():
             for tensor in self._tensors():
                 tensor.fill_(step)
+            for tensor in self._ema.module.parameters():
+                tensor.fill_(-step)
         keep = {"keep_last": 2} if "keep_last" in inspect.signature(checkpoint.save).parameters else {}
         checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best, **keep)
 
     def load(self) -> int:
         """Load the checkpoint that is chosen; its step, on which everything in it must agree."""
         checkpoint.load(self.run_dir, self._trained)
-        [step] = {value for tensor in self._tensors() for value in tensor.unique().tolist()}
+        tensors = [*self._tensors(), *(-tensor for tensor in self._ema.module.parameters())]
+        [step] = {value for tensor in tensors for value in tensor.unique().tolist()} | {float(torch.initial_seed())}
         return int(step)
 
 

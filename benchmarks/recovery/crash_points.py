@@ -52,7 +52,7 @@ def save_when_told(folder: Path, steps: list[int]) -> None:
     rank = os.environ.get("RANK", "0")
     Small(folder / "warm").save(1, best=True)
     small = Small(folder)
-    (folder / f"ready-{rank}").write_text(str(os.getpid()))
+    (folder / f"ready-{rank}").touch()
     _wait_for(folder / "go")
     for step in steps:
         small.save(step, best=step % 2 == 0)
@@ -105,8 +105,7 @@ def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[st
     job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, steps))
     for other in range(count):
         _wait_for(folder / f"ready-{other}")
-    pid = (folder / f"ready-{rank}").read_text()
-    tracer = subprocess.Popen(["strace", "-f", "-p", pid, *flags], stderr=subprocess.PIPE, text=True)
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(job.pids()[rank]), *flags], stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
     while "attached" not in tracer.stderr.readline():
         if tracer.poll() is not None:
