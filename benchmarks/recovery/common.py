@@ -165,6 +165,10 @@ class Job:
             except ProcessLookupError:
                 continue
 
+    def launcher_lives(self) -> bool:
+        """Whether the launcher of real processes has not ended yet."""
+        return self._launcher.poll() is None
+
     def wait(self, seconds: float) -> list[int] | None:
         """Exit statuses (the launcher's alone if there is one), or None if processes are left after that time."""
         limit = time.monotonic() + seconds

@@ -5,8 +5,8 @@
 Each trial draws a phase (import, set-up, first batch, step, accumulation, save, evaluation), one of SIGUSR1, SIGTERM
 and SIGINT, one or two processes, and whether one or all get it. In forked processes the signal is sent from within a
 function that runs in that phase; in the phase `import` to real processes as soon as torch's libraries are mapped. All
-must end within 60 s with status 0, with a sound checkpoint of no fewer steps than had been made (and at most two more)
-and the marker written after it; the same command must then remove the marker and end in the uninterrupted state.
+must end within 60 s with status 0, with a sound checkpoint of no fewer steps than had been made (at most two more; of
+the first step if it came before the training) and the marker written after it; the same command must then remove the marker and end in the uninterrupted state.
 """
 
 from __future__ import annotations
@@ -113,15 +113,15 @@ def _maps(pid: int) -> str:
         return ""
 
 
-def after_signal(run_dir: Path, made: int, statuses: list[int] | None) -> str:
+def after_signal(run_dir: Path, made: int, most: int, statuses: list[int] | None) -> str:
     """What is wrong with what the signal left; an empty string if nothing is."""
     if statuses is None:
         return f"still running {SECONDS} s later"
     if any(statuses):
         return f"exit statuses {statuses}"
     newest, marker = newest_sound(run_dir), run_dir / "REQUEUE"
-    if newest is None or not made <= newest <= made + 2:
-        return f"{made} steps had been made, the newest checkpoint is of {newest}"
+    if newest is None or not made <= newest <= most:
+        return f"{made} steps had been made, the newest checkpoint is of {newest}, not {most} at most"
     if newest < STEPS and not marker.exists():
         return "no REQUEUE"
     saved = run_dir / "checkpoints" / f"step-{newest:08d}" / "manifest.json"
@@ -144,7 +144,8 @@ def trial(how: dict[str, Any], run_dir: Path, expected: str) -> str:
     made = [int(hit.read_text()) for hit in notes.iterdir()]
     if how["phase"] != "import" and not made:
         return f"the phase was never hit ({statuses})"
-    if failure := after_signal(run_dir, max(made, default=0), statuses):
+    most = 1 if how["phase"] in ("import", "set-up") else max(made) + 2
+    if failure := after_signal(run_dir, max(made, default=0), most, statuses):
         return failure
     job = Job(flags, how["count"], said)
     statuses = job.wait(120)
