@@ -1,0 +1,300 @@
+"""R2: a process that dies at any system call of a save, or at any time, leaves only what can be resumed from.
+
+    python -m benchmarks.recovery.crash_points --trials 1000 [--every 1] [--seed 0] [--json FILE]
+
+Three parts, all on a tiny model (strace must be there):
+
+* every system call of a save that makes, writes, renames or removes something is a crash point: strace kills the
+  process (of two, either one) as it enters its K-th call, for K = 1, 1 + `--every`, … until it survives; for the first
+  save, a later one, and one that removes older checkpoints;
+* `--trials` times a process that saves in a loop is killed at a random time;
+* power loss: in the trace of four saves every file must be fsynced between its last write and its rename, the folder
+  too, and its parent before anything older goes and before the save returns. The check itself is checked: without any
+  one of those fsyncs it must complain.
+
+After each kill every checkpoint with a name must be sound by its manifest, the newest must be at least the last whose
+save had returned, the program must load exactly that one, and go on to save the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, fault_of, newest_sound, steps_of
+
+CALLS = [
+    *("openat", "write", "pwrite64", "writev", "ftruncate", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync"),
+    *("rename", "renameat", "renameat2", "mkdir", "mkdirat", "symlink", "symlinkat", "unlink", "unlinkat", "rmdir"),
+]
+SCENARIOS = {"first save": 0, "later save": 1, "save that removes": 3}  # checkpoints made before
+TRACED = ",".join([*CALLS, "mmap"])
+
+
+def _wait_for(path: Path, seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > limit:
+            raise TimeoutError(f"{path} did not come")
+        time.sleep(0.005)
+
+
+def save_when_told(folder: Path, steps: list[int]) -> None:
+    """Get ready (imports that come late included), wait for ``go``, save, and note each save that has returned."""
+    rank = os.environ.get("RANK", "0")
+    Small(folder / "warm").save(1, best=True)
+    small = Small(folder)
+    (folder / f"ready-{rank}").touch()
+    _wait_for(folder / "go")
+    for step in steps:
+        small.save(step, best=step % 2 == 0)
+        if rank == "0":
+            (folder / f"returned-{step}").touch()
+
+
+def load_and_go_on(folder: Path, last: int) -> None:
+    """Load what is chosen, note its step, and save one more than was ever tried."""
+    small = Small(folder)
+    (folder / "loaded").write_text(str(small.load()))
+    small.save(last + 1)
+
+
+def inspect_crash(folder: Path, count: int, last: int) -> str:
+    """What is wrong after a kill, `last` being the last step that was to be saved; an empty string if nothing."""
+    visible = steps_of(folder)
+    faults = [fault for step in visible if (fault := fault_of(folder / "checkpoints" / f"step-{step:08d}"))]
+    if faults:
+        return f"visible, but not sound: {'; '.join(faults)}"
+    returned = max([int(path.name.removeprefix("returned-")) for path in folder.glob("returned-*")], default=0)
+    newest = newest_sound(folder)
+    if (newest or 0) < returned:
+        return f"step {returned} was saved, but the newest is {newest}"
+    if newest is None:
+        return ""
+    job = Job([], count, folder / "said.txt", work=lambda: load_and_go_on(folder, last))
+    statuses = job.wait(60)
+    job.end()
+    if statuses is None or any(statuses):
+        return f"loading and saving on ended with {statuses} ({folder}/said.txt)"
+    loaded = int((folder / "loaded").read_text())
+    if loaded != newest or newest_sound(folder) != last + 1:
+        return f"step {loaded} was loaded of {visible}; afterwards the newest is {newest_sound(folder)}"
+    return ""
+
+
+def with_saves(folder: Path, count: int, before: int) -> None:
+    """Make a folder with `before` checkpoints, as if they had been saved long ago."""
+    (folder / "go").parent.mkdir(parents=True)
+    (folder / "go").touch()
+    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, [*range(1, before + 1)]))
+    if job.wait(60) != [0] * count:
+        raise RuntimeError(f"the saves before could not be made: {folder}/said.txt")
+    (folder / "go").unlink()
+
+
+def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[str]) -> list[int] | None:
+    """Exit statuses of processes that save `steps`, `rank` under strace with `flags`."""
+    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, steps))
+    for other in range(count):
+        _wait_for(folder / f"ready-{other}")
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(job.pids()[rank]), *flags], stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    while "attached" not in tracer.stderr.readline():
+        if tracer.poll() is not None:
+            raise RuntimeError("strace could not attach; it needs ptrace")
+    (folder / "go").touch()
+    statuses = job.wait(20)
+    job.end()
+    tracer.communicate(timeout=20)
+    return statuses
+
+
+def crash(folder: Path, template: Path, case: tuple[int, int, int, str], number: int) -> tuple[bool, str]:
+    """Kill at the `number`-th call; whether the process had survived, and what is wrong."""
+    before, count, rank, call = case
+    shutil.copytree(template, folder, symlinks=True)
+    for ready in folder.glob("ready-*"):
+        ready.unlink()
+    flags = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
+    statuses = strace(folder, count, rank, [before + 1], flags)
+    fault = inspect_crash(folder, count, before + 1)
+    if not fault and before and newest_sound(folder) is None:
+        fault = "nothing sound is left"
+    return statuses == [0] * count, fault
+
+
+def crash_points(folder: Path, every: int, calls: list[str]) -> tuple[list[dict[str, Any]], Failures]:
+    """Kill at every system call; a row for each scenario and process."""
+    rows, failures = [], Failures()
+    cases = [(name, 1, 0, every) for name in SCENARIOS]
+    cases += [("save that removes", 2, rank, 3 * every) for rank in (0, 1)]
+    for name, count, rank, stride in cases:
+        before, points, bad = SCENARIOS[name], 0, len(failures)
+        template = folder / f"template-{before}-{count}"
+        if not template.exists():
+            with_saves(template, count, before)
+        for call in calls:
+            number, survived = 1, False
+            while not survived:
+                place = folder / f"{before}-{count}-{rank}-{call}-{number}"
+                survived, fault = crash(place, template, (before, count, rank, call), number)
+                points += not survived
+                if fault:
+                    failures.add(f"{name}, rank {rank} of {count} killed at {call} number {number}: {fault}: {place}")
+                else:
+                    shutil.rmtree(place)
+                number += stride
+        bad = len(failures) - bad
+        rows.append({"part": name, "processes": count, "killed": f"rank {rank}", "kills": points, "bad": bad})
+    return rows, failures
+
+
+def save_for_ever(folder: Path) -> None:
+    """Save one step after the other."""
+    small, step = Small(folder), 0
+    while True:
+        step += 1
+        small.save(step, best=step % 5 == 1)
+        (folder / f"returned-{step}").touch()
+
+
+def random_kills(folder: Path, trials: int, dice: random.Random) -> tuple[dict[str, Any], Failures]:
+    """Kill a process that saves in a loop."""
+    failures, within = Failures(), 0
+    for number in range(trials):
+        place, delay = folder / f"random-{number}", dice.uniform(0, 0.5)
+        place.mkdir()
+        job = Job([], 1, place / "said.txt", work=lambda place=place: save_for_ever(place))  # type: ignore[misc]
+        _wait_for(place / "checkpoints")
+        time.sleep(delay)
+        job.send(signal.SIGKILL, "all")
+        job.end()
+        within += any(place.glob("checkpoints/.tmp-*"))
+        last = max([0, *(int(p.name[-8:]) for p in place.glob("checkpoints/*step-*"))])
+        if fault := inspect_crash(place, 1, last):
+            failures.add(f"random kill {number} after {delay:.3f} s: {fault}: {place}")
+        else:
+            shutil.rmtree(place)
+    part = f"random kills ({within} while writing)"
+    return {"part": part, "processes": 1, "killed": "rank 0", "kills": trials, "bad": len(failures)}, failures
+
+
+class Disk:
+    """What a power failure could take, followed call by call of a trace."""
+
+    def __init__(self, root: str):
+        self.root, self.faults = root, list[str]()
+        self._dirty, self._names = set[str](), dict[str, set[str]]()  # files; names by the folder they were made in
+
+    def _name(self, path: str) -> None:
+        self._names.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+
+    def _lost(self, folder: str) -> list[str]:
+        inside = [path for path in self._dirty if path.startswith(f"{folder}/")]
+        return inside + [f"{folder}/{name}" for name in self._names.get(folder, ())]
+
+    def _uncommitted(self) -> list[str]:
+        return [name for name in self._names.get(f"{self.root}/checkpoints", ()) if name.startswith("step-")]
+
+    def take(self, line: str) -> None:
+        """Follow one line of ``strace -f -y``."""
+        match = re.match(r"\d+ +(\w+)\((.*)\) += (\d+)(?:<([^>]*)>)?", line)
+        if match is None:
+            return
+        call, arguments, _, opened = match.groups()
+        paths = re.findall(r'"([^"]*)"', arguments)
+        held = re.findall(r"\d+<([^>]*)>", arguments)
+        if call == "openat" and "O_CREAT" in arguments:
+            self._create(opened)
+        elif call in ("write", "pwrite64", "writev", "ftruncate"):
+            self._dirty |= set(held[:1])
+        elif call == "mmap" and "MAP_SHARED" in arguments and "PROT_WRITE" in arguments:
+            self._dirty |= set(held)
+        elif call in ("fsync", "fdatasync"):
+            self._dirty.discard(held[0])
+            self._names.pop(held[0], None)
+        elif call == "mkdir":
+            self._name(paths[0])
+        elif call.startswith("rename"):
+            self._rename(*paths[-2:])
+        elif call in ("unlink", "unlinkat", "rmdir") and (lost := self._uncommitted()):
+            self.faults.append(f"something older was removed before {lost} were durable")
+
+    def _create(self, path: str) -> None:
+        self._name(path)
+        lost = [other for other in self._dirty if os.path.dirname(other) == os.path.dirname(path)]
+        if os.path.basename(path) == "manifest.json" and lost:
+            self.faults.append(f"the manifest was begun before {lost} were durable")
+        if path.startswith(f"{self.root}/returned-") and (lost := self._uncommitted()):
+            self.faults.append(f"a save returned before the names {lost} were durable")
+        self._dirty.add(path)
+
+    def _rename(self, old: str, new: str) -> None:
+        if os.path.basename(new).startswith("step-") and (lost := self._lost(old)):
+            self.faults.append(f"{os.path.basename(new)} got its name before {lost} were durable")
+        for path in [path for path in self._dirty if path == old or path.startswith(f"{old}/")]:
+            self._dirty.remove(path)
+            self._dirty.add(new + path.removeprefix(old))
+        self._names[new] = self._names.pop(old, set())
+        self._names.get(os.path.dirname(old), set()).discard(os.path.basename(old))
+        self._name(new)
+
+
+def faults_in(trace: list[str], root: str) -> list[str]:
+    """What a power failure could have spoilt in the course of a trace."""
+    disk = Disk(root)
+    for line in trace:
+        disk.take(line)
+    return disk.faults
+
+
+def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
+    """Trace four saves and check the order of writes, fsyncs and renames."""
+    place, file = folder / "traced", folder / "trace.txt"
+    place.mkdir()
+    statuses = strace(place, 1, 0, [1, 2, 3, 4], ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
+    trace = file.read_text().splitlines()
+    failures = Failures()
+    for fault in faults_in(trace, str(place)):
+        failures.add(f"power loss: {fault}: {file}")
+    if statuses != [0]:
+        failures.add(f"power loss: the traced saves ended with {statuses}: {place}/said.txt")
+    root = re.escape(f"{place}/checkpoints")
+    fsyncs = [n for n, line in enumerate(trace) if re.search(rf"\bfsync\(\d+<{root}/\.tmp-", line)]
+    renames = [n for n, line in enumerate(trace) if re.search(r"\brename", line) and "/.tmp-" in line]
+    fsyncs += [
+        next((n for n in range(renamed, len(trace)) if re.search(rf"\bfsync\(\d+<{root}>", trace[n])), renamed)
+        for renamed in renames
+    ]
+    before = len(faults_in(trace, str(place)))
+    seen = sum(len(faults_in(trace[:n] + trace[n + 1 :], str(place))) > before for n in fsyncs)
+    if len(renames) < 4 or seen < len(fsyncs):
+        failures.add(f"power loss: of {len(fsyncs)} fsyncs left out, {seen} were missed: {file}")
+    return {"part": f"power loss ({seen} of {len(fsyncs)} left-out fsyncs seen)", "bad": len(failures)}, failures
+
+
+def run(trials: int, seed: int, folder: Path, every: int = 1, calls: list[str] | None = None) -> dict[str, Any]:
+    """All three parts; rows of a table, and failures."""
+    begin(folder)
+    lint, failures = power_loss(folder)
+    rows, more = crash_points(folder, every, calls or CALLS)
+    killed, random_failures = random_kills(folder, trials, random.Random(seed))
+    return {"rows": [*rows, killed, lint], "failures": [*failures, *more, *random_failures]}
+
+
+def more_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare --every and --calls."""
+    parser.add_argument("--every", type=int, default=1, help="take only every so manieth call")
+    parser.add_argument("--calls", nargs="+", help=f"system calls (default: {' '.join(CALLS)})")
+
+
+if __name__ == "__main__":
+    campaign(__doc__, run, trials=1000, more=more_flags)
