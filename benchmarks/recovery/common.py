@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -203,14 +202,20 @@ def _marked(token: str, launcher: int) -> list[int]:
 
 def steps_of(run_dir: Path) -> list[int]:
     """Steps of all checkpoints that have a name, ascending, sound or not."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*"))
+    return sorted({int(folder.name.split("-")[1]) for folder in run_dir.glob("checkpoints/step-*")})
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """The checkpoint of a step: of several, ``step-00000007`` and ``step-00000007-4``, the one saved last."""
+    found = run_dir.glob(f"checkpoints/step-{step:08d}*")
+    return max(found, key=lambda folder: int([*folder.name.split("-"), "0"][2]))
 
 
 def fault_of(folder: Path) -> str:
     """What is wrong with a checkpoint, by its manifest alone; an empty string if nothing is."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if folder.name != f"step-{manifest['step']:08d}":
+        if not folder.name.startswith(f"step-{manifest['step']:08d}"):
             return f"the manifest of {folder.name} is of step {manifest['step']}"
         for name, entry in manifest["files"].items():
             content = (folder / name).read_bytes()
@@ -227,7 +232,7 @@ def fault_of(folder: Path) -> str:
 
 def newest_sound(run_dir: Path) -> int | None:
     """Step of the newest checkpoint without a fault."""
-    sound = [step for step in steps_of(run_dir) if not fault_of(run_dir / "checkpoints" / f"step-{step:08d}")]
+    sound = [step for step in steps_of(run_dir) if not fault_of(folder_of(run_dir, step))]
     return sound[-1] if sound else None
 
 
@@ -243,7 +248,7 @@ def final_digest(run_dir: Path) -> str:
     Every tensor of the newest checkpoint (weights, average, optimizer, each process's random streams and statistics),
     its counters, and every logged number of every step, without times.
     """
-    digest, folder = hashlib.sha256(), run_dir / "checkpoints" / f"step-{steps_of(run_dir)[-1]:08d}"
+    digest, folder = hashlib.sha256(), folder_of(run_dir, steps_of(run_dir)[-1])
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{file.name} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -275,6 +280,7 @@ class Small:
     def __init__(self, run_dir: Path, width: int = 8):
         model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.1))
         self.run_dir, self._ema = run_dir, ModelEmaV3(model)
+        run_dir.mkdir(parents=True, exist_ok=True)
         optimizer = make_optimizer(model, OptimConfig(opt="momentum"))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -294,12 +300,14 @@ class Small:
                 tensor.fill_(step)
             for tensor in self._ema.module.parameters():
                 tensor.fill_(-step)
-        keep = {"keep_last": 2} if "keep_last" in inspect.signature(checkpoint.save).parameters else {}
-        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best, **keep)
+        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best)
 
     def load(self) -> int:
         """Load the checkpoint that is chosen; its step, on which everything in it must agree."""
-        checkpoint.load(self.run_dir, self._trained)
+        stored = checkpoint.resume_point(self._trained.parallel.accelerator, self.run_dir)
+        if stored is None:
+            raise RuntimeError(f"{self.run_dir} has no checkpoint")
+        checkpoint.load(stored, self._trained)
         tensors = [*self._tensors(), *(-tensor for tensor in self._ema.module.parameters())]
         [step] = {value for tensor in tensors for value in tensor.unique().tolist()} | {float(torch.initial_seed())}
         return int(step)

@@ -13,6 +13,7 @@ undamaged run's, or whose exit status is 2 with one line.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -156,7 +157,7 @@ def manifest_cases() -> Iterator[Case]:
             for step in steps:
                 spoil(edit(lambda m: m.update(format=99)), "manifest.json", step)(root)
 
-        yield Case("newer format", f"of {steps}", newer, left)
+        yield Case("edit the manifest", f"format, of {steps}", newer, left)
 
 
 def folder_cases() -> Iterator[Case]:
@@ -259,9 +260,12 @@ def cut_weights(checkpoint: Path) -> None:
 
 
 def newer_format(checkpoint: Path) -> None:
-    """Make it one that a later version has written."""
-    for file in ("manifest.json", "state.json"):
-        (checkpoint / file).write_bytes(edit(lambda m: m.update(format=99))((checkpoint / file).read_bytes()))
+    """Make it one that a later version has written, with a digest of its own."""
+    path = checkpoint / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "format": 99}
+    del manifest["digest"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"digest": digest}))
 
 
 def whole_campaign(folder: Path, failures: Failures) -> list[dict[str, Any]]:
