@@ -97,7 +97,9 @@ def _measured(path: Path) -> dict[str, Any] | None:
 
 def begin(root: Path, step: int) -> Path:
     """A new folder for the files of a checkpoint, which does not exist for any reader before `commit`."""
-    root.mkdir(exist_ok=True)  # its parent is the run folder: if that has vanished, nothing is saved elsewhere
+    if not root.is_dir():
+        root.mkdir()  # not its parents: if the run folder has vanished, nothing is saved elsewhere
+        fsync(root.parent)
     aside = root / f".tmp-{_name(step)}-{secrets.token_hex(4)}"
     aside.mkdir()
     return aside

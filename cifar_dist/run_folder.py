@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
-from cifar_dist.durable import replace_text
+from cifar_dist.durable import fsync, replace_text
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
 
@@ -109,6 +109,7 @@ def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, 
     run_dir = Path(lock.lock_file).parent
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        fsync(run_dir.parent)
         lock.acquire()
         _write_identity(run_dir, config, plan, facts)
     except (Timeout, FileExistsError):

@@ -1,5 +1,6 @@
 """Asked to stop at any moment, a run ends with a checkpoint, leaves word, and goes on as if nothing had been."""
 
+import math
 import os
 import signal
 import subprocess
@@ -143,3 +144,36 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert found.statuses == [1]
     assert "interrupted" in found.said[0]
     assert not checkpoint.exists(tmp_path)
+
+
+DROPS = [*SHORT, "--model", "test_vit", "--img-size", 32, "--drop", 0.3, "--drop-path", 0.2, "--epochs", 1]
+
+
+def test_random_streams_go_on_where_they_were(tmp_path):
+    """Of each process its own."""
+    for name, steps in (("whole", 5), ("cut", 2), ("cut", 5)):
+        flags = [*DROPS, "--max-steps", steps, "--run-dir", tmp_path / name]
+        Ranks(lambda flags=flags: run(*flags), 2).check()
+    assert_same_state(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_learning_rates_are_the_closed_form(tmp_path, processes):
+    """Loshchilov and Hutter's cosine, over two epochs of six steps, cut on the way."""
+    for steps in (5, 12):
+        flags = [*SHORT, "--lr", 1e-3, "--max-steps", steps, "--run-dir", tmp_path]
+        Ranks(lambda flags=flags: run(*flags), processes).check()
+    found = [record["lr"] for record in records(tmp_path) if "lr" in record]
+    assert found == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)])
+
+
+def test_a_failed_run_asks_for_no_requeue(tmp_path):
+    def spoil(step, batch):
+        if step == 3:
+            batch.images[0] = math.nan
+        return batch
+
+    found = Ranks(lambda: run(*SHORT, "--run-dir", tmp_path, spoil=spoil), 1)
+    assert found.statuses == [1]
+    assert step_of(tmp_path) == 3
+    assert not (tmp_path / "REQUEUE").exists()
