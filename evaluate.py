@@ -36,7 +36,7 @@ else:
     from cifar_dist.errors import UsageError, is_first_process, run_main
     from cifar_dist.models import build_model, input_config
     from cifar_dist.predictions import Scored, save_predictions
-    from cifar_dist.run_folder import Run, open_run
+    from cifar_dist.run_record import Run, open_run
     from cifar_dist.wandb_run import log_report
 
 if TYPE_CHECKING:  # type checkers take `import evaluate` for this file too

@@ -72,6 +72,11 @@ def refuses_average(engine: str, precision: str) -> bool:
     return engine.startswith(("zero3", "fsdp")) or (engine.startswith("zero") and precision == "fp16")
 
 
+def checkpoint_bytes(load: Load) -> int:
+    """Bytes of a checkpoint: fp32 weights, their average if kept, and the optimizer's state, whole on any engine."""
+    return 4 * (load.num_parameters * (1 + load.average) + load.state_per_parameter * load.num_trainable)
+
+
 def usage(engine: str, num_processes: int, load: Load, accumulates: bool = False) -> Usage:
     """Bytes that each of `num_processes` holds at the fullest moment of a step.
 

@@ -9,7 +9,7 @@ from timm.scheduler import create_scheduler_v2
 
 from cifar_dist.config import Config, OptimConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.memory import Load, Usage, usage
+from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
 
 
@@ -94,6 +94,7 @@ class Plan:
     num_trainable: int
     state_per_parameter: int
     data_bytes: int
+    checkpoint_bytes: int
     memory: Usage
     notes: tuple[str, ...]
 
@@ -185,6 +186,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         lr_first=lr_at(0, optim, run.epochs, updates),
         lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
         lr_last=lr_at(total - 1, optim, run.epochs, updates),
+        checkpoint_bytes=checkpoint_bytes(memory_load(config, sizes)),
         memory=usage(engine, num_processes, memory_load(config, sizes), accumulation > 1),
         notes=tuple(_depends_on_processes(config, sizes, num_processes, micro)),
     )

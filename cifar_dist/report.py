@@ -21,7 +21,7 @@ import numpy as np
 
 from cifar_dist.config import Config
 from cifar_dist.predictions import Scored, load_predictions
-from cifar_dist.run_folder import Run, open_run
+from cifar_dist.run_record import Run, open_run
 
 SHOWN_SETTINGS = [
     "model",

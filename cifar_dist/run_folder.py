@@ -1,15 +1,15 @@
-"""The run folder: which one, what identifies the training in it, and reading it back."""
+"""The run folder: which one, and what identifies the training in it."""
 
 from __future__ import annotations
 
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import shorten
@@ -111,6 +111,7 @@ def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, 
         run_dir.mkdir(parents=True, exist_ok=True)
         fsync(run_dir.parent)
         lock.acquire()
+        _refuse_small_disk(run_dir, config, plan)
         _write_identity(run_dir, config, plan, facts)
     except (Timeout, FileExistsError):
         raise UsageError(f"--run-dir {run_dir} is in use by another training; wait, or name another.") from None
@@ -118,11 +119,24 @@ def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, 
         raise UsageError(f"--run-dir {run_dir} cannot be written ({error.strerror}); name another folder.") from None
 
 
+def _refuse_small_disk(run_dir: Path, config: Config, plan: Plan) -> None:
+    """A checkpoint is written before an older one goes; what the run has already is there to be replaced."""
+    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
+    needed = (config.run.keep_last + 2) * plan.checkpoint_bytes - held
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise UsageError(
+            f"--run-dir {run_dir}: checkpoints take {plan.checkpoint_bytes / 2**20:,.0f} MiB each, and the last"
+            f" --keep-last {config.run.keep_last}, the best and the next one need {needed / 2**20:,.0f} MiB, but"
+            f" {free / 2**20:,.0f} MiB are free; make room, or name another folder."
+        )
+
+
 def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, Any]) -> None:
     environment = {**_environment(plan), **facts}
     resuming = config.run.resume == "auto" and (run_dir / "environment.json").is_file()
     if resuming:
-        first = _read_json(run_dir / "environment.json")
+        first = read_json(run_dir / "environment.json")
         for fact, found in facts.items():
             if first.get(fact) != found:
                 raise UsageError(
@@ -141,13 +155,13 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
 def recorded_data_mode(run_dir: Path) -> str | None:
     """How a run that goes on holds its data: as it began, since resident and stream have orders of their own."""
     path = run_dir / "environment.json"
-    return _read_json(path).get("data_mode") if path.is_file() else None
+    return read_json(path).get("data_mode") if path.is_file() else None
 
 
 def note_resumption(run_dir: Path, lost: dict[str, float]) -> None:
     """Add to this start's entry in ``environment.json`` where the run goes on and what was lost; see `lost_work`."""
     path = run_dir / "environment.json"
-    environment = _read_json(path)
+    environment = read_json(path)
     if environment.get("restarts"):
         environment["restarts"][-1] |= lost
     replace_text(path, json.dumps(environment, indent=1) + "\n")
@@ -212,84 +226,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says about its training, read by `open_run`."""
-
-    folder: Path
-    config: Config
-    plan: dict[str, Any]
-    environment: dict[str, Any]
-    records: list[dict[str, Any]]
-
-    @property
-    def evaluation_split(self) -> str:
-        """The split that the run was evaluated on while training: val, or test to reproduce older studies."""
-        return self.config.data.select_on
-
-    def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
-        found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}
-        return sorted(found), [found[step] for step in sorted(found)]
-
-    def value_at(self, key: str, step: int) -> float | None:
-        """The last value logged up to `step`, or None."""
-        upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
-        return upto[-1] if upto else None
-
-    def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
-        """Refuse classes that are not, name by name, those the run was trained on.
-
-        Raises:
-            UsageError: their number or one of their names differs.
-        """
-        trained_on = self.environment["class_names"]
-        if len(trained_on) != len(class_names):
-            raise UsageError(
-                f"the run has {len(trained_on)} classes but {dataset} now has {len(class_names)}; restore the data."
-            )
-        for number, (old, new) in enumerate(zip(trained_on, class_names, strict=True)):
-            if old != new:
-                raise UsageError(
-                    f"class {number} was {old!r} in training, is {new!r} in {dataset} now; restore the data."
-                )
-
-
-def open_run(folder: Path) -> Run:
-    """Read a run folder.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the run.
 
     Raises:
-        UsageError: there is no such folder, it is no run's, or one of its files is damaged.
+        UsageError: it is damaged.
     """
-    if not folder.is_dir():
-        raise UsageError(f"RUN_DIR {folder}: no such folder; name the --run-dir of a finished run.")
-    missing = [n for n in ("config.yaml", "plan.json", "environment.json", "log.jsonl") if not (folder / n).is_file()]
-    if missing:
-        raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
-    plan, environment = (_read_json(folder / name) for name in ("plan.json", "environment.json"))
-    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}).") from None
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The log's records. A torn last line, the mark of a killed run, is passed over."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
-                raise ValueError
-            records.append(record)
-        except ValueError:
-            if number < len(lines):
-                raise UsageError(f"{path}: line {number} is no log record; remove it to make the report.") from None
-    if not any("train/loss" in record for record in records):
-        raise UsageError(f"{path} holds no training record; train the run before its report.")
-    return [record for record in records if "step" in record]

@@ -14,7 +14,7 @@ LAYERS = [
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
-    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work"},
+    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "stream_batches"},
     {"preview"},

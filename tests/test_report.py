@@ -23,7 +23,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.models import build_model
 from cifar_dist.predictions import Scored, load_predictions, save_predictions
 from cifar_dist.report import write_report
-from cifar_dist.run_folder import open_run
+from cifar_dist.run_record import open_run
 from tests.conftest import ROOT
 
 NAMES = ("cat", "dog", "a|b", "ship", "truck", "frog")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,7 @@ def config(run_dir, resume="never", **run):
 def prepare(settings, facts=FACTS):
     run_dir = choose_run_dir(settings)
     lock = run_lock(run_dir)
-    create_run_dir(lock, settings, make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1), facts)
+    create_run_dir(lock, settings, make_plan(settings, Sizes(1280, 0, None, 2, 0, 1000, 1000, 2), 1), facts)
     lock.release()
     return run_dir
 
@@ -96,3 +97,24 @@ def test_resume_refuses_other_data(tmp_path, change):
     prepare(config(tmp_path))
     with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs"):
         prepare(config(tmp_path, "auto"), FACTS | change)
+
+
+def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=10)
+    monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match=r"checkpoints take .* MiB each.*--keep-last 2.*free"):
+        prepare(config(tmp_path))
+    usage.free = 2**40
+    prepare(config(tmp_path))
+
+
+def test_what_a_kill_in_the_first_second_leaves_can_be_started_again(tmp_path):
+    for names in ((".lock", ".tmp-config.yaml"), (".lock", "config.yaml", ".tmp-plan.json")):
+        folder = tmp_path / str(len(names))
+        prepare(config(folder))
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+        (folder / names[-1]).touch()
+        prepare(config(folder, "auto"))
+        assert json.loads((folder / "environment.json").read_text())["data_fingerprint"] == "aa"

@@ -2,9 +2,9 @@
 
     python -m benchmarks.recovery.seeded_bugs [--only NAME …] [--json FILE]
 
-A bug is a piece of the source and what takes its place (seeded_bugs.yaml). First every named test must pass on the untouched copy; then
-each bug is planted, its test run, and the source put back. A bug that no test notices, or whose place is no longer
-there, is a failure.
+A bug is a piece of the source and what takes its place (seeded_bugs.yaml). First every named test must pass on the
+untouched copy; then each bug is planted, its test run, and the source put back. A bug that no test notices, or whose
+place is no longer there, is a failure.
 """
 
 from __future__ import annotations

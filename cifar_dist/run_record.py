@@ -1,0 +1,90 @@
+"""Reading back what a training left in its run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.command_line import load_config
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+from cifar_dist.run_folder import read_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says about its training, read by `open_run`."""
+
+    folder: Path
+    config: Config
+    plan: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def evaluation_split(self) -> str:
+        """The split that the run was evaluated on while training: val, or test to reproduce older studies."""
+        return self.config.data.select_on
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
+        found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}
+        return sorted(found), [found[step] for step in sorted(found)]
+
+    def value_at(self, key: str, step: int) -> float | None:
+        """The last value logged up to `step`, or None."""
+        upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
+        return upto[-1] if upto else None
+
+    def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
+        """Refuse classes that are not, name by name, those the run was trained on.
+
+        Raises:
+            UsageError: their number or one of their names differs.
+        """
+        trained_on = self.environment["class_names"]
+        if len(trained_on) != len(class_names):
+            raise UsageError(
+                f"the run has {len(trained_on)} classes but {dataset} now has {len(class_names)}; restore the data."
+            )
+        for number, (old, new) in enumerate(zip(trained_on, class_names, strict=True)):
+            if old != new:
+                raise UsageError(
+                    f"class {number} was {old!r} in training, is {new!r} in {dataset} now; restore the data."
+                )
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UsageError: there is no such folder, it is no run's, or one of its files is damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"RUN_DIR {folder}: no such folder; name the --run-dir of a finished run.")
+    missing = [n for n in ("config.yaml", "plan.json", "environment.json", "log.jsonl") if not (folder / n).is_file()]
+    if missing:
+        raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
+    plan, environment = (read_json(folder / name) for name in ("plan.json", "environment.json"))
+    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The log's records. A torn last line, the mark of a killed run, is passed over."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+                raise ValueError
+            records.append(record)
+        except ValueError:
+            if number < len(lines):
+                raise UsageError(f"{path}: line {number} is no log record; remove it to make the report.") from None
+    if not any("train/loss" in record for record in records):
+        raise UsageError(f"{path} holds no training record; train the run before its report.")
+    return [record for record in records if "step" in record]
