@@ -6,6 +6,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +17,7 @@ from PIL import Image
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data import load_training_data
+from cifar_dist.data.local import open_local
 from cifar_dist.data.stream import DataLost
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
@@ -85,6 +87,42 @@ def seen(batches, steps):
     return found
 
 
+def write_images(folder, classes, images):
+    """An image folder of so many classes, and images a class in train; image n of all is `png(n)`."""
+    for split, count in (("train", images), ("test", 1)):
+        for label in range(classes):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                (folder / split / f"class{label}" / f"{number:05d}.png").write_bytes(png(label * count + number))
+    return folder
+
+
+def save_set(folder, saved):
+    """The image folder as a DatasetDict on disk."""
+    datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list(list(table.stream.cast_column("image", datasets.Image(decode=False))))
+            .cast_column("image", datasets.Image())
+            .cast_column("label", table.stream.features["label"])
+            for split, table in open_local(folder).tables.items()
+        }
+    ).save_to_disk(saved)
+    return saved
+
+
+def batches_given(batches, steps):
+    """Row number: uint8 image and label, of the rows that count."""
+    found = {}
+    for step in steps:
+        for part in batches._parts(step):
+            there = part.weights > 0
+            for row, image, label in zip(part.ids[there], part.images[there], part.labels[there], strict=True):
+                assert int(row) not in found
+                found[int(row)] = image, int(label)
+    batches.close()
+    return found
+
+
 @pytest.fixture(scope="module", params=[1, 20], ids=["1 file", "20 files"])
 def folder(request, tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("sets") / "set", request.param, 1000)
@@ -123,6 +161,23 @@ def test_rows_stay_within_the_window_and_are_well_mixed(folder):
     assert np.abs(moved).max() <= 50
     assert np.abs(moved).mean() > 10
     assert sorted(shards) == list(range(len(train.shard_rows)))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["image folder", "saved"])
+def test_rows_in_the_order_of_their_classes_are_mixed(tmp_path, saved):
+    folder = write_images(tmp_path / "set", 10, 100)
+    resident = load_training_data(config_of(folder, "--data-mode", "resident", "--val-fraction", "0").data, GIB).train
+    if saved:
+        folder = save_set(folder, tmp_path / "saved")
+    batches, plan, train = batches_of(folder, "--val-fraction", "0")
+    classes = [
+        len(set(train.all_labels[batches.sample_ids(step)].tolist())) for step in range(plan.steps_per_epoch - 1)
+    ]
+    assert np.mean(classes) > 3 and min(classes) > 1  # a batch draws on 62 rows at most: four shards or five
+    given = batches_given(batches, range(plan.steps_per_epoch))
+    assert sorted(given) == list(range(1000))
+    for row, (image, label) in given.items():  # the same row numbers as where all is in memory
+        assert torch.equal(image, resident.images[row]) and label == resident.labels[row]
 
 
 def test_only_the_wanted_rows_are_decoded(folder, monkeypatch):
