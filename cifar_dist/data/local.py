@@ -7,12 +7,16 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_dist.data.pickles import find_layout, open_pickles
 from cifar_dist.data.tables import SPLITS, Table
 from cifar_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 LOCAL_FORMS = (
     "a folder of parquet files as on the Hub, cifar-10-batches-py or cifar-100-python or their tar.gz, "
@@ -129,18 +133,26 @@ def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
     require_splits(path, files)
     tables = {}
     for split in SPLITS:
-        sizes = []
+        sizes = {}
         for file in files[split]:
             try:
-                sizes.append((file.name, pq.read_metadata(file).num_rows))
+                sizes[file] = pq.read_metadata(file).num_rows
             except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise UsageError(
                     f"--dataset {path}: {file.name} is truncated or no parquet file ({reason}); copy it again."
                 ) from None
-        stream = IterableDataset.from_parquet([str(file) for file in files[split]])
-        tables[split] = Table(stream, sum(rows for _, rows in sizes), tuple(sizes))
+        filled = [file for file in files[split] if sizes[file]] or files[split]
+        stream, only = (partial(how, [str(file) for file in filled]) for how in (IterableDataset.from_parquet, _column))
+        named = tuple((file.name, sizes[file]) for file in filled)
+        tables[split] = Table(stream(), sum(sizes.values()), named, only)
     return _opened(tables, path, path, [file for split in SPLITS for file in files[split]])
+
+
+def _column(files: list[str], name: str) -> IterableDataset:
+    from datasets import IterableDataset
+
+    return IterableDataset.from_parquet(files, columns=[name])
 
 
 def _image_files(folder: Path) -> dict[str, list[Path]]:
