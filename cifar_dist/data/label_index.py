@@ -85,6 +85,8 @@ def _labels(source: Source, split: str) -> Index:
             found = [values.to_numpy() for values in shards.read(shard, 4096)]
             parts += found
             rows.append(sum(map(len, found)))
+    except UsageError:
+        raise
     except Exception as error:  # each library below has errors of its own for a damaged file
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UsageError(

@@ -169,12 +169,19 @@ class StreamSet:
         return to_pixels(decode_image(image, partial(self.source.place, self.split, number)), self.size)
 
     def take_resident(self, numbers: np.ndarray) -> ResidentSet:
-        """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers."""
+        """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers: val.
+
+        Raises:
+            UsageError: one can't be read, or is damaged; val is the same in every run, so none is left out.
+        """
         wanted = np.zeros(len(self.all_labels), dtype=bool)
         wanted[numbers] = True
         images = np.empty((len(numbers), self.size, self.size, 3), dtype=np.uint8)
         for number, image in self.read(wanted, seed=0, epoch=0):
-            images[np.searchsorted(numbers, number)] = self.decode(number, image)
+            try:
+                images[np.searchsorted(numbers, number)] = self.decode(number, image)
+            except UsageError as error:
+                raise UsageError(f"{error} It is in val, which skips none.") from None
         return ResidentSet(
             torch.from_numpy(images), torch.from_numpy(self.all_labels[numbers]), torch.from_numpy(numbers)
         )

@@ -59,6 +59,16 @@ def write_set(folder, files, rows, row_group=64, classes=True):
     return folder
 
 
+def damage(folder, file, row):
+    """Damage an image of a set that `write_set` wrote; its number."""
+    paths = sorted(folder.glob("train-*"))
+    table = pyarrow.parquet.read_table(paths[file])
+    rows = table.to_pylist()
+    rows[row]["img"]["bytes"] = b"\x89PNG broken"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), paths[file])
+    return sum(len(pyarrow.parquet.read_table(path)) for path in paths[:file]) + row
+
+
 FLAGS = "--data-mode stream --data-size 8 --shuffle-window 50 --batch-size 12 --crop-padding 0 --hflip 0 --epochs 2"
 
 
@@ -216,11 +226,7 @@ def test_auto_streams_what_does_not_fit(folder):
 def test_a_damaged_image_is_named_and_may_be_skipped(tmp_path):
     folder = write_set(tmp_path / "set", 2, 60)
     path = sorted(folder.glob("train-*"))[1]
-    table = pyarrow.parquet.read_table(path)
-    rows = table.to_pylist()
-    rows[5]["img"]["bytes"] = b"\x89PNG broken"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), path)
-    bad = len(pyarrow.parquet.read_table(sorted(folder.glob("train-*"))[0])) + 5
+    bad = damage(folder, 1, 5)
     batches, plan, _ = batches_of(folder, "--val-fraction", "0")
     found = seen(batches, range(plan.steps_per_epoch))
     assert f"row {bad} of train (row 5 of {path.name}) cannot be decoded" in batches.lost
@@ -231,6 +237,108 @@ def test_a_damaged_image_is_named_and_may_be_skipped(tmp_path):
     assert sorted(itertools.chain(*found)) == [row for row in range(60) if row != bad]
     assert batches.take_waits()[1] == 1
     assert batches.lost is None
+
+
+def test_damaged_images_are_counted_not_how_often_they_come(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", 2, 65)
+    bad = damage(folder, 1, 5)
+    batches, plan, _ = batches_of(folder, "--val-fraction", "0", "--skip-corrupt", "1", "--epochs", "4")
+    skipped = []
+    for epoch in range(4):
+        for step in range(plan.steps_per_epoch):  # 60 of 65 rows, and 5 that are filled up with weight 0
+            list(batches(step + epoch * plan.steps_per_epoch))
+        skipped.append(batches.take_waits()[1])
+    assert batches.lost is None and skipped == [1, 0, 0, 0]
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    damage(folder, 0, 3)
+    batches, plan, _ = batches_of(folder, "--val-fraction", "0", "--skip-corrupt", "1")
+    seen(batches, range(plan.steps_per_epoch))
+    assert "--skip-corrupt 1 allows no more" in batches.lost
+    for process in range(3):  # a row that only fills up a batch counts where it is real
+        batches, plan, _ = batches_of(
+            folder, "--val-fraction", "0", "--skip-corrupt", "2", process=process, processes=3
+        )
+        own = [batches._own(step) for step in range(plan.steps_per_epoch)]
+        real = {int(row) for rows, weights in own for row in rows[weights > 0]}
+        for step in range(plan.steps_per_epoch):
+            list(batches(step))
+        assert len(batches._damaged) == len(real & {bad, 3})
+        batches.close()
+
+
+def test_a_skipped_image_is_not_mixed_into_its_neighbour(tmp_path):
+    folder = write_set(tmp_path / "set", 2, 60)
+    flags = ("--val-fraction", "0", "--mixup", "0.8", "--skip-corrupt", "1")
+    batches, plan, _ = batches_of(folder, *flags)
+    sound = [batch for step in range(plan.steps_per_epoch) for batch in batches(step)]
+    batches.close()
+    bad = damage(folder, 1, 5)
+    batches, plan, _ = batches_of(folder, *flags)
+    ids = [row for step in range(plan.steps_per_epoch) for row in batches.sample_ids(step)]
+    other = ids[ids.index(bad) ^ 1]
+    for step, before in enumerate(sound):
+        (after,) = batches(step)
+        rows = batches.sample_ids(step)
+        for place, row in enumerate(rows):
+            if row == bad:
+                assert before.weights[place] > 0 and after.weights[place] == 0
+            elif row == other:
+                assert not torch.equal(before.images[place], after.images[place])
+                assert torch.allclose(after.images[place] * 255, torch.tensor([0, 0, other])[:, None, None].float())
+                assert torch.allclose(after.targets[place], torch.eye(3)[other % 3])
+            else:
+                assert torch.equal(before.images[place], after.images[place])
+                assert torch.equal(before.targets[place], after.targets[place])
+            assert row == bad or after.weights[place] == before.weights[place]
+    batches.close()
+
+
+def test_a_damaged_image_in_val_is_said_to_be_there(tmp_path):
+    folder = write_set(tmp_path / "set", 2, 60)
+    bad = load_training_data(config_of(folder).data, GIB).val.ids[0]
+    rows = [len(pyarrow.parquet.read_table(path)) for path in sorted(folder.glob("train-*"))]
+    damage(folder, int(bad >= rows[0]), int(bad - rows[0] if bad >= rows[0] else bad))
+    with pytest.raises(UsageError, match=rf"row {bad} of train .*cannot be decoded.* It is in val, which skips none\."):
+        load_training_data(config_of(folder, "--skip-corrupt", "3").data, GIB)
+
+
+def reader_of(batches, step=0):
+    """The thread that reads ahead, started."""
+    batches._start(step)
+    return batches._thread
+
+
+def test_closing_does_not_wait_for_the_next_attempt(tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_dist.data.stream._PAUSES_SECONDS", (3600.0,))
+    batches, _, train = batches_of(write_set(tmp_path / "set", 2, 60))
+    tried = threading.Event()
+
+    def down(*_):
+        tried.set()
+        raise OSError("the network is down")
+
+    monkeypatch.setattr(type(train), "_read_shard", down)
+    reader = reader_of(batches)
+    assert tried.wait(60)
+    batches.close()
+    assert reader.daemon and not reader.is_alive()
+
+
+def test_closing_does_not_wait_for_the_rest_of_a_step(tmp_path, monkeypatch):
+    batches, _, train = batches_of(write_set(tmp_path / "set", 1, 60))
+    given, plain = [], type(train)._read_shard
+
+    def until_told(self, *arguments):
+        for row in plain(self, *arguments):
+            given.append(row)
+            if len(given) == 3:
+                batches._stop.set()
+            yield row
+
+    monkeypatch.setattr(type(train), "_read_shard", until_told)
+    reader = reader_of(batches)
+    reader.join(60)
+    assert not reader.is_alive() and len(given) == 3 and batches._queue.empty()
 
 
 def no_pauses(monkeypatch, then=lambda pauses: None):
