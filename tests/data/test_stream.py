@@ -1,6 +1,7 @@
 """Streams: every row exactly once an epoch, in an order that is a function of seed, epoch and window alone."""
 
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from cifar_dist.data.tables import Table
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.stream_batches import StreamBatches
+from tests.conftest import ROOT
 
 INPUT = InputConfig(img_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
 GIB = 2**30
@@ -555,3 +557,14 @@ def test_labels_are_read_without_the_images(tmp_path, monkeypatch):
     assert (
         len(data.train.shard_rows) == 2 and columns == [["label"]] * 4
     )  # each file for the classes, and for the index
+
+
+def test_the_ledger_of_the_benchmark_finds_every_fault():
+    place = importlib.util.spec_from_file_location("stream_ledger", ROOT / "benchmarks" / "stream_ledger.py")
+    ledger = importlib.util.module_from_spec(place)
+    place.loader.exec_module(ledger)
+    own = [(row, 100 + row, row % 3) for row in range(4)]
+    sound = [own[:2], own[2:], own[1:3], [own[0], own[3]]]  # two epochs of two steps
+    assert ledger.faults(sound, sound, set(range(4)), own) == [0, 0, 0, 0, 0]
+    broken = [[own[0], own[0]], own[2:], [own[1], (2, 999, 2)], [own[0], (3, 103, 2)]]
+    assert ledger.faults(broken, sound, set(range(4)), own) == [1, 1, 1, 1, 3]
