@@ -5,7 +5,7 @@
 Writes the train split anew as 1 and as 20 files of unequal length. For 1, 2 and 3 processes (each an operating-system
 process of its own) it streams two epochs, and again with a cut at a random step after which another number of processes
 goes on. Checked against PIL and pyarrow alone: every row once an epoch over all processes, the same rows in the same
-step for every number of processes, and every image equal to the row's own.
+step for every number of processes, and every image and label equal to the row's own. Exit status 1 if anything differs.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from cifar_dist.stream_batches import StreamBatches
 PIXELS = InputConfig(32, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "bilinear")
 FLAGS = "--model cnn4 --data-mode stream --batch-size 510 --epochs 2 --crop-padding 0 --hflip 0 --shuffle-window 4096"
 WORLDS = (1, 2, 3)
-Ledger = dict[int, list[tuple[int, int]]]  # by step: sample id and the sum of its pixels, weighted by place
+Given = tuple[int, int, int]  # sample id, the sum of its pixels, weighted by place, and its label
+Ledger = dict[int, list[Given]]  # by step
 
 
 def checksums(images: torch.Tensor) -> list[int]:
@@ -60,10 +61,12 @@ def keep_ledger(folder: Path, process: int, processes: int, first: int, last: in
     for step in range(first, last):
         given = []
         rows, weights = batches._own(step)
-        sums = [number for batch in batches(step) for number in checksums(batch.images)]
-        for row, weight, number in zip(rows.tolist(), weights.tolist(), sums, strict=True):
+        found = [
+            pair for batch in batches(step) for pair in zip(checksums(batch.images), batch.labels.tolist(), strict=True)
+        ]
+        for row, weight, (number, label) in zip(rows.tolist(), weights.tolist(), found, strict=True):
             if weight > 0:
-                given.append((row, number))
+                given.append((row, number, label))
         seen[step] = given
     batches.close()
     answer.send(seen)
@@ -103,14 +106,39 @@ def truth(table: pyarrow.Table) -> list[int]:
     return sums
 
 
-def main() -> None:
-    """Keep and check all ledgers; print a row each."""
+def faults(by_step: list[list[Given]], reference: list[list[Given]], ids: set[int], own: list[Given]) -> list[int]:
+    """Rows lost, repeated, with a wrong image and with a wrong label, and steps with other rows than the reference's.
+
+    Args:
+        by_step: what was given in each step of two epochs.
+        reference: the same, given to one process.
+        ids: the sample ids of an epoch.
+        own: every row as it is.
+    """
+    halves = by_step[: len(by_step) // 2], by_step[len(by_step) // 2 :]
+    epochs = [list(itertools.chain(*half)) for half in halves]
+    return [
+        sum(len(ids - {row for row, _, _ in epoch}) for epoch in epochs),
+        sum(len(epoch) - len({row for row, _, _ in epoch}) for epoch in epochs),
+        sum(own[row][1] != number for epoch in epochs for row, number, _ in epoch),
+        sum(own[row][2] != label for epoch in epochs for row, _, label in epoch),
+        sum(mine != theirs for mine, theirs in zip(by_step, reference, strict=True)),
+    ]
+
+
+def main() -> int:
+    """Keep and check all ledgers; print a row each. Returns 1 if one has a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     data = parser.parse_args().data.resolve()
     table = pyarrow.parquet.read_table(next(data.rglob("train-*.parquet")))
-    test, own = next(data.rglob("test-*.parquet")), truth(table)
-    print("files  processes  cut at  goes on with  rows an epoch  lost  repeated  wrong image  other order  seconds")
+    test = next(data.rglob("test-*.parquet"))
+    own = list(zip(range(len(table)), truth(table), table.column("label").to_pylist(), strict=True))
+    faulty = False
+    print(
+        "files  processes  cut at  goes on with  rows an epoch  lost  repeated  wrong image  wrong label  other order"
+        "  seconds"
+    )
     for files in (1, 20):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "set"
@@ -118,27 +146,24 @@ def main() -> None:
             batches, steps = batches_of(folder, 0, 1)
             ids, reference = set(batches._data.ids.tolist()), None
             cuts = random.Random(files)
-            for processes in WORLDS:
-                for after in (None, *WORLDS):
-                    began, cut = time.perf_counter(), steps if after is None else cuts.randrange(1, steps)
-                    ledger = together(folder, processes, 0, cut)
-                    if after is not None:
-                        ledger |= together(folder, after, cut, steps)
-                    by_step = [sorted(ledger[step]) for step in range(steps)]
-                    reference = reference or by_step
-                    halves = by_step[: steps // 2], by_step[steps // 2 :]
-                    epochs = [list(itertools.chain(*half)) for half in halves]
-                    lost = sum(len(ids - {row for row, _ in epoch}) for epoch in epochs)
-                    repeated = sum(len(epoch) - len({row for row, _ in epoch}) for epoch in epochs)
-                    wrong = sum(own[row] != number for epoch in epochs for row, number in epoch)
-                    order = sum(mine != theirs for mine, theirs in zip(by_step, reference, strict=True))
-                    goes_on = f"{'':6}  {'':12}" if after is None else f"{cut:6}  {after:12}"
-                    print(
-                        f"{files:5}  {processes:9}  {goes_on}  {len(ids):13}  {lost:4}  {repeated:8}  {wrong:11}"
-                        f"  {order:11}  {time.perf_counter() - began:7.1f}",
-                        flush=True,
-                    )
+            for processes, after in itertools.product(WORLDS, (None, *WORLDS)):
+                began, cut = time.perf_counter(), steps if after is None else cuts.randrange(1, steps)
+                ledger = together(folder, processes, 0, cut)
+                if after is not None:
+                    ledger |= together(folder, after, cut, steps)
+                by_step = [sorted(ledger[step]) for step in range(steps)]
+                reference = reference or by_step
+                found = faults(by_step, reference, ids, own)
+                faulty = faulty or any(found)
+                goes_on = f"{'':6}  {'':12}" if after is None else f"{cut:6}  {after:12}"
+                lost, repeated, image, label, order = found
+                print(
+                    f"{files:5}  {processes:9}  {goes_on}  {len(ids):13}  {lost:4}  {repeated:8}  {image:11}"
+                    f"  {label:11}  {order:11}  {time.perf_counter() - began:7.1f}",
+                    flush=True,
+                )
+    return int(faulty)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

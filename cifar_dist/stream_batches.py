@@ -18,13 +18,14 @@ import torch
 from cifar_dist.batches import Batches, Part, ResidentBatches
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.data.stream import DataLost, StreamSet
+from cifar_dist.data.stream import StreamSet
 from cifar_dist.errors import UsageError
 from cifar_dist.ordering import GlobalBatch, fill_up
 from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Plan
 
 _STEPS_AHEAD = 3
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class _Step:
 
     step: int
     rows: np.ndarray
+    labels: np.ndarray
     images: np.ndarray
     weights: np.ndarray
 
@@ -46,8 +48,8 @@ class StreamBatches(Batches):
         self._queue: queue.Queue[_Step | Exception] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._next, self._waited, self._corrupt = -1, 0.0, 0
-        self._told = 0
+        self._next, self._waited = -1, 0.0
+        self._damaged, self._told, self._lock = set[int](), 0, threading.Lock()
 
     def _batch(self, step: int) -> GlobalBatch:
         epoch, index = divmod(step, self._plan.steps_per_epoch)
@@ -66,8 +68,7 @@ class StreamBatches(Batches):
 
     def _parts(self, step: int) -> Iterator[Part]:
         found, size = self._fetch(step), self._plan.micro_batch_size
-        labels = torch.from_numpy(self._data.all_labels[found.rows])
-        tensors = torch.from_numpy(found.images), labels, torch.from_numpy(found.rows), torch.from_numpy(found.weights)
+        tensors = (torch.from_numpy(array) for array in (found.images, found.labels, found.rows, found.weights))
         for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
             images, labels, weights = (parts[k].to(self._device, non_blocking=True) for k in (0, 1, 3))
             yield Part(images, labels, parts[2], weights)
@@ -86,8 +87,8 @@ class StreamBatches(Batches):
             raise found
         if self.lost:
             rows, weights = self._own(step)
-            side = self._data.size
-            return _Step(step, rows, np.zeros((len(rows), side, side, 3), np.uint8), np.zeros_like(weights))
+            images = np.stack([self._blank] * len(rows))
+            return _Step(step, rows, self._data.all_labels[rows], images, np.zeros_like(weights))
         assert isinstance(found, _Step)
         assert found.step == step
         return found
@@ -100,29 +101,30 @@ class StreamBatches(Batches):
         self._thread.start()
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; a file that hangs is not waited for."""
         if self._thread is not None:
             self._stop.set()
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)
             self._thread = None
 
     def take_waits(self) -> list[float]:
-        """Seconds that steps waited for data, and images that were damaged and skipped, since last asked."""
-        found, self._waited, self._told = [self._waited, float(self._corrupt - self._told)], 0.0, self._corrupt
+        """Seconds that steps waited for data, and images found damaged and skipped for the first time, since asked."""
+        damaged = len(self._damaged)
+        found, self._waited, self._told = [self._waited, float(damaged - self._told)], 0.0, damaged
         return found
 
     def _run(self, step: int, ready: queue.Queue[_Step | Exception], stop: threading.Event) -> None:
         try:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // here)) as pool:
-                for decoded in self._decoded(step, pool):
+                for decoded in self._decoded(step, pool, stop):
                     if not _put(ready, decoded, stop):
                         return
         except Exception as error:
             _put(ready, error, stop)
 
-    def _decoded(self, step: int, pool: ThreadPoolExecutor) -> Iterator[_Step]:
-        """This process's decoded rows from `step` to the last one."""
+    def _decoded(self, step: int, pool: ThreadPoolExecutor, stop: threading.Event) -> Iterator[_Step]:
+        """This process's decoded rows from `step` to the last one, or until told to stop."""
         plan = self._plan
         while step < plan.total_steps:
             epoch = step // plan.steps_per_epoch
@@ -130,38 +132,59 @@ class StreamBatches(Batches):
             wanted = np.zeros(len(self._data.all_labels), dtype=bool)
             for own in steps:
                 wanted[self._own(own)[0]] = True
-            stream = self._data.read(wanted, self._seed, epoch)
+            stream = self._data.read(wanted, self._seed, epoch, stop)
             waiting: dict[int, Any] = {}
             for step in steps:
                 rows, weights = self._own(step)
                 missing = set(rows.tolist()) - waiting.keys()
                 while missing:
-                    number, image = next(stream)
-                    waiting[number] = image
-                    missing.discard(number)
-                each, places = np.unique(rows, return_inverse=True)  # an epoch's last batch holds some rows twice
-                images = list(pool.map(self._decode, each.tolist(), [waiting.pop(row) for row in each.tolist()]))
-                sound = np.array([image is not None for image in images], dtype=np.float32)
-                pixels = np.stack([self._blank if image is None else image for image in images])
-                yield _Step(step, rows, pixels[places], weights * sound[places])
+                    found = None if stop.is_set() else next(stream, None)
+                    if found is None:
+                        assert stop.is_set(), f"rows {missing} were not read"
+                        return
+                    waiting[found[0]] = found[1]
+                    missing.discard(found[0])
+                yield self._decoded_step(step, rows, weights, waiting, pool)
             step += 1
+
+    def _decoded_step(
+        self, step: int, rows: np.ndarray, weights: np.ndarray, waiting: dict[int, Any], pool: ThreadPoolExecutor
+    ) -> _Step:
+        """Decode a step's rows, which are taken out of those `waiting`; damaged ones that are skipped get weight 0."""
+        each, places = np.unique(rows, return_inverse=True)  # an epoch's last batch holds some rows twice
+        real = np.isin(each, rows[weights > 0])
+        encoded = [waiting.pop(row) for row in each.tolist()]
+        images = list(pool.map(self._decode, each.tolist(), encoded, real.tolist()))
+        sound = np.array([image is not None for image in images])[places]
+        shown = np.arange(len(rows))
+        if self._mixing is not None:  # its neighbour, which counts, would be mixed with an empty image
+            shown = np.where(sound, shown, shown ^ 1)
+        pixels = np.stack([self._blank if image is None else image for image in images])[places[shown]]
+        return _Step(step, rows, self._data.all_labels[rows[shown]], pixels, weights * sound)
 
     @property
     def _blank(self) -> np.ndarray:
         return np.zeros((self._data.size, self._data.size, 3), dtype=np.uint8)
 
-    def _decode(self, number: int, image: Any) -> np.ndarray | None:
-        """The decoded image, or None if it is damaged and may be skipped."""
+    def _decode(self, number: int, image: Any, counts: bool) -> np.ndarray | None:
+        """The decoded image, or None if it is damaged and may be skipped, or `counts` for nothing."""
         try:
             return self._data.decode(number, image)
-        except DataLost:
-            raise
         except UsageError as error:
-            self._corrupt += 1
-            if self._corrupt > self._allowed:
-                raise UsageError(f"{error} --skip-corrupt {self._allowed} allows no more.") from None
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            if counts:
+                self._note_damage(number, error)
             return None
+
+    def _note_damage(self, number: int, error: UsageError) -> None:
+        """Remember a damaged row; a row that comes again, in another epoch, is none more."""
+        with self._lock:
+            known = number in self._damaged
+            self._damaged.add(number)
+            too_many = len(self._damaged) > self._allowed
+        if too_many:
+            raise UsageError(f"{error} --skip-corrupt {self._allowed} allows no more.") from None
+        if not known:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
 
 
 def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:

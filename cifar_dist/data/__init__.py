@@ -80,6 +80,12 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
         val = load_resident(source, "test", config)
     elif config.val_fraction:
         in_train, in_val = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)
+        if streams and _bytes(len(in_val), config) > device_bytes / 4:
+            raise UsageError(
+                f"--val-fraction {config.val_fraction}: val is held in memory, and its {len(in_val)} images would take"
+                f" {_bytes(len(in_val), config) / 2**20:,.0f} MiB, more than a quarter of the"
+                f" {device_bytes / 2**20:,.0f} MiB there are; give a smaller one."
+            )
         val = train.take(in_val) if isinstance(train, ResidentSet) else train.take_resident(in_val)
         train = train.take(in_train)
     return TrainingData(train, val, source.class_names, source.name, source.fingerprint, source.num_rows("test"))
@@ -87,7 +93,14 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
 
 def _fits(source: Source, config: DataConfig, device_bytes: int) -> bool:
     rows = source.num_rows("train")
-    return rows is None or rows * config.data_size**2 * 3 <= device_bytes / 4
+    if rows is None:  # their labels tell, which are read once and kept in the cache
+        rows = len(open_stream(source, "train", config))
+    return _bytes(rows, config) <= device_bytes / 4
+
+
+def _bytes(rows: int, config: DataConfig) -> int:
+    """What so many decoded images take."""
+    return rows * config.data_size**2 * 3
 
 
 def load_test_data(config: DataConfig) -> TestData:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,13 @@ class Source:
             UsageError: a row cannot be read, an image is damaged or no 8-bit one, or a label is no class.
         """
         for number, row in enumerate(self._raw_rows(split)):
-            where = self.place(split, number)
             label = row[self.columns.label]
             if label is None or not 0 <= label < len(self.class_names):
                 raise UsageError(
-                    f"{where} has the label {label}, which is outside 0..{len(self.class_names) - 1}; every row needs "
-                    "one of the classes (-1 marks rows without label)."
+                    f"{self.place(split, number)} has the label {label}, which is outside"
+                    f" 0..{len(self.class_names) - 1}; every row needs a class (-1 marks rows without label)."
                 )
-            yield decode_image(row[self.columns.image], where), int(label)
+            yield decode_image(row[self.columns.image], partial(self.place, split, number)), int(label)
 
     def _raw_rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Rows whose images are still encoded, so that one that fails to decode can be named."""
@@ -93,14 +93,17 @@ class Source:
             ) from None
 
 
-def decode_image(value: Any, where: str) -> Image.Image | np.ndarray:
-    """An image in RGB: grey and palette images are converted, an alpha channel is dropped, EXIF rotation applied."""
+def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarray:
+    """An image in RGB: grey and palette images are converted, an alpha channel is dropped, EXIF rotation applied.
+
+    `where` says what a message starts with, if one is needed.
+    """
     import datasets
 
     if isinstance(value, np.ndarray):
         return value
     if value is None:
-        raise UsageError(f"{where} has no image; remove the row.")
+        raise UsageError(f"{where()} has no image; remove the row.")
     if isinstance(value, list):
         return np.asarray(value, dtype=np.uint8)
     file = f" ({value['path']})" if value.get("path") else ""
@@ -113,8 +116,8 @@ def decode_image(value: Any, where: str) -> Image.Image | np.ndarray:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders fail in many ways
         reason = (str(error).splitlines() or [repr(error)])[0]
-        raise UsageError(f"{where}{file} cannot be decoded ({reason}); replace or remove the image.") from None
-    raise UsageError(f"{where}{file} has more than 8 bits a channel (mode {image.mode}); save it as an 8-bit image.")
+        raise UsageError(f"{where()}{file} cannot be decoded ({reason}); replace or remove the image.") from None
+    raise UsageError(f"{where()}{file} has more than 8 bits a channel (mode {image.mode}); save it as an 8-bit image.")
 
 
 def open_source(config: DataConfig) -> Source:

@@ -7,11 +7,11 @@ is known without reading anything: any process can start at any step with the ro
 
 from __future__ import annotations
 
-import os
-import time
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,19 @@ import numpy as np
 import torch
 
 from cifar_dist.config import DataConfig
-from cifar_dist.data.resident import ResidentSet, cache_entry, to_pixels
+from cifar_dist.data.label_index import label_index
+from cifar_dist.data.resident import ResidentSet, to_pixels
+from cifar_dist.data.shards import Shards
 from cifar_dist.data.sources import Source, decode_image
 from cifar_dist.errors import UsageError
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    import pyarrow as pa
 
 _ROWS_AT_A_TIME = 256
+_FILES_AT_ONCE = 8
 _PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between attempts to read on
+_OUR_MISTAKES = (TypeError, AttributeError, NameError, AssertionError)  # no second attempt mends them
 
 
 class DataLost(UsageError):
@@ -41,6 +45,7 @@ class StreamSet:
     Attributes:
         source: where rows come from.
         split: its split.
+        shards: its images.
         all_labels: int64 (R,), labels of all rows of the split.
         shard_rows: int64 (shards,), rows of each shard; row numbers count through the shards.
         chosen: bool (R,), the rows that belong to this part.
@@ -50,6 +55,7 @@ class StreamSet:
 
     source: Source
     split: str
+    shards: Shards
     all_labels: np.ndarray
     shard_rows: np.ndarray
     chosen: np.ndarray
@@ -100,43 +106,59 @@ class StreamSet:
         places = np.arange(len(read)) + generator.random(len(read)) * self.window
         return shards, read[np.argsort(places, kind="stable")], read
 
-    def read(self, wanted: np.ndarray, seed: int, epoch: int) -> Iterator[tuple[int, Any]]:
+    def read(
+        self, wanted: np.ndarray, seed: int, epoch: int, stop: threading.Event | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Stream the `wanted` rows (bool (R,)) in the order of reading: row number and encoded image.
 
-        Rows that are not wanted are passed over without being decoded, shards without such rows are not opened.
+        Rows that are not wanted are passed over without being decoded, shards without such rows are not opened. The
+        stream ends early if `stop` is set while it waits to try again.
 
         Raises:
-            DataLost: a shard can't be read to its end, also after some attempts.
+            DataLost: a shard can't be read to its end, or has other rows, also after some attempts.
         """
-        wanted, starts = wanted.copy(), np.cumsum(self.shard_rows) - self.shard_rows
+        wanted, stop = wanted.copy(), stop or threading.Event()
+        starts = np.cumsum(self.shard_rows) - self.shard_rows
         for shard in self._orders(seed, epoch)[0]:
-            first, count = int(starts[shard]), int(self.shard_rows[shard])
-            for attempt in range(len(_PAUSES_SECONDS) + 1):
-                if not wanted[first : first + count].any():
-                    break
-                try:
-                    for number, image in self._read_shard(int(shard), first, wanted):
-                        wanted[number] = False
-                        yield number, image
-                    if wanted[first : first + count].any():
-                        raise OSError(f"shard {shard} has fewer than its {count} rows")
-                except Exception as error:  # files, archives and networks fail in many ways
-                    if attempt == len(_PAUSES_SECONDS):
-                        reason = (str(error).splitlines() or [repr(error)])[0]
-                        raise DataLost(
-                            f"--dataset {self.source.name}: shard {shard} of {self.split} can no longer be read"
-                            f" ({reason}); restore the data and go on with --resume auto."
-                        ) from None
-                    time.sleep(_PAUSES_SECONDS[attempt])
+            here = slice(starts[shard], starts[shard] + self.shard_rows[shard])
+            if wanted[here].any():
+                yield from self._read_on(int(shard), here, wanted, stop)
+            if stop.is_set():
+                return
+
+    def _read_on(self, shard: int, here: slice, wanted: np.ndarray, stop: threading.Event) -> Iterator[tuple[int, Any]]:
+        """The wanted rows of a shard, its rows `here`, with as many attempts as it takes while rows come."""
+        pauses = iter(_PAUSES_SECONDS)
+        while not stop.is_set():
+            try:
+                for number, image in self._read_shard(shard, here.start, wanted):
+                    wanted[number] = False
+                    pauses = iter(_PAUSES_SECONDS)
+                    yield number, image
+                if wanted[here].any():
+                    raise OSError(f"it has fewer than its {self.shard_rows[shard]} rows")
+                return
+            except _OUR_MISTAKES:
+                raise
+            except Exception as error:  # files, archives and networks fail in many ways
+                pause = next(pauses, None)
+                if pause is None:
+                    raise DataLost(
+                        f"--dataset {self.source.name}: shard {shard} of {self.split} can no longer be read"
+                        f" ({_reason(error)}); restore the data and go on with --resume auto."
+                    ) from None
+            stop.wait(pause)
 
     def _read_shard(self, shard: int, first: int, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
-        image = self.source.columns.image
-        for table in _shards(self.source, self.split, [image]).shard(len(self.shard_rows), shard).iter(_ROWS_AT_A_TIME):
-            here = np.flatnonzero(wanted[first : first + len(table)])
+        end = first + int(self.shard_rows[shard])
+        for values in self.shards.read(shard, _ROWS_AT_A_TIME):
+            if first + len(values) > end:
+                raise OSError(f"it has more than its {self.shard_rows[shard]} rows")
+            here = np.flatnonzero(wanted[first : first + len(values)])
             if len(here):
-                for row, value in zip(here, table.column(image).take(here).to_pylist(), strict=True):
-                    yield first + int(row), value
-            first += len(table)
+                for row, image in zip(here, _in_memory(values.take(here)), strict=True):
+                    yield first + int(row), image
+            first += len(values)
 
     def decode(self, number: int, image: Any) -> np.ndarray:
         """An encoded image as uint8 (S,S,3).
@@ -144,15 +166,22 @@ class StreamSet:
         Raises:
             UsageError: it is damaged; the message names row and file.
         """
-        return to_pixels(decode_image(image, self.source.place(self.split, number)), self.size)
+        return to_pixels(decode_image(image, partial(self.source.place, self.split, number)), self.size)
 
     def take_resident(self, numbers: np.ndarray) -> ResidentSet:
-        """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers."""
+        """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers: val.
+
+        Raises:
+            UsageError: one can't be read, or is damaged; val is the same in every run, so none is left out.
+        """
         wanted = np.zeros(len(self.all_labels), dtype=bool)
         wanted[numbers] = True
         images = np.empty((len(numbers), self.size, self.size, 3), dtype=np.uint8)
         for number, image in self.read(wanted, seed=0, epoch=0):
-            images[np.searchsorted(numbers, number)] = self.decode(number, image)
+            try:
+                images[np.searchsorted(numbers, number)] = self.decode(number, image)
+            except UsageError as error:
+                raise UsageError(f"{error} It is in val, which skips none.") from None
         return ResidentSet(
             torch.from_numpy(images), torch.from_numpy(self.all_labels[numbers]), torch.from_numpy(numbers)
         )
@@ -164,65 +193,46 @@ def open_stream(source: Source, split: str, config: DataConfig) -> StreamSet:
     Raises:
         UsageError: the data are damaged or empty, a label is no class, or the cache cannot be written.
     """
-    labels, shard_rows = _index(source, split, config)
+    image = source.columns.image
+    shards = Shards(source.tables[split].stream, image)
+    try:
+        num_shards = len(shards)
+    except Exception as error:  # files fail in many ways
+        raise UsageError(
+            f"--dataset {source.name}: {split} cannot be read ({_reason(error)}); copy the files again."
+        ) from None
+    labels, shard_rows = label_index(source, split, config, num_shards)
     everything = np.ones(len(labels), dtype=bool)
-    return StreamSet(source, split, labels, shard_rows, everything, config.data_size, config.shuffle_window)
+    return StreamSet(source, split, shards, labels, shard_rows, everything, config.data_size, config.shuffle_window)
 
 
-def _shards(source: Source, split: str, columns: list[str]) -> IterableDataset:
-    """The split's stream as Arrow tables, in as many shards as its files have parts."""
-    return source.tables[split].stream.reshard().select_columns(columns).with_format("arrow")
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
-def _index(source: Source, split: str, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of all rows, and the number of rows of each shard."""
-    from filelock import FileLock
+def _in_memory(values: pa.ChunkedArray) -> list[Any]:
+    """Images as they wait to be decoded: encoded files with their bytes, arrays as uint8 (H,W,3).
 
-    folder = cache_entry(source, split, config)
-    entry = folder.with_name(f"{folder.name}.labels.npz")
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.with_name(f"{entry.name}.lock")):
-            if not entry.exists():
-                _write_index(entry, source, split)
-            found = np.load(entry)
-            return found["labels"], found["shard_rows"]
-    except OSError as error:
-        raise UsageError(
-            f"--cache-dir {entry.parent}: the labels cannot be kept there ({error.strerror or error}); name a folder"
-            " with room that can be written."
-        ) from None
+    Raises:
+        OSError: a file cannot be read.
+    """
+    import pyarrow as pa
+
+    if isinstance(values.type, pa.ExtensionType):
+        # As nested lists, which Arrow would make of them, they take thirty times as much memory.
+        if not values.null_count:
+            return [np.array(image, dtype=np.uint8) for image in values.combine_chunks().to_numpy(zero_copy_only=False)]
+        return [None if image is None else np.array(image, dtype=np.uint8) for image in values.to_pylist()]
+    rows = values.to_pylist()
+    if not any(_is_elsewhere(row) for row in rows):
+        return rows
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return list(pool.map(lambda row: _with_bytes(row) if _is_elsewhere(row) else row, rows))
 
 
-def _write_index(entry: Path, source: Source, split: str) -> None:
-    from tqdm import tqdm
+def _is_elsewhere(row: Any) -> bool:
+    return isinstance(row, dict) and row["bytes"] is None and bool(row["path"])
 
-    label, parts, shard_rows = source.columns.label, [], []
-    stream = _shards(source, split, [label])
-    try:
-        for shard in tqdm(range(stream.num_shards), f"reading labels of {split} once", leave=False, disable=None):
-            found = [table.column(label).to_numpy() for table in stream.shard(stream.num_shards, shard).iter(4096)]
-            parts += found
-            shard_rows.append(sum(map(len, found)))
-    except Exception as error:  # each library below has errors of its own for a damaged file
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise UsageError(
-            f"--dataset {source.name}: {split} cannot be read to its end ({reason}); copy the files again."
-        ) from None
-    if not sum(shard_rows):
-        raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
-    labels = np.concatenate(parts)
-    expected = source.num_rows(split)
-    if expected is not None and len(labels) != expected:
-        raise UsageError(
-            f"--dataset {source.name}: {split} gave {len(labels)} rows, its files announce {expected}; copy them again."
-        )
-    no_class = np.flatnonzero(~((labels >= 0) & (labels < len(source.class_names))))  # also NaN, for a missing one
-    if len(no_class):
-        raise UsageError(
-            f"{source.place(split, int(no_class[0]))} has the label {labels[no_class[0]]}, which is outside"
-            f" 0..{len(source.class_names) - 1}; every row needs a class (-1 marks rows without label)."
-        )
-    aside = entry.with_name(f".tmp-{os.getpid()}-{entry.name}")
-    np.savez(aside, labels=labels.astype(np.int64), shard_rows=np.array(shard_rows))
-    os.replace(aside, entry)
+
+def _with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "bytes": Path(row["path"]).read_bytes()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from cifar_dist.config import DataConfig
 from cifar_dist.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import IterableDataset
 
 SPLITS = ("train", "test")
@@ -23,11 +24,17 @@ class Table:
         stream: its rows.
         num_rows: their number, where that is known without reading them.
         files: name and rows of each file, in the order of the stream, where rows lie in files of many.
+        only: makes the same stream of one column, where that saves reading the others.
     """
 
     stream: IterableDataset
     num_rows: int | None
     files: tuple[tuple[str, int], ...] = ()
+    only: Callable[[str], IterableDataset] | None = None
+
+    def column(self, name: str) -> IterableDataset:
+        """The stream of one column."""
+        return self.only(name) if self.only else self.stream.select_columns([name])
 
     def file_of(self, row: int) -> str:
         """`` (row 5 of train-00001-of-00002.parquet)`` for row number `row` of the split; empty if no file is known."""
@@ -137,11 +144,19 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
     try:
-        largest = max((row[label] for row in train.stream.select_columns([label])), default=-1)
+        largest = max(map(_largest, train.column(label).with_format("arrow").iter(65536)), default=-1)
     except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
     return tuple(str(number) for number in range(largest + 1))
+
+
+def _largest(labels: pa.Table) -> int:
+    import pyarrow.compute
+
+    if labels.column(0).null_count:
+        raise ValueError("a label is missing")
+    return pyarrow.compute.max(labels.column(0)).as_py()
 
 
 def _listed(features: dict[str, Any]) -> str:

@@ -56,3 +56,17 @@ def test_real_cifar10_test_split(real_cifar10, config):
     assert data.test.images.shape == (10_000, 32, 32, 3) and data.test.labels.tolist() == labels
     assert data.test.labels.bincount().tolist() == [1_000] * 10
     assert 118 < data.test.images.float().mean() < 123  # published: 0.4734 of 255
+
+
+def test_val_that_takes_too_much_memory_is_refused(config):
+    settings = config("digits", data_mode="stream", val_fraction=0.5)
+    size = 719 * 32 * 32 * 3
+    assert len(load_training_data(settings, 4 * size).val) == 719
+    with pytest.raises(UsageError, match=r"--val-fraction 0\.5: .*its 719 images would take 2 MiB.*a smaller one"):
+        load_training_data(settings, 4 * size - 4)
+
+
+def test_a_set_of_unknown_size_is_counted_before_it_is_held_in_memory(cifar10_pickles, config):
+    settings = config(cifar10_pickles, val_fraction=0.0)
+    assert load_training_data(settings, 4 * 20 * 32 * 32 * 3).mode == "resident"
+    assert load_training_data(settings, 4 * 20 * 32 * 32 * 3 - 4).mode == "stream"
