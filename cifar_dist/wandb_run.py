@@ -124,6 +124,7 @@ class Mirror:
                 return _init(self._run_dir, self._config, "online")
             except Exception as error:  # no network, a key that is refused, a server that is ill
                 problem = _reason(error)
+                _forget_attempt()
         run = _init(self._run_dir, self._config, "offline")
         self._offline = True
         if problem:
@@ -166,6 +167,13 @@ def _init(run_dir: Path, config: Config, mode: str) -> Any:
             stop_fn=lambda: None,  # its default interrupts the training
         ),
     )
+
+
+def _forget_attempt() -> None:
+    """Make W&B's service give up a run it did not open; its id could not be used again otherwise."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _identity(file: Path) -> str:

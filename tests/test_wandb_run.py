@@ -113,6 +113,9 @@ class Fake:
         self._call(f"init {mode}")
         return self
 
+    def teardown(self):
+        self._call("teardown")
+
     def log(self, record, step):
         self._call("log")
         self.logged.append(step)
@@ -197,18 +200,44 @@ def stop(run):
     stopped.set()
 
 mirror.do(stop)
-stopped.wait()
+assert stopped.wait(20)
 mirror.close()
 """
 
 
+def own_environment(**variables):
+    """For a process that has to do with W&B by itself, not through this one's service."""
+    inherited = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    return inherited | {"PYTHONPATH": os.getcwd()} | {name: str(value) for name, value in variables.items()}
+
+
+def test_no_network_is_kept_offline_by_the_real_w_and_b(tmp_path):
+    code = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from cifar_dist import wandb_run
+from cifar_dist.config import Config
+
+wandb_run.INIT_SECONDS = 1.0
+mirror = wandb_run.Mirror(Path(sys.argv[1]), replace(Config(), run=replace(Config().run, wandb="online")))
+mirror.log({"train/loss": 1.0}, 7)
+print(mirror.close())
+"""
+    environment = own_environment(HOME=tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"wandb       kept offline; wandb sync {tmp_path}/wandb/offline-run-* sends it\n", done.stderr
+    assert done.stderr.count("warning: ") == 1
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
 def test_a_service_that_stands_still_does_not_keep_the_process(tmp_path):
     """W&B's own hook at the end of a process would wait for it forever."""
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    environment.pop("WANDB_MODE")
-    with subprocess.Popen(
-        [sys.executable, "-c", STOPPED_SERVICE, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-c", STOPPED_SERVICE, tmp_path]
+    with subprocess.Popen(command, env=own_environment(), stdout=subprocess.PIPE, text=True) as process:
         service = int(process.stdout.readline())
         try:
             assert process.wait(timeout=20) == 0
@@ -273,3 +302,23 @@ def test_the_id_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         wandb_run._identity(tmp_path / "wandb_id")
     assert not (tmp_path / "wandb_id").exists()
+
+
+SECRETS = {"WANDB_API_KEY": "k3y" * 20, "HF_TOKEN": "hf_t0ken" * 5, "HUGGING_FACE_HUB_TOKEN": "hf_hubt0ken" * 4}
+
+
+def test_secrets_of_the_environment_are_nowhere_in_a_run(tmp_path):
+    environment = own_environment(**SECRETS, XDG_CACHE_HOME=tmp_path / "cache", HOME=tmp_path)
+    run = str(tmp_path / "run")
+    train = ["train.py", "--dataset", "digits", "--model", "cnn4", "--max-steps", "2", "--wandb", "offline"]
+    for command in ([*train, "--run-dir", run], ["evaluate.py", run]):
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for secret in SECRETS.values():
+            assert secret.encode() not in done.stdout + done.stderr
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix == ".wandb"]) == 2  # W&B was there, twice
+    assert tmp_path / "run" / "report" / "report.md" in files
+    for file in files:
+        content = file.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], file
