@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from cifar_dist.errors import UsageError
+
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write named tensors as safetensors, readable like other files (safetensors makes them private), and durably."""
@@ -58,14 +60,25 @@ def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`."""
+    """The inverse of `encode`.
+
+    Raises:
+        UsageError: the JSON holds anything but what `encode` writes; nothing of its naming is looked up but types.
+    """
     if not isinstance(value, dict):
         return value
-    [(kind, content)] = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dtype":
-        return getattr(torch, content)
-    if kind == "dict":
-        return {key: decode(item, tensors) for key, item in content}
-    return (list if kind == "list" else tuple)(decode(item, tensors) for item in content)
+    kind: str
+    content: Any
+    kind, content = next(iter(value.items())) if len(value) == 1 else ("", None)
+    try:
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "dtype" and isinstance(dtype := vars(torch).get(content), torch.dtype):
+            return dtype
+        if kind == "dict":
+            return {key: decode(item, tensors) for key, item in content}
+        if kind in ("list", "tuple"):
+            return (list if kind == "list" else tuple)(decode(item, tensors) for item in content)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UsageError(f"the checkpoint is damaged: {json.dumps(value):.60} is no part of a training's state.")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
 from cifar_dist.plan import Plan
-from cifar_dist.wandb_run import start_wandb
+from cifar_dist.wandb_run import Mirror
 
 
 class Silent:
@@ -57,7 +57,7 @@ class Tracker(Silent):
         if sys.stderr.isatty():
             columns, rows = shutil.get_terminal_size()  # tqdm draws nothing where a terminal says it has none
             self._bar = tqdm(total=plan.total_steps, initial=first_step, unit="step", ncols=columns, nrows=rows)
-        self._wandb = start_wandb(run_dir, config)
+        self._mirror = Mirror(run_dir, config)
         self._began, self._first_step = time.perf_counter(), first_step
 
     def say(self, text: str) -> None:
@@ -101,19 +101,25 @@ class Tracker(Silent):
         self.say(f"epoch {epoch:6.2f}  {name} loss {scores['loss']:.4f}  {name} acc {scores['top1']:.2%}{mark}")
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
+        """Write a record where it counts, or raise, and give W&B a copy."""
         record = {"epoch": self._plan.epoch_of(step), **values}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(record, step=step)
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk, above all
+            error.filename = error.filename or self._file.name
+            raise
+        self._mirror.log(record, step)
 
     def close(self) -> None:
         """Flush everything and finish the W&B run."""
-        if self._bar is not None:
-            self._bar.close()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            if line := self._mirror.close():
+                self.say(line)
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+            self._file.close()
 
 
 def _clock(seconds: float) -> str:

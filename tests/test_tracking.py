@@ -1,12 +1,19 @@
 """Run folders and the log: what is refused, what is forgotten on resume, what is written."""
 
 import dataclasses
+import errno
 import json
 import sys
+import time
+from pathlib import Path
 
+import pytest
+
+from cifar_dist import wandb_run
 from cifar_dist.config import Config
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.tracking import Tracker
+from tests.test_wandb_run import FULL_DISK, Fake
 
 
 def config(run_dir, resume="never", **run):
@@ -19,8 +26,8 @@ def records(run_dir):
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-def tracker(run_dir, first_step=0):
-    settings = config(run_dir, wandb="disabled")
+def tracker(run_dir, first_step=0, wandb="disabled"):
+    settings = config(run_dir, wandb=wandb)
     return Tracker(run_dir, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), first_step)
 
 
@@ -74,3 +81,44 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     voice.training(30, TRAINING)
     voice.close()
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30]
+
+
+def written(run_dir, wandb):
+    """The bytes of log.jsonl after the same records, and the seconds that took."""
+    run_dir.mkdir()
+    start = time.monotonic()
+    voice = tracker(run_dir, wandb=wandb)
+    for step in range(1, 21):
+        voice.training(step, {**TRAINING, "train/loss": 1 / step})
+    voice.evaluation(20, {"loss": 1.25, "top1": 0.625}, best=True)
+    voice.close()
+    return (run_dir / "log.jsonl").read_bytes(), time.monotonic() - start
+
+
+@pytest.mark.parametrize("call", ["login", "init", "log", "finish"])
+@pytest.mark.parametrize("fault", [RuntimeError("out of order"), FULL_DISK, 30], ids=["raises", "disk full", "hangs"])
+def test_the_log_is_the_same_whatever_becomes_of_w_and_b(call, fault, tmp_path, monkeypatch, capsys):
+    expected, _ = written(tmp_path / "without", "disabled")
+    assert expected.count(b"\n") == 21
+    module = Fake(**{call: fault})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.3)
+    found, seconds = written(tmp_path / "with", "online" if call == "login" else "offline")
+    assert found == expected and seconds < 2
+    assert module.calls
+    said = capsys.readouterr()
+    kept_offline = call == "login" and fault != 30
+    assert said.err.count("warning: ") == 1
+    assert said.out.count("wandb       kept offline") == (1 if kept_offline or call in ("log", "finish") else 0)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    voice = tracker(tmp_path)
+    voice.training(5, TRAINING)
+    voice._file.close()
+    voice._file = Path("/dev/full").open("w")  # noqa: SIM115  closing it is what the tracker does
+    with pytest.raises(OSError) as caught:
+        voice.training(10, TRAINING)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
+    with pytest.raises(OSError):  # what could not be written is not forgotten in closing
+        voice.close()

@@ -1,6 +1,7 @@
 """The original CIFAR archives (Krizhevsky, 2009), folders of pickles or their tar.gz, read without running code.
 
-The pickles go through an unpickler that admits numpy arrays and plain values only; a tar is read, never extracted.
+The pickles go through an unpickler that knows plain values and arrays of numbers only; a tar is read, never
+extracted.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from cifar_dist.data.plain_pickle import Array, ArraysOnly
 from cifar_dist.data.tables import Table
 from cifar_dist.errors import UsageError
 
 _SIDE = 32
+_LARGEST_FILE = 256 << 20  # bytes; CIFAR's have 31 MB, CIFAR-100's 155 MB
+_LARGEST_TAR = 1 << 30  # bytes of all files in it
+_LARGEST_NAME = 1 << 16  # bytes of a header that holds a long name
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ def open_pickles(path: Path, layout: Layout) -> dict[str, Table]:
     for column, _, names in layout.labels:
         if not isinstance(meta.get(names), list):
             raise UsageError(f"--dataset {path}: {layout.meta} has no {names}; download the archive again.")
-        features[column] = ClassLabel(names=[str(name) for name in meta[names]])
+        if not all(isinstance(name, (str, bytes)) for name in meta[names]):
+            raise UsageError(f"--dataset {path}: {names} of {layout.meta} are no words; download the archive again.")
+        words = [name.decode("latin1") if isinstance(name, bytes) else name for name in meta[names]]
+        features[column] = ClassLabel(names=words)
     return {
         split: Table(
             IterableDataset.from_generator(
@@ -130,25 +138,71 @@ def _read(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, A
     """The unpickled files called `names`, in the order they are stored."""
     if path.is_dir():
         for name in names:
+            if (size := (path / name).stat().st_size) > _LARGEST_FILE:
+                raise _too_large(path, name, size)
             yield name, _unpickle(path, name, (path / name).read_bytes())
         return
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                stored = archive.extractfile(member) if member.isfile() and name in names else None
-                if stored is not None:
-                    yield name, _unpickle(path, name, stored.read())
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise _unreadable_tar(path, error) from None
+    for archive, member in _members(path):
+        name = PurePosixPath(member.name).name
+        stored = archive.extractfile(member) if name in names else None
+        if stored is not None:
+            yield name, _unpickle(path, name, stored.read())
 
 
 def _tar_names(path: Path) -> set[str]:
+    return {PurePosixPath(member.name).name for _, member in _members(path)}
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The plain files of a tar, gzipped or not; links and devices are passed over.
+
+    Raises:
+        UsageError: it is no whole tar, leads out of itself, or unpacks to more than any CIFAR has.
+    """
+    total = 0
     try:
-        with tarfile.open(path) as archive:
-            return {Path(member.name).name for member in archive if member.isfile()}
+        with path.open("rb") as file:
+            mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
+        with tarfile.open(path, mode, tarinfo=_BoundedHeader) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                place = PurePosixPath(member.name)
+                if place.is_absolute() or ".." in place.parts:
+                    raise UsageError(
+                        f"--dataset {path}: the tar is refused, {member.name} in it leads out of its folder; "
+                        "download it again from its source."
+                    )
+                total += max(member.size, 0) + tarfile.BLOCKSIZE
+                if member.size > _LARGEST_FILE or total > _LARGEST_TAR:
+                    raise _too_large(path, member.name, max(member.size, total))
+                if member.isfile():
+                    yield archive, member
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _unreadable_tar(path, error) from None
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """tarfile reads headers with long names whole before it gives out their member, so their size is looked at here."""
+
+    @classmethod
+    def frombuf(cls, *arguments: Any, **settings: Any) -> Any:
+        header = super().frombuf(*arguments, **settings)
+        if header.type not in tarfile.SUPPORTED_TYPES and header.size > _LARGEST_FILE:
+            raise tarfile.ReadError(f"a member of unknown kind with {header.size:,} bytes")
+        if header.type in _NAME_HEADERS and header.size > _LARGEST_NAME:
+            raise tarfile.ReadError(f"a name of {header.size:,} bytes")
+        return header
+
+
+_NAME_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+
+
+def _too_large(path: Path, name: str, size: int) -> UsageError:
+    return UsageError(
+        f"--dataset {path}: {name} is refused, with {size >> 20:,} MiB it is larger than any CIFAR's; "
+        "download it again from its source."
+    )
 
 
 def _unreadable_tar(path: Path, error: Exception) -> UsageError:
@@ -156,46 +210,21 @@ def _unreadable_tar(path: Path, error: Exception) -> UsageError:
     return UsageError(f"--dataset {path}: not a complete tar file ({reason}); download it again.")
 
 
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How pickles of protocol 2 written by Python 3 spell bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in encoding {encoding}")
-    return text.encode("latin1")
-
-
-def _admitted() -> dict[tuple[str, str], Any]:
-    """The callables a pickled array needs, under the names old and new numpy give them."""
-    rebuild: Any = np.empty(0).__reduce__()[0]
-    from_buffer: Any = np.empty(0).__reduce_ex__(5)[0]
-    admitted: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for package in ("numpy.core", "numpy._core"):
-        admitted[package + ".multiarray", "_reconstruct"] = rebuild
-        admitted[package + ".numeric", "_frombuffer"] = from_buffer
-    admitted["_codecs", "encode"] = _latin1
-    return admitted
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Refuses every global but those of `_admitted`, so that no code of the file's choice is called."""
-
-    admitted = _admitted()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.admitted[module, name]
-
-
 def _unpickle(path: Path, name: str, content: bytes) -> dict[str, Any]:
     try:
-        loaded = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        loaded = ArraysOnly(io.BytesIO(content), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"--dataset {path}: {name} is refused, a CIFAR pickle holds arrays and plain values only ({error}); "
             "download it again from its source."
         ) from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UsageError(f"--dataset {path}: {name} is damaged ({error!r}); download it again.") from None
+        raise UsageError(f"--dataset {path}: {name} is damaged ({error!r:.200}); download it again.") from None
     if not isinstance(loaded, dict):
         raise UsageError(f"--dataset {path}: {name} is not a CIFAR batch; download it again.")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in loaded.items()}
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else str(key): (
+            value.content if isinstance(value, Array) else value
+        )
+        for key, value in loaded.items()
+    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +14,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
+_IMAGE_FORMS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # PIL starts a program for some of the others
+_ORIENTATION = ExifTags.Base.Orientation
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
 
@@ -98,8 +103,6 @@ def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarr
 
     `where` says what a message starts with, if one is needed.
     """
-    import datasets
-
     if isinstance(value, np.ndarray):
         return value
     if value is None:
@@ -108,8 +111,7 @@ def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarr
         return np.asarray(value, dtype=np.uint8)
     file = f" ({value['path']})" if value.get("path") else ""
     try:
-        content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
-        image = datasets.Image().decode_example({"bytes": content, "path": None})
+        image = _open_image(image_bytes(Path(value["path"])) if value["bytes"] is None else value["bytes"])
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
@@ -118,6 +120,27 @@ def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarr
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UsageError(f"{where()}{file} cannot be decoded ({reason}); replace or remove the image.") from None
     raise UsageError(f"{where()}{file} has more than 8 bits a channel (mode {image.mode}); save it as an 8-bit image.")
+
+
+def image_bytes(file: Path) -> bytes:
+    """What is in an image file; anything else, such as a device, might never end."""
+    if not file.is_file():
+        raise OSError("no such file" if not file.exists() else "not a file")
+    return file.read_bytes()
+
+
+def _open_image(content: bytes) -> Image.Image:
+    """The decoded image, upright.
+
+    Raises:
+        Exception: it is damaged, of no form of `_IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
+    """
+    image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMS)
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:  # up to twice as many, PIL only warns
+        raise Image.DecompressionBombError(f"it has {pixels:,} pixels, {most:,} are the most that is opened")
+    image.load()
+    return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION) is not None else image
 
 
 def open_source(config: DataConfig) -> Source:

@@ -22,7 +22,7 @@ from cifar_dist.config import DataConfig
 from cifar_dist.data.label_index import label_index
 from cifar_dist.data.resident import ResidentSet, to_pixels
 from cifar_dist.data.shards import Shards
-from cifar_dist.data.sources import Source, decode_image
+from cifar_dist.data.sources import Source, decode_image, image_bytes
 from cifar_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -235,4 +235,4 @@ def _is_elsewhere(row: Any) -> bool:
 
 
 def _with_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "bytes": Path(row["path"]).read_bytes()}
+    return {**row, "bytes": image_bytes(Path(row["path"]))}

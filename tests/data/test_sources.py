@@ -195,7 +195,7 @@ def test_label_out_of_range_is_named(label, parquet_folder, config):
     features = Features({"picture": ImageFeature(), "kind": Value("int64")})
     train = {**plain, "kind": [0, 1, 1, 0]}
     folder = parquet_folder({"train": train, "test": plain}, features)
-    with pytest.raises(UsageError, match=rf"row 2 of test has the label {label}, which is outside 0\.\.1"):
+    with pytest.raises(UsageError, match=rf"row 2 of test .*has the label {label}, which is outside 0\.\.1"):
         list(open_source(config(folder)).rows("test"))
 
 
@@ -245,7 +245,7 @@ def test_corrupt_image_is_named(image_folder, config):
 
 def test_corrupt_image_in_parquet_is_named(parquet_folder, config):
     broken = {"raw": [{"bytes": b"no image", "path": "a.png"}] * 2, "number": [0, 1]}
-    with pytest.raises(UsageError, match=r"row 0 of train \(a\.png\) cannot be decoded"):
+    with pytest.raises(UsageError, match=r"row 0 of train .*\(a\.png\) cannot be decoded"):
         list(open_source(config(parquet_folder({"train": broken, "test": broken}))).rows("train"))
 
 
