@@ -35,7 +35,7 @@ def wandb_mode(config: Config) -> str:
     """What ``--wandb`` asks for; by default online where a key is at hand, else offline. Nothing is sent.
 
     Raises:
-        UsageError: ``--wandb online`` was asked for but there is no key, or no valid one.
+        UsageError: ``--wandb online`` was asked for but there is no key, or no valid one; or WANDB_MODE is no mode.
     """
     return _mode(config)[0]
 
@@ -45,6 +45,8 @@ def _mode(config: Config) -> tuple[str, str]:
     asked = _asked(config)
     if asked in ("offline", "disabled"):
         return asked, ""
+    if asked not in (None, "online"):  # --wandb knows its choices, the environment does not
+        raise UsageError(f"WANDB_MODE {asked}: no such mode; take online, offline or disabled.")
     try:
         import wandb
     except Exception as error:

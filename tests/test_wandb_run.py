@@ -58,6 +58,12 @@ def test_online_without_a_key_is_refused(login, outcome, said):
         wandb_mode(config("online"))
 
 
+def test_a_mode_that_w_and_b_does_not_have_is_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of-line")
+    with pytest.raises(UsageError, match="WANDB_MODE of-line: no such mode; take online, offline or disabled"):
+        wandb_mode(config(None))
+
+
 def test_a_login_that_breaks_keeps_even_online_runs_offline(login):
     login(RuntimeError("out of order"))
     assert wandb_mode(config("online")) == "offline"

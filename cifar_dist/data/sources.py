@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
@@ -135,7 +135,10 @@ def _open_image(content: bytes) -> Image.Image:
     Raises:
         Exception: it is damaged, of no form of `_IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
     """
-    image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(_IMAGE_FORMS)}") from None
     pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if most is not None and pixels > most:  # up to twice as many, PIL only warns
         raise Image.DecompressionBombError(f"it has {pixels:,} pixels, {most:,} are the most that is opened")
