@@ -125,7 +125,7 @@ def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarr
 def image_bytes(file: Path) -> bytes:
     """What is in an image file; anything else, such as a device, might never end."""
     if not file.is_file():
-        raise OSError("no such file" if not file.exists() else "not a file")
+        raise OSError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
     return file.read_bytes()
 
 
