@@ -5,8 +5,8 @@
 Two processes under a real torchrun with ``--ddp-timeout 10``. In turn one of them raises, exits with status 0, is
 killed, is stopped (SIGSTOP), blocks in its data, or never joins. From then on the job has 15 s plus the time-out; no
 process of it may be left in /proc; one line of a rank (not torchrun's pages) must name the rank and, where it has
-begun, the step, and the reason must be said. TORCH_ELASTIC_SHUTDOWN_TIMEOUT is what it is in the environment: torchrun waits that long (30 s
-unless set) before it kills a process that does not react to SIGTERM.
+begun, the step, and the reason must be said. TORCH_ELASTIC_SHUTDOWN_TIMEOUT is what it is in the environment: torchrun
+waits that long (30 s unless set) before it kills a process that does not react to SIGTERM.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Each trial draws a phase (import, set-up, first batch, step, accumulation, save,
 and SIGINT, one or two processes, and whether one or all get it. In forked processes the signal is sent from within a
 function that runs in that phase; in the phase `import` to real processes as soon as torch's libraries are mapped. All
 must end within 60 s with status 0, with a sound checkpoint of no fewer steps than had been made (at most two more; of
-the first step if it came before the training) and the marker written after it; the same command must then remove the marker and end in the uninterrupted state.
+the first step if the signal came before the training) and the marker written after it; the same command must then
+remove the marker and end in the uninterrupted state.
 """
 
 from __future__ import annotations
