@@ -32,7 +32,7 @@ else:
     from cifar_dist.data import load_test_data
     from cifar_dist.data.augment import Preprocess
     from cifar_dist.distributed import finish, on_main, start
-    from cifar_dist.engine import predict
+    from cifar_dist.engine import Evaluator
     from cifar_dist.errors import UsageError, is_first_process, run_main
     from cifar_dist.models import build_model, input_config
     from cifar_dist.predictions import Scored, save_predictions
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def choose_checkpoint(run_dir: Path, wanted: str) -> str:
     """The checkpoint to score: the wanted one, or the last where a run keeps no best."""
-    if wanted == "best" and not (run_dir / "checkpoints" / "best").exists():
+    if wanted == "best" and not checkpoint.keeps_best(run_dir):
         if is_first_process():
             print("checkpoint  the run has no best one; the last is scored", flush=True)
         return "last"
@@ -81,25 +81,20 @@ def choose_checkpoint(run_dir: Path, wanted: str) -> str:
 def score(run: Run, which: str, accelerator: Accelerator, precision: str) -> Scored:
     """Probabilities of every test image, from the run's own configuration and weights."""
     config = run.config
-    weights, step = checkpoint.load_weights(run.folder, which), checkpoint.read_state(run.folder, which).step
+    stored = checkpoint.find(run.folder, which)
     data = load_test_data(config.data)
     run.check_classes(data.class_names, data.name)
     model = build_model(replace(config.model, pretrained=False, init_weights=None), len(data.class_names))
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint.load_weights(stored))
     except RuntimeError:
         raise UsageError(f"{run.folder}: checkpoint {which} does not fit the model of its config.yaml.") from None
     inputs = input_config(model, config.model)
-    logits = predict(
-        accelerator,
-        model.to(accelerator.device),
-        data.test.to(accelerator.device),
-        Preprocess(inputs, accelerator.device, torch.float32),
-        run.plan["micro_batch_size"],
-        precision,
-    )
+    preprocess = Preprocess(inputs, accelerator.device, torch.float32)
+    evaluator = Evaluator(accelerator, preprocess, run.plan["micro_batch_size"], precision)
+    logits = evaluator.logits(model.to(accelerator.device), data.test.to(accelerator.device))
     if not logits.isfinite().all():
-        raise UsageError(f"{run.folder}: checkpoint {which} (step {step}) predicts NaN; the run diverged.")
+        raise UsageError(f"{run.folder}: checkpoint {which} (step {stored.step}) predicts NaN; the run diverged.")
     return Scored(
         ids=data.test.ids.numpy(),
         labels=data.test.labels.numpy(),
@@ -108,7 +103,7 @@ def score(run: Run, which: str, accelerator: Accelerator, precision: str) -> Sco
         dataset=data.name,
         fingerprint=data.fingerprint,
         checkpoint=which,
-        step=step,
+        step=stored.step,
     )
 
 

@@ -6,6 +6,11 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 
 from __future__ import annotations
 
+from cifar_dist import stop_request
+
+if __name__ == "__main__":
+    stop_request.listen()  # before the seconds of importing, in which a signal may come too
+
 import shlex
 import time
 from contextlib import closing
@@ -19,12 +24,14 @@ from timm.utils import ModelEmaV3
 from cifar_dist import checkpoint
 from cifar_dist.batches import Batches
 from cifar_dist.checkpoint import Trained
+from cifar_dist.checkpoint_store import Stored
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
-from cifar_dist.control import StopRequest, Verdict
+from cifar_dist.control import Verdict, Wish
 from cifar_dist.cost import measure
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.data.augment import Preprocess
+from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed import (
     check_agreement,
     device_bytes,
@@ -38,16 +45,29 @@ from cifar_dist.distributed import (
     shared_buffers,
     start,
 )
-from cifar_dist.engine import Meter, Stepper, evaluate, train_step
+from cifar_dist.engine import Evaluator, Meter, Stepper, Stopped, train_step
 from cifar_dist.engine_choice import engine_table, zero_gain
 from cifar_dist.errors import Diverged, UsageError, run_main
+from cifar_dist.lost_work import Heartbeat, lost_work
+from cifar_dist.micro_batch import fitting
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
+from cifar_dist.pace import Pace
 from cifar_dist.parallel import wrap
 from cifar_dist.plan import Plan, Schedule, make_plan
 from cifar_dist.preview import check_preview, write_preview
-from cifar_dist.run_folder import choose_run_dir, create_run_dir, identity, note_bad_step, run_lock
+from cifar_dist.run_folder import (
+    ask_for_requeue,
+    choose_run_dir,
+    create_run_dir,
+    identity,
+    note_bad_step,
+    note_resumption,
+    recorded_data_mode,
+    run_lock,
+)
+from cifar_dist.stop_request import StopRequest
 from cifar_dist.stream_batches import make_batches
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.train_state import TrainState
@@ -64,9 +84,10 @@ def main() -> None:
     accelerator = start(config.run.precision, config.run.ddp_timeout)
     check_agreement(accelerator, identity(config))
     run_dir = on_main(accelerator, lambda: claim(config)) if command.trains else None
-    data = load_training_data(config.data, device_bytes(accelerator))
-    facts = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
-    check_agreement(accelerator, facts)
+    mode = recorded_data_mode(run_dir) if run_dir is not None and config.run.resume == "auto" else None
+    data = load_training_data(replace(config.data, data_mode=mode or config.data.data_mode), device_bytes(accelerator))
+    found = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
+    check_agreement(accelerator, found)
     seed_everything(config.run.seed)
     resuming = run_dir is not None and checkpoint.exists(run_dir)
     fresh = replace(config.model, pretrained=False, init_weights=None)
@@ -75,17 +96,28 @@ def main() -> None:
         model = synchronise(model, accelerator.device)
     sizes = measure(config, data, model)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
+    inputs = input_config(model, config.model)
+    if config.run.auto_micro_batch and command.trains:
+        micro = fitting(accelerator, model, inputs, plan, config.run.precision)
+        config = replace(config, run=replace(config.run, micro_batch_size=micro))
+        plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     accelerator.print(*lines, *(engine_table(config, sizes) if command.plan_only else []), sep="\n", flush=True)
     if (preview := command.preview) is not None:
-        on_main(accelerator, lambda: write_preview(preview, config, plan, data, input_config(model, config.model)))
+        on_main(accelerator, lambda: write_preview(preview, config, plan, data, inputs))
         accelerator.print(f"preview     {preview}")
     if run_dir is not None:
-        belongs = {"data_fingerprint": data.fingerprint, "class_names": list(data.class_names), "data_mode": data.mode}
+        belongs = {
+            "data_fingerprint": data.fingerprint,
+            "class_names": list(data.class_names),
+            "train_val_split": data.split_digest,
+            "data_mode": data.mode,
+        }
         lock = run_lock(run_dir)
         on_main(accelerator, lambda: create_run_dir(lock, config, plan, belongs))
-        with StopRequest() as request:
-            train(Job(config, plan, accelerator, run_dir, request), data, model)
+        pace = Pace(config.run)
+        with StopRequest(pace.time_is_up) as request:
+            train(Job(config, plan, accelerator, run_dir, request, pace), data, model)
         lock.release()
     finish(accelerator)
 
@@ -99,6 +131,16 @@ class Job:
     accelerator: Accelerator
     run_dir: Path
     request: StopRequest
+    pace: Pace
+
+    def wish(self) -> Wish:
+        """What this process would have all do after a step."""
+        return Wish(stop=bool(self.request.reason), save=self.pace.wants_save)
+
+    def save(self, trained: Trained, state: TrainState, best: bool = False) -> None:
+        """Commit a checkpoint."""
+        with self.pace.timing("save"):
+            checkpoint.save(self.run_dir, trained, state, best, self.config.run.keep_last)
 
 
 def claim(config: Config) -> Path:
@@ -126,78 +168,108 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
         UsageError: there were no data for it; the last good state is saved.
     """
     if verdict.lost:
-        checkpoint.save(job.run_dir, trained, state, best=False)
+        job.save(trained, state)
         raise UsageError(first_failure(job.accelerator, batches.lost or ""))
     lr = max(group["lr"] for group in trained.parallel.optimizer.param_groups)
     notice = on_main(
         job.accelerator, lambda: note_bad_step(job.run_dir, state.step, lr, batches.sample_ids(state.step))
     )
     if job.config.run.on_nan == "stop" or not state.may_skip:
-        checkpoint.save(job.run_dir, trained, state, best=False)
+        job.save(trained, state)
         raise Diverged(f"{notice}; lower --lr, set --clip-grad, or --on-nan skip.")
     return f"skipped     {notice}"
 
 
+def resume(job: Job, trained: Trained) -> TrainState:
+    """Put back the newest sound checkpoint, if there is one, and say where the run stands and what it lost."""
+    accelerator, run_dir = job.accelerator, job.run_dir
+    found: Stored | None = checkpoint.resume_point(accelerator, run_dir)
+    state = TrainState() if found is None else checkpoint.state_of(found)
+    seed_process(accelerator, job.config.run.seed, state.step)
+    if found is not None:
+        state = checkpoint.load(found, trained)
+        on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
+    return state
+
+
+def assess(
+    job: Job, trained: Trained, state: TrainState, evaluator: Evaluator, val: ResidentSet | None, tracker: Silent
+) -> bool | None:
+    """Evaluate after an epoch, or at the end; whether it is the best so far, or None if broken off to stop."""
+    if val is None:
+        state.judged_step = state.step
+        return True
+    try:
+        with shared_buffers(job.accelerator, trained.judged):
+            scores = evaluator.scores(trained.judged, val, stop=lambda: bool(job.request.reason))
+    except Stopped:
+        return None
+    best = state.judge(scores, job.config.run.min_delta, whole_epoch=state.step % job.plan.steps_per_epoch == 0)
+    tracker.evaluation(state.step, scores, best)
+    return best
+
+
+def facts(accelerator: Accelerator, state: TrainState, lr: float) -> dict[str, float]:
+    """What a training record says besides the means."""
+    found = {"lr": lr, "seconds": state.seconds, "peak_memory_bytes": peak_memory_bytes(accelerator)}
+    return found | ({"skipped_steps": state.skipped_steps} if state.skipped_steps else {})
+
+
 def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
-    config, plan, accelerator, run_dir = job.config, job.plan, job.accelerator, job.run_dir
+    config, plan, accelerator, pace = job.config, job.plan, job.accelerator, job.pace
     run = config.run
     inputs = input_config(model, config.model)
     trained = prepare(config, plan, model, accelerator)
-    resuming = on_main(accelerator, lambda: checkpoint.exists(run_dir))
-    state = checkpoint.read_state(run_dir, "last") if resuming else TrainState()
-    seed_process(accelerator, run.seed, state.step)
-    if resuming:
-        checkpoint.load(run_dir, trained)
+    state = resume(job, trained)
 
     batches = make_batches(data.train, config, plan, inputs, trained.parallel)
     val = None if data.val is None else data.val.to(accelerator.device)
     preprocess = Preprocess(inputs, accelerator.device, trained.parallel.input_dtype)
+    evaluator = Evaluator(accelerator, preprocess, plan.micro_batch_size, run.precision)
     schedule = Schedule(trained.parallel.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
     stepper = Stepper(trained.parallel, config.augment.smoothing)
-    speaker = Tracker(run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
+    speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
     with closing(batches), closing(speaker) as tracker:
-        tracker.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
-        meter = Meter(accelerator, plan.batch_size)
+        tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
+        meter, heartbeat = Meter(accelerator, plan.batch_size), Heartbeat(job.run_dir)
         began = time.perf_counter() - state.seconds
 
         stopped = False
-        while state.step < plan.total_steps and not stopped and not state.out_of_patience(run.patience):
-            lr = schedule.apply(state.step)
-            trained.parallel.model.train()
-            share, verdict = train_step(stepper, batches(state.step), stop=bool(job.request.signal))
-            if verdict.bad:
-                tracker.say(decline(job, trained, state, batches, verdict))
-            else:
-                meter.add(share)
-                trained.average()
-            state.advance(verdict.bad, time.perf_counter() - began)
-            tracker.advance(state.step)
-
-            epoch_ends, ends = state.step % plan.steps_per_epoch == 0, state.step == plan.total_steps
-            stopped = verdict.stop and not ends
-            if plan.logs_at(state.step, run.log_every) and meter.steps:
-                facts = {"lr": lr, "seconds": state.seconds, "peak_memory_bytes": peak_memory_bytes(accelerator)}
-                facts |= {"skipped_steps": state.skipped_steps} if state.skipped_steps else {}
-                tracker.training(state.step, meter.read(batches.take_waits()) | facts)
-            best = val is None
+        while not stopped and state.goes_on(plan, run.patience):
+            saves, best = False, False
+            if not state.owes_evaluation(plan):  # a run that was stopped within one begins with it
+                lr = schedule.apply(state.step)
+                trained.parallel.model.train()
+                with pace.timing("step"):
+                    share, verdict = train_step(stepper, batches(state.step), job.wish)
+                if verdict.bad:
+                    tracker.say(decline(job, trained, state, batches, verdict))
+                else:
+                    meter.add(share)
+                    trained.average()
+                state.advance(verdict.bad, time.perf_counter() - began)
+                stopped, saves = verdict.stop, verdict.save or pace.saves_at(state.step)
+                tracker.advance(state.step)
+                if accelerator.is_main_process:
+                    heartbeat.beat(state)
+                if plan.logs_at(state.step, run.log_every) and meter.steps:
+                    tracker.training(state.step, meter.read(batches.take_waits()) | facts(accelerator, state, lr))
             with meter.paused():
-                if val is not None and (epoch_ends or ends):
-                    judged = trained.judged
-                    with shared_buffers(accelerator, judged):
-                        scores = evaluate(accelerator, judged, val, preprocess, plan.micro_batch_size, run.precision)
-                    best = state.judge(scores, run.min_delta) if epoch_ends else state.glimpse(scores)
-                    tracker.evaluation(state.step, scores, best)
-                if epoch_ends or ends or stopped or state.step % (run.checkpoint_every or plan.total_steps) == 0:
-                    checkpoint.save(run_dir, trained, state, best)
+                if not stopped and state.owes_evaluation(plan):
+                    judgement = assess(job, trained, state, evaluator, val, tracker)
+                    saves, best, stopped = True, judgement is True, judgement is None
+                if saves or stopped:
+                    job.save(trained, state, best)
 
         if stopped:
-            asked = job.request.signal or "another process"
-            tracker.say(f"stopped     by {asked} after step {state.step}; the same command with --resume auto goes on")
+            reason = first_failure(accelerator, job.request.reason)
+            on_main(accelerator, lambda: ask_for_requeue(job.run_dir, reason))
+            tracker.say(f"stopped     by {reason} after step {state.step}; the same command with --resume auto goes on")
             return
         if state.best_step:
             tracker.say(f"best {config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")
-        tracker.say(f"report      python evaluate.py {shlex.quote(str(run_dir))}")
+        tracker.say(f"report      python evaluate.py {shlex.quote(str(job.run_dir))}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
-"""Checkpoints: written aside, made durable, then renamed, so a half-written one never has a name.
+"""What a checkpoint holds, how a training is written into one, and how it is put back.
 
-``RUN_DIR/checkpoints/step-XXXXXXXX/`` holds ``model.safetensors``, ``ema.safetensors`` (when kept),
-``optimizer.safetensors`` and ``optimizer.json``, all of them whole whatever the engine, ``process-R.safetensors`` with
-what only process R has (random streams, BatchNorm statistics), and ``state.json``.
-The links ``last`` and ``best`` name two of these folders.
+A folder of `checkpoint_store` holds ``model.safetensors``, ``ema.safetensors`` (when kept), ``optimizer.safetensors``
+and ``optimizer.json``, all of them whole whatever the engine, ``process-R.safetensors`` with what only process R has
+(random streams, BatchNorm statistics), and ``state.json``. Every function but the readers must be called by every
+process.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from cifar_dist.distributed import first_failure, on_main, shared_buffers
-from cifar_dist.durable import decode, encode, fsync, save_json, save_tensors
+from cifar_dist import checkpoint_store as store
+from cifar_dist.checkpoint_store import Damaged, Files, Stored
+from cifar_dist.distributed import first_failure, gather, on_main, shared_buffers
+from cifar_dist.durable import decode, encode, save_json, save_tensors
 from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.parallel import Replicated
 from cifar_dist.train_state import TrainState
 
-FORMAT = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Trained:
             self.ema.update(self.parallel.module)
 
 
-def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None:
-    """Write a checkpoint and point ``last`` (and ``best``) at it. Every process must call this.
+def save(run_dir: Path, trained: Trained, state: TrainState, best: bool, keep_last: int = 2) -> None:
+    """Commit a checkpoint; then drop all but the newest `keep_last` and the best one.
 
     Raises:
         Diverged: a weight is not finite; nothing is written.
@@ -58,31 +62,40 @@ def save(run_dir: Path, trained: Trained, state: TrainState, best: bool) -> None
     """
     accelerator = trained.parallel.accelerator
     root = run_dir / "checkpoints"
-    name = f"step-{state.step:08d}"
-    if not best and on_main(accelerator, lambda: _named(root, "last") == name):
-        return  # a step has one state
-    aside = root / f".tmp-{name}"
-    weights, averaged = _whole_weights(trained)
-    optimizer_state = trained.parallel.optimizer_state()
-    finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    if not best and on_main(accelerator, lambda: _holds(root, state)):
+        return
+    whole = (*_whole_weights(trained), trained.parallel.optimizer_state())
+    finite = all(bool(tensor.isfinite().all()) for tensor in whole[0].values())
     if not on_main(accelerator, lambda: finite):
         raise Diverged(f"weights are not finite after step {state.step}; lower --lr or set --clip-grad.")
+    aside, failure = on_main(accelerator, lambda: _attempt(lambda: store.begin(root, state.step)))
+    files: Files = {}
+    if aside is not None:
+        written = gather(accelerator, _attempt(lambda: _write(aside, trained, state, whole)))
+        failure = next(filter(None, (found for _, found in written)), "")
+        files = {name: facts for found, _ in written for name, facts in (found or {}).items()}
+    if aside is not None and not failure:
+        facts = {"step": state.step, "num_processes": accelerator.num_processes, "files": files}
+        _, failure = on_main(accelerator, lambda: _attempt(lambda: _commit(root, aside, best, facts, keep_last)))
+    if failure:
+        on_main(accelerator, lambda: shutil.rmtree(aside or "", ignore_errors=True))
+        raise UsageError(
+            f"--run-dir {run_dir}: the checkpoint of step {state.step} could not be saved ({failure}); older ones are"
+            " intact."
+        )
 
-    def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
 
-    def write() -> None:
-        save_tensors(_own_state(trained), aside / f"process-{accelerator.process_index}.safetensors")
-        if accelerator.is_main_process:
-            _write(aside, trained.parallel, state, (weights, averaged, optimizer_state))
+def _holds(root: Path, state: TrainState) -> bool:
+    last = store.latest_manifest(root)
+    return last is not None and last.step == state.step and state_of(last) == state
 
-    for everyone, work in ((False, begin), (True, write), (False, lambda: _commit(root, aside, name, best))):
-        failure = _attempt(work) if everyone or accelerator.is_main_process else ""
-        if failure := first_failure(accelerator, failure):
-            if accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise UsageError(f"--run-dir {run_dir}: {name} could not be saved ({failure}); older ones are intact.")
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """What `work` returns, and why it failed at the file system or an empty string."""
+    try:
+        return work(), ""
+    except (OSError, SafetensorError) as error:
+        return None, _first_line(error)
 
 
 def _whole_weights(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -100,16 +113,13 @@ def _whole_weights(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str,
     return tuple(copies + [{}] * (2 - len(copies)))  # type: ignore[return-value]
 
 
-def _attempt(work: Callable[[], None]) -> str:
-    """Why `work` failed at the file system, or an empty string."""
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        return _first_line(error)
-    return ""
-
-
-def _write(aside: Path, parallel: Replicated, state: TrainState, whole: tuple[dict[str, Any], ...]) -> None:
+def _write(aside: Path, trained: Trained, state: TrainState, whole: tuple[dict[str, Any], ...]) -> Files:
+    """This process's files, durably; their sizes and hashes."""
+    parallel = trained.parallel
+    own = aside / f"process-{parallel.accelerator.process_index}.safetensors"
+    save_tensors(_own_state(trained), own)
+    if not parallel.accelerator.is_main_process:
+        return store.measure([own])
     weights, averaged, optimizer_state = whole
     save_tensors(weights, aside / "model.safetensors")
     if averaged:
@@ -117,114 +127,136 @@ def _write(aside: Path, parallel: Replicated, state: TrainState, whole: tuple[di
     tensors: dict[str, torch.Tensor] = {}
     save_json(encode(optimizer_state, "", tensors), aside / "optimizer.json")
     save_tensors(tensors, aside / "optimizer.safetensors")
-    facts = {"format": FORMAT, "num_processes": parallel.accelerator.num_processes, "state": asdict(state)}
-    save_json(facts | {"scaler": parallel.scaler_state()}, aside / "state.json")
+    save_json({"state": asdict(state), "scaler": parallel.scaler_state()}, aside / "state.json")
+    return store.measure(path for path in aside.iterdir() if path == own or not path.name.startswith("process-"))
 
 
-def _commit(root: Path, aside: Path, name: str, best: bool) -> None:
-    """Make the written folder durable and visible, move the links, then drop what no link names."""
-    fsync(aside)
-    if (root / name).exists():
-        shutil.rmtree(root / name)
-    os.replace(aside, root / name)
-    for link in ("best", "last") if best else ("last",):
-        fresh = root / f".{link}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(name)
-        os.replace(fresh, root / link)
-    fsync(root)
-    kept = {_named(root, link) for link in ("last", "best")}
-    for folder in root.glob("step-*"):
-        if folder.name not in kept:
-            shutil.rmtree(folder)
+def _commit(root: Path, aside: Path, best: bool, facts: dict[str, Any], keep_last: int) -> None:
+    stored = store.commit(root, aside, best, facts)
+    store.point(root, stored)
+    store.prune(root, keep_last, stored.best_step)
 
 
-def _named(root: Path, link: str) -> str | None:
-    """The folder that ``last`` or ``best`` names, if there is such a link."""
-    return os.readlink(root / link) if (root / link).is_symlink() else None
+def exists(run_dir: Path) -> bool:
+    """Whether the run has a checkpoint, be it a damaged one: then it must not start afresh."""
+    return store.holds_any(run_dir / "checkpoints")
 
 
-def load(run_dir: Path, trained: Trained) -> None:
-    """Put back all of the last checkpoint but its `read_state`. Every process must call this.
+def resume_point(accelerator: Accelerator, run_dir: Path) -> Stored | None:
+    """The newest checkpoint that every process finds sound, the same for all; None if the run has not saved one yet.
+
+    Damaged ones are named and set aside. The caller holds the run's lock.
+
+    Raises:
+        UsageError: the run has checkpoints, but no sound one, or they are of another version's format.
+    """
+    while found := on_main(accelerator, lambda: _choose(run_dir / "checkpoints")):
+        reason = first_failure(accelerator, _fault_here(found, accelerator.process_index))
+        if not reason:
+            return found
+        on_main(accelerator, partial(_pass_over, found.folder, reason))
+    return None
+
+
+def _fault_here(found: Stored, process: int) -> str:
+    """What is wrong with a checkpoint as this process sees it, or an empty string."""
+    own = f"process-{process}.safetensors"
+    try:
+        if store.read_manifest(found.folder).digest != found.digest:
+            raise Damaged("another manifest than the first process's")
+        found.verify([own] if own in found.files else [])
+    except Damaged as error:
+        return f"on process {process}: {error}"
+    return ""
+
+
+def _choose(root: Path) -> Stored | None:
+    store.sweep(root)
+    found, wrong = store.choose(root)
+    for folder, reason in wrong.items():
+        _pass_over(folder, reason)
+    if found is None and store.holds_any(root):
+        kept = ", ".join(sorted(path.name for path in root.glob("damaged-*"))) or "nothing but links"
+        raise UsageError(
+            f"{root} has no sound checkpoint to go on from (it holds {kept}); restore one, or start afresh in another"
+            " --run-dir."
+        )
+    if found is not None:
+        store.point(root, found)
+    return found
+
+
+def _pass_over(folder: Path, reason: str) -> None:
+    kept = store.set_aside(folder)
+    print(f"checkpoint {folder} is damaged ({reason}): kept as {kept.name}", file=sys.stderr)
+
+
+def load(stored: Stored, trained: Trained) -> TrainState:
+    """Put back all that a checkpoint holds, and return its counters.
 
     It may come from another engine or number of processes. With another number of processes the random streams of
     dropout are left as they are, and all begin with the mean BatchNorm statistics.
 
     Raises:
-        UsageError: a file is missing or damaged, or the format is another than this version's.
+        UsageError: it does not fit the model or the optimizer.
     """
-    accelerator, parallel = trained.parallel.accelerator, trained.parallel
-    folder = run_dir / "checkpoints" / "last"
-    facts = _read_facts(folder)
+    accelerator, parallel, folder = trained.parallel.accelerator, trained.parallel, stored.folder
+    state, scaler = _read_state(folder)
     try:
         tensors = load_file(folder / "optimizer.safetensors")
         optimizer_state = decode(json.loads((folder / "optimizer.json").read_text()), tensors)
         parallel.load(load_file(folder / "model.safetensors"), optimizer_state)
         if trained.ema is not None:
             trained.ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
-        parallel.load_scaler(facts["scaler"])
-        if facts["num_processes"] == accelerator.num_processes:
+        parallel.load_scaler(scaler)
+        if stored.num_processes == accelerator.num_processes:
             _put_back_own_state(trained, load_file(folder / f"process-{accelerator.process_index}.safetensors"))
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise  # not the checkpoint's fault
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise _damaged(folder, error) from None
+        raise _unreadable(folder, error) from None
+    return state
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    """``state.json``, checked.
-
-    Raises:
-        UsageError: it is missing, damaged or of a newer format.
-    """
+def _read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     try:
         facts = json.loads((folder / "state.json").read_text())
-        if facts["format"] != FORMAT:
-            raise UsageError(
-                f"checkpoint {folder} has format {facts['format']}, this version of cifar-dist reads {FORMAT};"
-                " go on with the version that wrote it."
-            )
-        TrainState(**facts["state"])
-        return {**facts, "num_processes": int(facts["num_processes"]), "scaler": dict(facts["scaler"])}
+        return TrainState(**facts["state"]), dict(facts["scaler"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from None
+        raise _unreadable(folder, error) from None
 
 
-def _damaged(folder: Path, error: Exception) -> UsageError:
+def _unreadable(folder: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"checkpoint {folder} cannot be read ({_first_line(error)}); restore it, or start afresh in another --run-dir."
+        f"checkpoint {folder} does not fit this run ({_first_line(error)}); restore it, or start afresh in another"
+        " --run-dir."
     )
 
 
-def exists(run_dir: Path) -> bool:
-    """Whether the run has a checkpoint to resume from, be it a damaged one."""
-    return os.path.lexists(run_dir / "checkpoints" / "last")
-
-
-def read_state(run_dir: Path, which: str) -> TrainState:
-    """The counters of checkpoint ``last`` or ``best``.
+def state_of(stored: Stored) -> TrainState:
+    """The counters of a checkpoint.
 
     Raises:
-        UsageError: they are missing or damaged.
+        UsageError: they are of another version.
     """
-    return TrainState(**_read_facts(run_dir / "checkpoints" / which)["state"])
+    return _read_state(stored.folder)[0]
 
 
-def load_weights(run_dir: Path, which: str) -> dict[str, torch.Tensor]:
-    """The weights to evaluate of checkpoint ``last`` or ``best``: the moving average if the run keeps one.
+def find(run_dir: Path, which: str) -> Stored:
+    """Checkpoint ``last`` or ``best``; see `checkpoint_store.find`."""
+    return store.find(run_dir / "checkpoints", which)
 
-    Raises:
-        UsageError: there is no such checkpoint, or its file is damaged.
-    """
-    folder = run_dir / "checkpoints" / which
-    averaged = folder / "ema.safetensors"
-    file = averaged if averaged.is_file() else folder / "model.safetensors"
-    if not file.is_file():
-        raise UsageError(f"{run_dir} has no checkpoint '{which}'; train it first, or name another with --checkpoint.")
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read ({_first_line(error)}); name another with --checkpoint.") from None
+
+def keeps_best(run_dir: Path) -> bool:
+    """Whether the run has named a best checkpoint."""
+    last = store.latest_manifest(run_dir / "checkpoints")
+    return last is not None and last.best_step > 0
+
+
+def load_weights(stored: Stored) -> dict[str, torch.Tensor]:
+    """The weights to evaluate: the moving average if the run keeps one."""
+    averaged = "ema.safetensors" in stored.files
+    return load_file(stored.folder / ("ema.safetensors" if averaged else "model.safetensors"))
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,28 @@ non_negative_int = _number(int, 0, 1e12, False, True)
 fraction = _number(float, 0, 1, False, True)
 closed_fraction = _number(float, 0, 1, False, False)
 positive_fraction = _number(float, 0, 1, True, False)
+
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of a duration such as ``90m``, ``1h30m`` or ``45s``; 0 for what is none."""
+    found = _DURATION.fullmatch(duration)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    return float(3600 * hours + 60 * minutes + seconds)
+
+
+def duration(text: str) -> str:
+    """An argparse type for a time such as ``1h30m``."""
+    if not seconds_of(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90m, 1h30m or 45s")
+    return text
+
+
+def steps_or_duration(text: str) -> int | str:
+    """An argparse type for a number of steps, or a time."""
+    return positive_int(text) if text.lstrip("-").isdecimal() else duration(text)
 
 
 def option(
@@ -192,6 +215,9 @@ class RunConfig:
         "largest batch one process holds; accumulation follows from it (HF: per_device_train_batch_size)",
         type=positive_int,
     )
+    auto_micro_batch: bool = option(
+        False, "try before training what fits into memory, and halve the micro-batch until it does; same global batch"
+    )
     seed: int = option(0, "seed of order, augmentation, initial weights and dropout", type=any_seed)
     precision: str = option("fp32", "compute type; weights stay fp32", choices=PRECISIONS)
     patience: int | None = option(
@@ -210,8 +236,14 @@ class RunConfig:
         "never", "auto: continue from the last checkpoint in --run-dir if there is one", choices=("never", "auto")
     )
     log_every: int = option(50, "steps between two training records", type=positive_int)
-    checkpoint_every: int | None = option(
-        None, "also checkpoint every so many steps (always at the end of an epoch)", type=positive_int
+    checkpoint_every: int | str | None = option(
+        None,
+        "also checkpoint every so many steps, or every so often: 10m (always at the end of an epoch)",
+        type=steps_or_duration,
+    )
+    keep_last: int = option(2, "checkpoints to keep besides the best one", type=positive_int)
+    time_limit: str | None = option(
+        None, "leave with a checkpoint in time before this much has passed since the start: 2h, 90m", type=duration
     )
     wandb: str | None = option(
         None, "Weights & Biases (default: online if logged in, else offline)", choices=("online", "offline", "disabled")

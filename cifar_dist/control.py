@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -17,54 +15,48 @@ class Verdict:
     Attributes:
         bad: the loss, or the gradient of the global batch, is not finite on some process.
         stop: some process was asked to stop.
+        save: some process's clock says that a checkpoint is due.
         lost: some process has no more data; the step is refused as a bad one.
     """
 
     bad: bool
     stop: bool
+    save: bool
     lost: bool
 
 
-def agree(accelerator: Accelerator, bad: torch.Tensor, stop: bool, lost: bool) -> Verdict:
+@dataclass(frozen=True)
+class Wish:
+    """What this process would have the others do after the step: stop, save a checkpoint."""
+
+    stop: bool = False
+    save: bool = False
+
+
+def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -> Verdict:
     """One reduction over all processes and the step's one host sync.
 
     Args:
         accelerator: of this process.
         bad: bool (), on the device: whether something is not finite here.
-        stop: whether this process was asked to stop.
+        wish: what this process would have the others do.
         lost: whether this process has no data.
     """
-    flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in (stop, lost))])
+    others = (lost, wish.stop, wish.save)
+    flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in others)])
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    found = flags.tolist()
-    return Verdict(bad=found[0] > 0 or found[2] > 0, stop=found[1] > 0, lost=found[2] > 0)
+    bad_anywhere, lost, stop, save = (flag > 0 for flag in flags.tolist())
+    return Verdict(bad=bad_anywhere or lost, stop=stop, save=save, lost=lost)
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1 instead of dying of them, so that a run can stop at the end of a step.
-
-    Attributes:
-        signal: name of the first one that came, or None.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.signal = self.signal or signal.Signals(number).name
+def any_of(accelerator: Accelerator, wish: bool) -> bool:
+    """Whether some process wishes so: one reduction and a host sync."""
+    if accelerator.num_processes == 1:
+        return wish
+    flag = torch.tensor(float(wish), device=accelerator.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return flag.item() > 0
 
 
 class BeforeStep:

@@ -158,7 +158,7 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    found = gather_object([(platform.node(), facts)])
+    found = gather(accelerator, (platform.node(), facts))
     for rank, (machine, theirs) in enumerate(found):
         for name in facts:
             first = found[0][1][name]
@@ -169,10 +169,14 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
                 )
 
 
+def gather(accelerator: Accelerator, value: T) -> list[T]:
+    """Every process's value, by rank, on every process."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
 def first_failure(accelerator: Accelerator, failure: str) -> str:
     """The first process's failure, known to every process; an empty string if none has one."""
-    failures = gather_object([failure]) if accelerator.num_processes > 1 else [failure]
-    return next((found for found in failures if found), "")
+    return next(filter(None, gather(accelerator, failure)), "")
 
 
 @contextmanager

@@ -24,6 +24,15 @@ def save_json(value: Any, path: Path) -> None:
     fsync(path)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that it is whole at any moment: the old text or the new one."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    fsync(aside)
+    os.replace(aside, path)
+    fsync(path.parent)
+
+
 def fsync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

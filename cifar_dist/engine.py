@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from cifar_dist.batches import Batch
-from cifar_dist.control import BeforeStep, Verdict, agree
+from cifar_dist.control import BeforeStep, Verdict, Wish, agree, any_of
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed import autocast, total
+from cifar_dist.errors import UsageError
+from cifar_dist.micro_batch import is_out_of_memory
 from cifar_dist.parallel import Replicated
 
 
@@ -33,7 +35,9 @@ class Stepper:
         self.before = BeforeStep(parallel.module, parallel.accelerator.device)
 
 
-def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = False) -> tuple[torch.Tensor, Verdict]:
+def train_step(
+    stepper: Stepper, micro_batches: Iterable[Batch], wish: Callable[[], Wish] = Wish
+) -> tuple[torch.Tensor, Verdict]:
     """One optimizer update from this process's micro-batches, unless a number in it is not finite.
 
     The update follows the mean loss over the real rows of the global batch, whatever the number of
@@ -42,7 +46,7 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
     Args:
         stepper: the engine and the loss's settings.
         micro_batches: this process's part of the global batch.
-        stop: whether this process was asked to stop; the verdict says so to all of them.
+        wish: asked at its end what this process would have the others do; the verdict says so to all of them.
 
     Returns:
         float64 (2,) on the device: this process's share of the global batch's mean loss and top-1 (summed over
@@ -54,19 +58,15 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
     share, lost = torch.zeros(2, dtype=torch.float64, device=device), False
     for batch in micro_batches:
         lost = lost or batch.lost
-        with parallel.micro_batch(batch.last):
-            logits = parallel.forward(batch.images).float()
-            soft = batch.targets.is_floating_point()  # mixup has smoothed them already
-            losses = F.cross_entropy(
-                logits, batch.targets, reduction="none", label_smoothing=0.0 if soft else stepper.smoothing
-            )
-            loss = (losses * batch.weights).sum()
-            # The gradient of a loss that is not finite is made so too: every engine, and every process, sees it.
-            parallel.backward(loss * torch.where(loss.detach().isfinite(), math.nan if lost else 1.0, math.nan))
-        correct = (logits.detach().argmax(1) == batch.labels) * batch.weights
-        share += torch.stack([loss.detach(), correct.sum()])
+        try:
+            part = _micro_step(stepper, batch, lost)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _no_room(len(batch.images)) from None
+        share += part
     bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
-    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, stop, lost)
+    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, wish(), lost)
     if verdict.bad:
         parallel.drop()
     elif parallel.update():
@@ -74,6 +74,28 @@ def train_step(stepper: Stepper, micro_batches: Iterable[Batch], stop: bool = Fa
     if verdict.bad:
         stepper.before.put_back()
     return share, verdict
+
+
+def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
+    """Forward and backward of a micro-batch: float64 (2,), its part of the global batch's loss and top-1."""
+    parallel = stepper.parallel
+    with parallel.micro_batch(batch.last):
+        logits = parallel.forward(batch.images).float()
+        soft = batch.targets.is_floating_point()  # mixup has smoothed them already
+        smoothing = 0.0 if soft else stepper.smoothing
+        losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+        loss = (losses * batch.weights).sum()
+        # The gradient of a loss that is not finite is made so too: every engine, and every process, sees it.
+        parallel.backward(loss * torch.where(loss.detach().isfinite(), math.nan if lost else 1.0, math.nan))
+    correct = (logits.detach().argmax(1) == batch.labels) * batch.weights
+    return torch.stack([loss.detach(), correct.sum()])
+
+
+def _no_room(micro: int) -> UsageError:
+    return UsageError(
+        f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {max(micro // 2, 1)},"
+        " or --auto-micro-batch (the batch stays what it is), and go on with --resume auto."
+    )
 
 
 class Meter:
@@ -136,66 +158,71 @@ class Scored:
     logits: torch.Tensor
 
 
-def _scored(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    split: ResidentSet,
-    preprocess: Preprocess,
-    batch_size: int,
-    precision: str,
-) -> Iterator[Scored]:
-    """This process's batches of a split: as many on every process, each row real exactly once."""
-    model.eval()
-    stride = batch_size * accelerator.num_processes
-    offsets = torch.arange(batch_size, device=split.images.device)
-    for start in range(accelerator.process_index * batch_size, -(-len(split) // stride) * stride, stride):
-        positions = start + offsets
-        rows = positions.clamp(max=len(split) - 1)
-        images = preprocess(split.images[rows])
-        with autocast(accelerator, precision):
-            logits = model(images).float()
-        yield Scored(rows, positions < len(split), logits)
+class Stopped(Exception):
+    """A pass over a split was broken off because some process was asked to stop."""
 
 
-@torch.no_grad()
-def evaluate(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    split: ResidentSet,
-    preprocess: Preprocess,
-    batch_size: int,
-    precision: str,
-) -> dict[str, float]:
-    """Mean cross-entropy and top-1 of `model` over every row of `split`, each counted once.
+@dataclass(frozen=True)
+class Evaluator:
+    """How splits are scored.
 
-    Returns:
-        ``loss`` in nats and ``top1`` as a fraction, the same on every process.
+    Attributes:
+        accelerator: of this process.
+        preprocess: what images go through.
+        batch_size: images per process and forward pass.
+        precision: fp32, bf16 or fp16.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for part in _scored(accelerator, model, split, preprocess, batch_size, precision):
-        labels = split.labels[part.rows]
-        losses = F.cross_entropy(part.logits, labels, reduction="none") * part.real
-        correct = (part.logits.argmax(1) == labels) & part.real
-        sums += torch.stack([losses.sum(dtype=torch.float64), correct.sum(), part.real.sum()])
-    loss, correct_rows, count = total(accelerator, sums)
-    if count != len(split):
-        raise RuntimeError(f"evaluation counted {count:.0f} rows of {len(split)}")
-    return {"loss": loss / count, "top1": correct_rows / count}
 
+    accelerator: Accelerator
+    preprocess: Preprocess
+    batch_size: int
+    precision: str
 
-@torch.no_grad()
-def predict(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    split: ResidentSet,
-    preprocess: Preprocess,
-    batch_size: int,
-    precision: str,
-) -> torch.Tensor:
-    """Logits of every row of `split`.
+    def _scored(self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool]) -> Iterator[Scored]:
+        """This process's batches of a split: as many on every process, each row real exactly once."""
+        model.eval()
+        accelerator, device = self.accelerator, self.accelerator.device
+        stride = self.batch_size * accelerator.num_processes
+        offsets = torch.arange(self.batch_size, device=device)
+        starts = range(accelerator.process_index * self.batch_size, -(-len(split) // stride) * stride, stride)
+        ask_every = 16 if device.type == "cuda" else 1  # batches; asking makes the host wait for the device
+        for number, start in enumerate(starts):
+            if number % ask_every == 0 and any_of(accelerator, stop()):
+                raise Stopped
+            positions = start + offsets
+            rows = positions.clamp(max=len(split) - 1)
+            images = self.preprocess(split.images[rows])
+            with autocast(accelerator, self.precision):
+                logits = model(images).float()
+            yield Scored(rows, positions < len(split), logits)
 
-    Returns:
-        float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
-    """
-    parts = _scored(accelerator, model, split, preprocess, batch_size, precision)
-    return torch.cat([accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]
+    @torch.no_grad()
+    def scores(self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool) -> dict[str, float]:
+        """Mean cross-entropy and top-1 of `model` over every row of `split`, each counted once.
+
+        Returns:
+            ``loss`` in nats and ``top1`` as a fraction, the same on every process.
+
+        Raises:
+            Stopped: `stop` said so on some process meanwhile.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        for part in self._scored(model, split, stop):
+            labels = split.labels[part.rows]
+            losses = F.cross_entropy(part.logits, labels, reduction="none") * part.real
+            correct = (part.logits.argmax(1) == labels) & part.real
+            sums += torch.stack([losses.sum(dtype=torch.float64), correct.sum(), part.real.sum()])
+        loss, correct_rows, count = total(self.accelerator, sums)
+        if count != len(split):
+            raise RuntimeError(f"evaluation counted {count:.0f} rows of {len(split)}")
+        return {"loss": loss / count, "top1": correct_rows / count}
+
+    @torch.no_grad()
+    def logits(self, model: torch.nn.Module, split: ResidentSet) -> torch.Tensor:
+        """Logits of every row of `split`.
+
+        Returns:
+            float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
+        """
+        parts = self._scored(model, split, bool)
+        return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]

@@ -43,7 +43,10 @@ SHOWN_SETTINGS = [
     "precision",
     "seed",
 ]
-NOT_SETTINGS = ["run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every"]
+NOT_SETTINGS = [
+    "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
+    "time_limit",
+]  # fmt: skip
 TEST_SELECTED = (
     "The run was watched, and its best checkpoint picked, on the test split, so these numbers are optimistic:"
     " no unseen data was left to test on."
@@ -240,13 +243,20 @@ def _environment(run: Run, scored: Scored) -> list[list[str]]:
     facts = {name: value for name, value in run.environment.items() if name not in elsewhere}
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    facts["restarts"] = len(run.environment.get("restarts", []))
+    facts["interruptions"] = _interruptions(run.environment.get("restarts", []))
     facts["parameters"] = f"{run.plan['num_parameters']:,} ({run.plan['num_trainable']:,} trained)"
     facts["steps"] = f"{run.series('train/loss')[0][-1]:,} of {run.plan['schedule_steps']:,} scheduled"
     seconds = run.series("seconds")[1]
     facts["training time"] = str(timedelta(seconds=round(seconds[-1]))) if seconds else None
     facts["test data fingerprint"] = scored.fingerprint
     return [[name.replace("_", " "), _plain(value)] for name, value in facts.items() if value is not None]
+
+
+def _interruptions(restarts: Sequence[dict[str, Any]]) -> str:
+    """How often the run was started again, and what had to be done twice."""
+    steps, seconds = (sum(start.get(name, 0) for start in restarts) for name in ("steps_redone", "seconds_lost"))
+    again = f" ({steps:,} steps done again, {timedelta(seconds=round(seconds))} lost)" if restarts else ""
+    return f"{len(restarts)}{again}"
 
 
 def _commands(run: Run) -> str:

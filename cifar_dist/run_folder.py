@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
+from cifar_dist.durable import replace_text
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
 
@@ -26,9 +28,11 @@ PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors",
     "deepspeed",
 )  # fmt: skip
+REQUEUE = "REQUEUE"
 NOT_THE_TRAINING = {
-    "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "wandb", "wandb_project", "cache_dir",
-    "micro_batch_size", "on_nan", "ddp_timeout",
+    "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "keep_last", "time_limit", "wandb",
+    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan",
+    "ddp_timeout",
 }  # fmt: skip
 
 
@@ -49,7 +53,9 @@ def choose_run_dir(config: Config) -> Path:
     run_dir = Path(config.run.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and any(
+        path.name != ".lock" and not path.name.startswith(".tmp-") for path in run_dir.iterdir()
+    ):
         if config.run.resume != "auto":
             raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
         _check_same_training(run_dir / "config.yaml", config)
@@ -119,13 +125,36 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
         for fact, found in facts.items():
             if first.get(fact) != found:
                 raise UsageError(
-                    f"--resume auto: {fact} differs from when the run in {run_dir} began; restore the data."
+                    f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began"
+                    f" ({shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}); restore the data."
                 )
         environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
-    with (run_dir / "config.yaml").open("w" if config.run.resume == "auto" else "x", encoding="utf-8") as file:
-        file.write(config.as_recipe())
-    for name, value in (("plan.json", asdict(plan)), ("environment.json", environment)):
-        (run_dir / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    if config.run.resume != "auto" and (run_dir / "config.yaml").exists():
+        raise FileExistsError
+    (run_dir / REQUEUE).unlink(missing_ok=True)
+    replace_text(run_dir / "config.yaml", config.as_recipe())  # first: a folder without it is no run's
+    replace_text(run_dir / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+    replace_text(run_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def recorded_data_mode(run_dir: Path) -> str | None:
+    """How a run that goes on holds its data: as it began, since resident and stream have orders of their own."""
+    path = run_dir / "environment.json"
+    return _read_json(path).get("data_mode") if path.is_file() else None
+
+
+def note_resumption(run_dir: Path, lost: dict[str, float]) -> None:
+    """Add to this start's entry in ``environment.json`` where the run goes on and what was lost; see `lost_work`."""
+    path = run_dir / "environment.json"
+    environment = _read_json(path)
+    if environment.get("restarts"):
+        environment["restarts"][-1] |= lost
+    replace_text(path, json.dumps(environment, indent=1) + "\n")
+
+
+def ask_for_requeue(run_dir: Path, reason: str) -> None:
+    """Leave word for a scheduler that the run has saved all and should be started again, and why it stopped."""
+    replace_text(run_dir / REQUEUE, reason + "\n")
 
 
 def note_bad_step(run_dir: Path, step: int, lr: float, ids: list[int]) -> str:

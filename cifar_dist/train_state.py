@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cifar_dist.errors import Diverged
+from cifar_dist.plan import Plan
 
 SKIPS_IN_A_ROW = 10
 
@@ -23,17 +24,23 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    judged_step: int = 0
 
-    def judge(self, scores: dict[str, float], min_delta: float) -> bool:
-        """Take in an epoch's scores of the selecting split, ``top1`` and ``loss``; whether they are the best so far.
+    def judge(self, scores: dict[str, float], min_delta: float, whole_epoch: bool = True) -> bool:
+        """Take in scores of the selecting split, ``top1`` and ``loss``; whether they are the best so far.
 
         The higher top-1 (a fraction) is better; of equal ones, the lower loss (nats). Early stopping counts
         the epochs in which top-1 has not risen by more than `min_delta` over the last value that did.
+        Scores within an epoch, where a run was cut, count only until there is an epoch's: the run must go on as if it
+        had not been cut.
 
         Raises:
             Diverged: the loss is not finite.
         """
         top1, loss = scores["top1"], self._finite_loss(scores)
+        self.judged_step = self.step
+        if not whole_epoch:
+            return self.best_step == 0
         if top1 > self.patience_top1 + min_delta:
             self.patience_top1, self.epochs_without_gain = top1, 0
         else:
@@ -42,17 +49,6 @@ class TrainState:
             return False
         self.best_top1, self.best_loss, self.best_step = top1, loss, self.step
         return True
-
-    def glimpse(self, scores: dict[str, float]) -> bool:
-        """Take note of scores within an epoch; whether there is nothing better: they count only until an epoch's.
-
-        A run cut within an epoch must go on as if it had not been cut.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
-        self._finite_loss(scores)
-        return self.best_step == 0
 
     def _finite_loss(self, scores: dict[str, float]) -> float:
         if not math.isfinite(scores["loss"]):
@@ -73,6 +69,14 @@ class TrainState:
         """Whether one more batch may be skipped."""
         return self.skipped_in_a_row < SKIPS_IN_A_ROW
 
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether early stopping with this patience (epochs) ends the run here."""
-        return patience is not None and self.epochs_without_gain >= patience
+    def owes_evaluation(self, plan: Plan) -> bool:
+        """Whether an epoch, or the run, ends here and has not been evaluated yet."""
+        ends = self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps
+        return self.step > 0 and ends and self.judged_step != self.step
+
+    def goes_on(self, plan: Plan, patience: int | None) -> bool:
+        """Whether there is something left to do; early stopping ends a run after `patience` epochs without a gain."""
+        if self.owes_evaluation(plan):
+            return True
+        out_of_patience = patience is not None and self.epochs_without_gain >= patience
+        return self.step < plan.total_steps and not out_of_patience

@@ -1,9 +1,11 @@
 """Checkpoints: what goes in comes out, and a broken write never becomes visible."""
 
 import errno
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,11 @@ def advance(whole, accelerator, steps):
         whole.ema.update(accelerator.unwrap_model(whole.parallel.model))
 
 
+def resume(run_dir, whole):
+    """Put back the newest sound checkpoint."""
+    return checkpoint.load(checkpoint.resume_point(whole.parallel.accelerator, run_dir), whole)
+
+
 def everything(whole):
     """All tensors of model, average and optimizer."""
     found = {**whole.parallel.model.state_dict(), **{f"ema.{k}": v for k, v in whole.ema.module.state_dict().items()}}
@@ -61,8 +68,8 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path, accelerator):
     checkpoint.save(tmp_path, whole, state, best=True)
     advance(whole, accelerator, 3)
     other = trained(accelerator, seed=1, steps=1)
-    checkpoint.load(tmp_path, other)
-    assert asdict(checkpoint.read_state(tmp_path, "last")) == asdict(state)
+    resume(tmp_path, other)
+    assert asdict(checkpoint.state_of(checkpoint.find(tmp_path, "last"))) == asdict(state)
     advance(other, accelerator, 3)
     mine, theirs = everything(whole), everything(other)
     assert mine.keys() == theirs.keys()
@@ -75,7 +82,7 @@ def test_last_and_best_hold_model_safetensors_and_others_are_dropped(tmp_path, a
     for step, best in ((1, True), (2, True), (3, False), (4, False)):
         advance(whole, accelerator, 1)
         weights[step] = {k: v.clone() for k, v in whole.parallel.model.state_dict().items()}
-        checkpoint.save(tmp_path, whole, TrainState(step=step), best)
+        checkpoint.save(tmp_path, whole, TrainState(step=step), best, keep_last=1)
     root = tmp_path / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["best", "last", "step-00000002", "step-00000004"]
     for which, step in (("last", 4), ("best", 2)):
@@ -83,17 +90,17 @@ def test_last_and_best_hold_model_safetensors_and_others_are_dropped(tmp_path, a
 
         found = load_file(root / which / "model.safetensors")
         assert all(torch.equal(found[k], weights[step][k]) for k in found)
-        assert checkpoint.read_state(tmp_path, which).step == step
+        assert checkpoint.state_of(checkpoint.find(tmp_path, which)).step == step
 
 
 def test_the_average_is_what_gets_evaluated(tmp_path, accelerator):
     whole = trained(accelerator, steps=3)
     checkpoint.save(tmp_path, whole, TrainState(step=3), best=True)
-    found = checkpoint.load_weights(tmp_path, "best")
+    found = checkpoint.load_weights(checkpoint.find(tmp_path, "best"))
     assert all(torch.equal(found[k], v) for k, v in whole.ema.module.state_dict().items())
 
 
-@pytest.mark.parametrize("failing", ["durable.save_file", "durable.os.fsync", "checkpoint.os.replace"])
+@pytest.mark.parametrize("failing", ["durable.save_file", "durable.os.fsync", "checkpoint_store.os.replace"])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, accelerator, monkeypatch, failing):
     whole = trained(accelerator, steps=1)
     checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
@@ -105,32 +112,115 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, accelerator, monkeyp
     with pytest.raises(UsageError, match=r"No space left on device.*older ones are intact"):
         checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
     monkeypatch.undo()
-    assert checkpoint.read_state(tmp_path, "last").step == 1
+    assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "last", "step-00000001"]
-    checkpoint.load(tmp_path, whole)
+    resume(tmp_path, whole)
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "process-0.safetensors", "state.json"]
-)
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_damage_is_one_clear_line(tmp_path, accelerator, file, damage):
+FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "optimizer.json", "process-0.safetensors",
+         "ema.safetensors", "state.json"]  # fmt: skip
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_taken(tmp_path, accelerator, capfd, file, damage):
     whole = trained(accelerator, steps=1)
     checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
-    path = tmp_path / "checkpoints" / "last" / file
-    path.write_bytes(path.read_bytes()[:20]) if damage == "truncate" else path.unlink()
-    assert checkpoint.exists(tmp_path)  # else a resume would start afresh and drop what is left
-    with pytest.raises(UsageError, match="cannot be read"):
-        checkpoint.load(tmp_path, whole)
+    expected = {name: tensor.clone() for name, tensor in everything(whole).items()}
+    advance(whole, accelerator, 1)
+    checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
+    root = tmp_path / "checkpoints"
+    damage(root / "step-00000002" / file)
+    assert checkpoint.find(tmp_path, "best").step == 1  # who only reads changes nothing
+    assert resume(tmp_path, whole).step == 1
+    said = capfd.readouterr().err
+    assert f"{root / 'step-00000002'} is damaged ({file} " in said
+    assert len(list(root.glob("damaged-step-00000002-*"))) == 1
+    found = everything(whole)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, whole, TrainState(step=step), best=False)
+    assert checkpoint.find(tmp_path, "last").step == 4
+    assert len(list(root.glob("damaged-*"))) == 1
 
 
-def test_a_dangling_link_is_damage_and_no_fresh_start(tmp_path, accelerator):
+def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    flip(tmp_path / "checkpoints" / "last" / "model.safetensors")
+    for _ in range(2):
+        assert checkpoint.exists(tmp_path)
+        with pytest.raises(UsageError, match="no sound checkpoint to go on from"):
+            resume(tmp_path, whole)
+    with pytest.raises(UsageError, match="no sound checkpoint"):
+        checkpoint.find(tmp_path, "last")
+
+
+def test_a_dangling_link_is_no_fresh_start(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
     checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     assert checkpoint.exists(tmp_path)
-    with pytest.raises(UsageError, match="cannot be read"):
-        checkpoint.read_state(tmp_path, "last")
+    with pytest.raises(UsageError, match="no sound checkpoint"):
+        resume(tmp_path, whole)
+
+
+def test_a_damaged_best_one_is_not_scored_in_silence(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    for step, best in ((1, True), (2, False), (3, False)):
+        checkpoint.save(tmp_path, whole, TrainState(step=step), best)
+    flip(tmp_path / "checkpoints" / "best" / "model.safetensors")
+    assert checkpoint.find(tmp_path, "last").step == 3
+    with pytest.raises(UsageError, match=r"step-00000001 is damaged .*model.safetensors.*--checkpoint"):
+        checkpoint.find(tmp_path, "best")
+
+
+def test_left_overs_of_a_killed_save_are_swept_and_nothing_else(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    root = tmp_path / "checkpoints"
+    for name in (".tmp-step-00000002-aa", ".del-step-00000000-bb", "notes", "damaged-step-00000009-cc"):
+        (root / name).mkdir()
+    assert resume(tmp_path, whole).step == 1
+    names = {path.name for path in root.iterdir()}
+    assert names == {"best", "last", "step-00000001", "notes", "damaged-step-00000009-cc"}
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, whole, TrainState(step=step), best=step == 2, keep_last=3)
+    root = tmp_path / "checkpoints"
+    assert sorted(path.name for path in root.glob("step-*")) == [f"step-{step:08d}" for step in (2, 5, 6, 7)]
+    assert (root / "best").resolve().name == "step-00000002"
+
+
+def test_a_step_saved_again_with_its_evaluation_replaces_itself(tmp_path, accelerator):
+    """As after a stop within an evaluation; at no moment is there less than before."""
+    whole = trained(accelerator, steps=1)
+    state = TrainState(step=1)
+    checkpoint.save(tmp_path, whole, state, best=False)
+    state.judge({"top1": 0.5, "loss": 1.0}, 0.0)
+    checkpoint.save(tmp_path, whole, state, best=False)
+    found = checkpoint.find(tmp_path, "last")
+    assert checkpoint.state_of(found) == state
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [found.folder.name]
+
+
+def test_a_vanished_run_folder_is_not_made_again(tmp_path, accelerator):
+    with pytest.raises(UsageError, match=r"could not be saved .*No such file"):
+        checkpoint.save(tmp_path / "gone", trained(accelerator, steps=1), TrainState(step=1), best=True)
+    assert not (tmp_path / "gone").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, accelerator):
@@ -140,7 +230,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, accelerator):
         whole.parallel.model[0].weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(Diverged, match="not finite after step 2"):
         checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
-    assert checkpoint.read_state(tmp_path, "last").step == 1
+    assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 1
 
 
 SAVABLE = [name for name in list_optimizers() if not name.startswith(("bnb", "fused", "adahessian"))]
@@ -164,7 +254,7 @@ def test_every_optimizer_of_timm_goes_on_exactly(tmp_path, accelerator, opt):
 
     step(runs[0])
     checkpoint.save(tmp_path, runs[0], TrainState(step=1), best=True)
-    checkpoint.load(tmp_path, runs[1])
+    resume(tmp_path, runs[1])
     for run in runs:
         step(run)
     for mine, other in zip(*(run.parallel.module.parameters() for run in runs), strict=True):
@@ -175,26 +265,20 @@ def test_moments_keep_their_parameters_memory_layout(tmp_path, accelerator):
     whole = trained(accelerator, steps=2)
     checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
     other = trained(accelerator, seed=1)
-    checkpoint.load(tmp_path, other)
+    resume(tmp_path, other)
     weight = other.parallel.model[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert other.parallel.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
 
-def test_another_format_is_refused(tmp_path, accelerator):
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
     checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
-    path = tmp_path / "checkpoints" / "last" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError, match="has format 99, this version of cifar-dist reads 2"):
-        checkpoint.load(tmp_path, whole)
-
-
-def test_a_folder_that_no_link_names_yet_is_written_again(tmp_path, accelerator):
-    """What a kill between the rename and the links leaves behind; the run comes to that step once more."""
-    whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
-    (tmp_path / "checkpoints" / "step-00000002").mkdir()
-    checkpoint.save(tmp_path, whole, TrainState(step=2), best=False)
-    assert checkpoint.read_state(tmp_path, "last").step == 2
-    checkpoint.load(tmp_path, whole)
+    path = tmp_path / "checkpoints" / "last" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format": 99}
+    del manifest["digest"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"digest": digest}))
+    with pytest.raises(UsageError, match="has format 99, this version of cifar-dist reads 3"):
+        resume(tmp_path, whole)
+    assert (tmp_path / "checkpoints" / "step-00000001").is_dir()

@@ -18,7 +18,7 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig, OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.engine import Meter, Stepper, evaluate, predict, train_step
+from cifar_dist.engine import Evaluator, Meter, Stepper, train_step
 from cifar_dist.models import build_model
 from cifar_dist.optim import make_optimizer
 from cifar_dist.ordering import epoch_order
@@ -141,8 +141,8 @@ def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10))
     preprocess = Preprocess(INPUT, "cpu", torch.float32)
-    scores = evaluate(accelerator, model, data, preprocess, batch_size, "fp32")
-    logits = predict(accelerator, model, data, preprocess, batch_size, "fp32")
+    evaluator = Evaluator(accelerator, preprocess, batch_size, "fp32")
+    scores, logits = evaluator.scores(model, data), evaluator.logits(model, data)
     with torch.inference_mode():
         expected = model.eval()(normalised(data.images))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

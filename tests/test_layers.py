@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "policy_string"},
-    {"config", "ordering", "durable", "train_state"},
-    {"command_line", "memory", "launch"},
+    {"errors", "policy_string", "stop_request"},
+    {"config", "ordering", "durable"},
+    {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
-    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder"},
-    {"control", "engine_choice", "parallel", "cost", "figures", "tracking"},
-    {"batches", "checkpoint"},
+    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
+    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work"},
+    {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "stream_batches"},
     {"preview"},
 ]

@@ -22,7 +22,7 @@ from cifar_dist.config import OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.stream import StreamSet
 from cifar_dist.distributed import check_agreement, finish, on_main, shared_buffers, start
-from cifar_dist.engine import Meter, Stepper, evaluate, predict, train_step
+from cifar_dist.engine import Evaluator, Meter, Stepper, train_step
 from cifar_dist.errors import UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
@@ -62,9 +62,9 @@ def test_a_checkpoint_that_one_process_cannot_write_fails_on_all(tmp_path, monke
         said = refused(lambda: checkpoint.save(tmp_path, trained, TrainState(step=2), best=True))
         checkpoint.save_tensors = save_tensors
         accelerator.wait_for_everyone()
-        checkpoint.load(tmp_path, trained)
+        checkpoint.load(checkpoint.resume_point(accelerator, tmp_path), trained)
         finish(accelerator)
-        return said, checkpoint.read_state(tmp_path, "last").step
+        return said, checkpoint.state_of(checkpoint.find(tmp_path, "last")).step
 
     for said, step in Ranks(work, 2).check().results:
         assert "No space left" in said
@@ -116,8 +116,8 @@ def test_evaluation_counts_each_sample_once_on_any_number_of_processes(processes
 
     def work():
         accelerator, preprocess = start("fp32"), Preprocess(INPUT, "cpu", torch.float32)
-        scores = evaluate(accelerator, model, data, preprocess, 16, "fp32")
-        return scores, predict(accelerator, model, data, preprocess, 16, "fp32").numpy()
+        evaluator = Evaluator(accelerator, preprocess, 16, "fp32")
+        return evaluator.scores(model, data), evaluator.logits(model, data).numpy()
 
     with torch.no_grad():
         logits = model(Preprocess(INPUT, "cpu", torch.float32)(data.images))
@@ -174,7 +174,7 @@ def test_a_bad_batch_can_be_skipped(tmp_path, engine):
     settings = [*SHORT, "--on-nan", "skip", "--max-steps", 9, "--run-dir", tmp_path]
     found = Ranks(lambda: run(*settings, spoil=spoiler("input", 1, {3, 5})), 2, engine).check()
     assert found.said[0].count("skipped     the loss or its gradient is not finite in step") == 2
-    assert checkpoint.read_state(tmp_path, "last").skipped_steps == 2
+    assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).skipped_steps == 2
     assert [r["step"] for r in records(tmp_path) if "train/loss" in r] == [1, 2, 3, 5, 7, 8, 9]
     assert all(math.isfinite(loss) for loss in of(tmp_path, "train/loss"))
     optimizer = json.loads((tmp_path / "checkpoints" / "last" / "optimizer.json").read_text())
@@ -230,10 +230,12 @@ def test_a_stop_asked_of_one_process_stops_all_after_the_step(tmp_path):
         return batch
 
     found = Ranks(lambda: run(*SHORT, "--run-dir", tmp_path / "cut", spoil=spoil), 2).check()
-    assert "stopped     by another process after step" in found.said[0]
-    assert checkpoint.read_state(tmp_path / "cut", "last").step in (7, 8)
+    assert "stopped     by SIGTERM after step 7" in found.said[0]
+    assert checkpoint.state_of(checkpoint.find(tmp_path / "cut", "last")).step == 7
+    assert (tmp_path / "cut" / "REQUEUE").read_text() == "SIGTERM\n"
     for name in ("cut", "whole"):
         Ranks(lambda name=name: run(*SHORT, "--run-dir", tmp_path / name), 2).check()
+    assert not (tmp_path / "cut" / "REQUEUE").exists()
     mine, expected = (load_file(tmp_path / n / "checkpoints/last/model.safetensors") for n in ("cut", "whole"))
     assert all(torch.equal(mine[name], expected[name]) for name in mine)
 
@@ -307,5 +309,5 @@ def test_a_process_whose_stream_breaks_off_stops_all_with_a_checkpoint(tmp_path,
     found = Ranks(work, 2, engine)
     assert found.statuses == [2, 2]
     assert "cannot be decoded. --skip-corrupt 0 allows no more" in "".join(found.said)
-    assert checkpoint.read_state(tmp_path, "last").step == 4
+    assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 4
     assert "Traceback" not in "".join(found.said)

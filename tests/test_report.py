@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import confusion_matrix, f1_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
-from cifar_dist.checkpoint import FORMAT
+from cifar_dist import checkpoint_store
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data
 from cifar_dist.errors import UsageError
@@ -25,7 +24,6 @@ from cifar_dist.models import build_model
 from cifar_dist.predictions import Scored, load_predictions, save_predictions
 from cifar_dist.report import write_report
 from cifar_dist.run_folder import open_run
-from cifar_dist.train_state import TrainState
 from tests.conftest import ROOT
 
 NAMES = ("cat", "dog", "a|b", "ship", "truck", "frog")
@@ -220,16 +218,19 @@ def digits_run(tmp_path):
     data = load_test_data(config.data)
     facts = {"class_names": data.class_names, "data_fingerprint": data.fingerprint}
     folder = make_run(tmp_path / "run", environment=ENVIRONMENT | facts, dataset="digits")
-    checkpoint = folder / "checkpoints" / "step-00000020"
-    checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
-    save_file(build_model(config.model, 10).state_dict(), checkpoint / "model.safetensors")
-    (checkpoint / "state.json").write_text(
-        json.dumps({"format": FORMAT, "num_processes": 1, "scaler": {}, "state": asdict(TrainState(step=20))})
-    )
-    (folder / "checkpoints" / "best").symlink_to(checkpoint.name)
-    (folder / "checkpoints" / "last").symlink_to(checkpoint.name)
+    commit_weights(folder, build_model(config.model, 10).state_dict(), best=True)
     return folder
+
+
+def commit_weights(folder, weights, best):
+    """A checkpoint of step 20 with nothing in it but weights."""
+    root = folder / "checkpoints"
+    shutil.rmtree(root, ignore_errors=True)
+    aside = checkpoint_store.begin(root, 20)
+    save_file(weights, aside / "model.safetensors")
+    files = checkpoint_store.measure([aside / "model.safetensors"])
+    checkpoint_store.commit(root, aside, best, {"step": 20, "num_processes": 1, "files": files})
 
 
 def run_script(script, monkeypatch, *arguments):
@@ -267,7 +268,8 @@ def test_several_processes_score_the_same_images_and_write_once(digits_run, scri
 
 
 def test_a_run_without_a_best_checkpoint_is_scored_at_its_last(digits_run, script, monkeypatch, capsys):
-    (digits_run / "checkpoints" / "best").unlink()
+    torch.manual_seed(0)
+    commit_weights(digits_run, build_model(open_run(digits_run).config.model, 10).state_dict(), best=False)
     run_script(script, monkeypatch, digits_run)
     assert "no best" in capsys.readouterr().out
     assert load_predictions(digits_run).checkpoint == "last"
@@ -286,10 +288,13 @@ def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypat
     (digits_run / "environment.json").write_text(json.dumps(facts | {"class_names": [*"012345678", "ten"]}))
     refused("class 9 was 'ten' in training")
     (digits_run / "environment.json").write_text(json.dumps(facts))
-    weights = digits_run / "checkpoints" / "last" / "model.safetensors"
     broken = build_model(Config.from_flat({"model": "cnn4"}).model, 10).state_dict()
-    save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in broken.items()}, weights)
+    nans = {k: v * float("nan") if v.is_floating_point() else v for k, v in broken.items()}
+    commit_weights(digits_run, nans, best=True)
     refused("diverged")
+    with (digits_run / "checkpoints" / "step-00000020" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    refused("no sound checkpoint .*model.safetensors has")
     shutil.rmtree(digits_run / "checkpoints")
-    refused("has no checkpoint 'last'", "--checkpoint", "best")
+    refused("no sound checkpoint", "--checkpoint", "best")
     assert not (digits_run / "report").exists()

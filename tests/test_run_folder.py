@@ -94,5 +94,5 @@ def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path)
 @pytest.mark.parametrize("change", [{"data_fingerprint": "bb"}, {"class_names": ["dog", "cat"]}])
 def test_resume_refuses_other_data(tmp_path, change):
     prepare(config(tmp_path))
-    with pytest.raises(UsageError, match=f"{next(iter(change))} differs"):
+    with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs"):
         prepare(config(tmp_path, "auto"), FACTS | change)

@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
     run_dir = tmp_path / "run"
     assert start(*DIGITS, "--epochs", 4, "--lr", "3e-3", "--hflip", 0, "--run-dir", run_dir) == 0
     found = {path.name for path in run_dir.iterdir()} - {".lock"}
-    assert found == {"config.yaml", "plan.json", "environment.json", "log.jsonl", "checkpoints"}
+    assert found == {"config.yaml", "plan.json", "environment.json", "log.jsonl", "checkpoints", "progress.json"}
     for which in ("last", "best"):
         assert (run_dir / "checkpoints" / which / "model.safetensors").is_file()
     log = records(run_dir)
@@ -127,8 +127,8 @@ def test_a_damaged_checkpoint_is_never_a_fresh_start(start, tmp_path, capsys):
     assert start(*settings) == 0
     (tmp_path / "checkpoints" / "last" / "state.json").write_text("{")
     assert start(*settings, "--resume", "auto") == 2
-    assert "cannot be read" in capsys.readouterr().err
-    assert (tmp_path / "checkpoints" / "last" / "model.safetensors").is_file()
+    assert "no sound checkpoint to go on from" in capsys.readouterr().err
+    assert len(list((tmp_path / "checkpoints").glob("damaged-*/model.safetensors"))) == 1
 
 
 def test_a_resumed_run_needs_neither_weight_file_nor_hub(start, tmp_path):

@@ -1,0 +1,62 @@
+"""Signals that ask a training to stop, noted from the first line of the program on.
+
+Nothing but the standard library is imported here: `listen` comes before the seconds in which torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STARTED = time.monotonic()  # nearly the start of the process: what a time limit counts from
+
+_noted: str | None = None
+
+
+def listen() -> None:
+    """Note SIGTERM, SIGINT and SIGUSR1 from now on instead of dying of them; a second SIGINT means now."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    global _noted
+    if _noted == "SIGINT" and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _noted is None:
+        _noted = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":
+            again = "; once more stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{_noted}: stops after this step, with a checkpoint{again}\n".encode())
+
+
+class StopRequest:
+    """Why a run is to stop: a signal to this process, or its time is up.
+
+    Args:
+        time_is_up: says why there is no more time, or an empty string.
+    """
+
+    def __init__(self, time_is_up: Callable[[], str] = str):
+        self._time_is_up = time_is_up
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _noted
+        _noted = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def reason(self) -> str:
+        """The first signal's name, or what `time_is_up` says; empty while the run may go on."""
+        return _noted or self._time_is_up()

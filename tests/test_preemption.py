@@ -1,0 +1,145 @@
+"""Asked to stop at any moment, a run ends with a checkpoint, leaves word, and goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from cifar_dist import checkpoint
+from tests.conftest import ROOT
+from tests.ranks import Ranks
+from tests.test_same_training import run
+from tests.test_train import assert_same_state, records
+
+SHORT = [
+    "--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--epochs", 2, "--batch-size", 240, "--mixup", 0.2,
+    "--log-every", 1, "--resume", "auto",
+]  # fmt: skip
+STEPS_PER_EPOCH = 6
+
+
+def step_of(run_dir):
+    return checkpoint.find(run_dir, "last").step
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request, tmp_path_factory):
+    """The number of processes, and their uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    Ranks(lambda: run(*SHORT, "--run-dir", folder), request.param).check()
+    return request.param, folder
+
+
+def cut(folder, processes, place, number, rank):
+    """A run in which process `rank` gets signal `number` when it comes to `place` for the third time."""
+
+    def work():
+        owner, name = place
+        original, calls = getattr(owner, name), []
+
+        def signalled(*arguments, **settings):
+            calls.append(0)
+            if len(calls) == 3 and os.environ["RANK"] == str(rank):
+                os.kill(os.getpid(), number)
+            return original(*arguments, **settings)
+
+        setattr(owner, name, signalled)
+        return run(*SHORT, "--checkpoint-every", 1, "--run-dir", folder)
+
+    return Ranks(work, processes)
+
+
+PLACES = {
+    "step": (train, "train_step"),
+    "save": (checkpoint, "save"),
+    "rename": (checkpoint.store, "commit"),
+    "forward": (torch.nn.functional, "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_anywhere_in_a_step_ends_in_a_checkpoint_of_it(whole, tmp_path, place, number):
+    processes, expected = whole
+    rank = 0 if place == "rename" else processes - 1
+    found = cut(tmp_path / "run", processes, PLACES[place], number, rank)
+    assert found.statuses == [0] * processes, found.said
+    assert (tmp_path / "run" / "REQUEUE").read_text() == f"{number.name}\n"
+    assert step_of(tmp_path / "run") == (3 if place in ("step", "forward") else 4)
+    Ranks(lambda: run(*SHORT, "--run-dir", tmp_path / "run"), processes).check()
+    assert not (tmp_path / "run" / "REQUEUE").exists()
+    assert_same_state(tmp_path / "run", expected)
+    assert [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r] == [
+        r["train/loss"] for r in records(expected) if "train/loss" in r
+    ]
+
+
+def test_an_evaluation_is_broken_off_and_made_up_for(whole, tmp_path):
+    processes, expected = whole
+
+    def work():
+        scores = train.Evaluator.scores
+
+        def signalled(*arguments, **settings):
+            if os.environ["RANK"] == str(processes - 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return scores(*arguments, **settings)
+
+        train.Evaluator.scores = signalled
+        return run(*SHORT, "--run-dir", tmp_path / "run")
+
+    Ranks(work, processes).check()
+    assert step_of(tmp_path / "run") == STEPS_PER_EPOCH
+    assert not any("val/top1" in record for record in records(tmp_path / "run"))
+    Ranks(lambda: run(*SHORT, "--run-dir", tmp_path / "run"), processes).check()
+    assert [r for r in records(tmp_path / "run") if "val/top1" in r] == [
+        r for r in records(expected) if "val/top1" in r
+    ]
+    assert_same_state(tmp_path / "run", expected)
+
+
+def test_a_time_limit_ends_a_run_with_a_checkpoint(tmp_path):
+    flags = [*SHORT, "--epochs", 500, "--run-dir", tmp_path, "--time-limit", "8s"]
+    began = time.monotonic()
+    found = Ranks(lambda: run(*flags), 1).check()
+    assert time.monotonic() - began < 60
+    assert "stopped     by --time-limit 8s after step" in found.said[0]
+    assert (tmp_path / "REQUEUE").read_text() == "--time-limit 8s\n"
+    assert step_of(tmp_path) > 0
+
+
+@pytest.mark.parametrize("delay", [0.2, 2.0])
+def test_a_signal_while_libraries_are_imported_is_not_lost(tmp_path, delay):
+    """The real program: the handler comes before the imports."""
+    command = [sys.executable, "train.py", *map(str, SHORT), "--run-dir", str(tmp_path / "run")]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(delay)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, said
+    assert "SIGTERM: stops after this step, with a checkpoint" in said
+    assert step_of(tmp_path / "run") == 1
+    assert (tmp_path / "run" / "REQUEUE").exists()
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def work():
+        step = train.train_step
+
+        def interrupted(*arguments):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(*arguments)
+
+        train.train_step = interrupted
+        return run(*SHORT, "--run-dir", tmp_path)
+
+    found = Ranks(work, 1)
+    assert found.statuses == [1]
+    assert "interrupted" in found.said[0]
+    assert not checkpoint.exists(tmp_path)
