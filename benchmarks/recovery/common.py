@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -201,16 +200,22 @@ def _marked(token: str, launcher: int) -> list[int]:
     return sorted(found)
 
 
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """All checkpoints that have a name, sound or not, the newest last."""
+    folders = [path for path in run_dir.glob("checkpoints/step-*") if path.name[5:].replace("-", "").isdecimal()]
+    return sorted(folders, key=lambda folder: [int(number) for number in folder.name.split("-")[1:]])
+
+
 def steps_of(run_dir: Path) -> list[int]:
-    """Steps of all checkpoints that have a name, ascending, sound or not."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in run_dir.glob("checkpoints/step-*"))
+    """Their steps."""
+    return [int(folder.name.split("-")[1]) for folder in checkpoints_of(run_dir)]
 
 
 def fault_of(folder: Path) -> str:
     """What is wrong with a checkpoint, by its manifest alone; an empty string if nothing is."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if folder.name != f"step-{manifest['step']:08d}":
+        if folder.name.split("-")[1] != f"{manifest['step']:08d}":
             return f"the manifest of {folder.name} is of step {manifest['step']}"
         for name, entry in manifest["files"].items():
             content = (folder / name).read_bytes()
@@ -227,8 +232,7 @@ def fault_of(folder: Path) -> str:
 
 def newest_sound(run_dir: Path) -> int | None:
     """Step of the newest checkpoint without a fault."""
-    sound = [step for step in steps_of(run_dir) if not fault_of(run_dir / "checkpoints" / f"step-{step:08d}")]
-    return sound[-1] if sound else None
+    return max((int(f.name.split("-")[1]) for f in checkpoints_of(run_dir) if not fault_of(f)), default=None)
 
 
 def _timeless(value: Any) -> Any:
@@ -243,7 +247,7 @@ def final_digest(run_dir: Path) -> str:
     Every tensor of the newest checkpoint (weights, average, optimizer, each process's random streams and statistics),
     its counters, and every logged number of every step, without times.
     """
-    digest, folder = hashlib.sha256(), run_dir / "checkpoints" / f"step-{steps_of(run_dir)[-1]:08d}"
+    digest, folder = hashlib.sha256(), checkpoints_of(run_dir)[-1]
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{file.name} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -294,12 +298,15 @@ class Small:
                 tensor.fill_(step)
             for tensor in self._ema.module.parameters():
                 tensor.fill_(-step)
-        keep = {"keep_last": 2} if "keep_last" in inspect.signature(checkpoint.save).parameters else {}
-        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best, **keep)
+        self.run_dir.mkdir(exist_ok=True)
+        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best)
 
     def load(self) -> int:
-        """Load the checkpoint that is chosen; its step, on which everything in it must agree."""
-        checkpoint.load(self.run_dir, self._trained)
+        """Load the checkpoint that is chosen; its step, on which all of it must agree, or 0 if there is none."""
+        found = checkpoint.resume_point(self._trained.parallel.accelerator, self.run_dir)
+        if found is None:
+            return 0
+        checkpoint.load(found, self._trained)
         tensors = [*self._tensors(), *(-tensor for tensor in self._ema.module.parameters())]
         [step] = {value for tensor in tensors for value in tensor.unique().tolist()} | {float(torch.initial_seed())}
         return int(step)

@@ -19,6 +19,7 @@ save had returned, the program must load exactly that one, and go on to save the
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -29,7 +30,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, fault_of, newest_sound, steps_of
+from benchmarks.recovery.common import (
+    Failures,
+    Job,
+    Small,
+    begin,
+    campaign,
+    checkpoints_of,
+    fault_of,
+    newest_sound,
+    steps_of,
+)
 
 CALLS = [
     *("openat", "write", "pwrite64", "writev", "ftruncate", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync"),
@@ -70,7 +81,7 @@ def load_and_go_on(folder: Path, last: int) -> None:
 def inspect_crash(folder: Path, count: int, last: int) -> str:
     """What is wrong after a kill, `last` being the last step that was to be saved; an empty string if nothing."""
     visible = steps_of(folder)
-    faults = [fault for step in visible if (fault := fault_of(folder / "checkpoints" / f"step-{step:08d}"))]
+    faults = [fault for saved in checkpoints_of(folder) if (fault := fault_of(saved))]
     if faults:
         return f"visible, but not sound: {'; '.join(faults)}"
     returned = max([int(path.name.removeprefix("returned-")) for path in folder.glob("returned-*")], default=0)
@@ -178,7 +189,7 @@ def random_kills(folder: Path, trials: int, dice: random.Random) -> tuple[dict[s
         job.send(signal.SIGKILL, "all")
         job.end()
         within += any(place.glob("checkpoints/.tmp-*"))
-        last = max([0, *(int(p.name[-8:]) for p in place.glob("checkpoints/*step-*"))])
+        last = max([0, *map(int, re.findall(r"step-(\d{8})", " ".join(os.listdir(place / "checkpoints"))))])
         if fault := inspect_crash(place, 1, last):
             failures.add(f"random kill {number} after {delay:.3f} s: {fault}: {place}")
         else:
@@ -202,7 +213,8 @@ class Disk:
         return inside + [f"{folder}/{name}" for name in self._names.get(folder, ())]
 
     def _uncommitted(self) -> list[str]:
-        return [name for name in self._names.get(f"{self.root}/checkpoints", ()) if name.startswith("step-")]
+        steps = [name for name in self._names.get(f"{self.root}/checkpoints", ()) if name.startswith("step-")]
+        return steps + [name for name in self._names.get(self.root, ()) if name == "checkpoints"]
 
     def take(self, line: str) -> None:
         """Follow one line of ``strace -f -y``."""
@@ -238,6 +250,8 @@ class Disk:
         self._dirty.add(path)
 
     def _rename(self, old: str, new: str) -> None:
+        if os.path.basename(old).startswith("step-") and (lost := self._uncommitted()):
+            self.faults.append(f"something older was taken away before {lost} were durable")
         if os.path.basename(new).startswith("step-") and (lost := self._lost(old)):
             self.faults.append(f"{os.path.basename(new)} got its name before {lost} were durable")
         for path in [path for path in self._dirty if path == old or path.startswith(f"{old}/")]:
@@ -253,7 +267,7 @@ def faults_in(trace: list[str], root: str) -> list[str]:
     disk = Disk(root)
     for line in trace:
         disk.take(line)
-    return disk.faults
+    return [*dict.fromkeys(disk.faults)]
 
 
 def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
@@ -268,17 +282,16 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     if statuses != [0]:
         failures.add(f"power loss: the traced saves ended with {statuses}: {place}/said.txt")
     root = re.escape(f"{place}/checkpoints")
-    fsyncs = [n for n, line in enumerate(trace) if re.search(rf"\bfsync\(\d+<{root}/\.tmp-", line)]
-    renames = [n for n, line in enumerate(trace) if re.search(r"\brename", line) and "/.tmp-" in line]
-    fsyncs += [
-        next((n for n in range(renamed, len(trace)) if re.search(rf"\bfsync\(\d+<{root}>", trace[n])), renamed)
-        for renamed in renames
-    ]
-    before = len(faults_in(trace, str(place)))
-    seen = sum(len(faults_in(trace[:n] + trace[n + 1 :], str(place))) > before for n in fsyncs)
-    if len(renames) < 4 or seen < len(fsyncs):
-        failures.add(f"power loss: of {len(fsyncs)} fsyncs left out, {seen} were missed: {file}")
-    return {"part": f"power loss ({seen} of {len(fsyncs)} left-out fsyncs seen)", "bad": len(failures)}, failures
+    commits = [n for n, line in enumerate(trace) if re.search(rf'\brename.*"{root}/step-[^/"]*"[^"]* = 0', line)]
+    left_out = [{n} for n, line in enumerate(trace) if re.search(rf"\bfsync\(\d+<{root}/\.tmp-step", line)]
+    for commit, following in itertools.pairwise([*commits, len(trace)]):  # the links' fsync does for the commit's too
+        left_out.append({n for n in range(commit, following) if re.search(rf"\bfsync\(\d+<{root}>", trace[n])})
+    before, seen = faults_in(trace, str(place)), 0
+    for fsyncs in left_out:
+        seen += faults_in([line for n, line in enumerate(trace) if n not in fsyncs], str(place)) != before
+    if len(commits) != 4 or seen < len(left_out):
+        failures.add(f"power loss: of {len(left_out)} fsyncs left out, {seen} were missed: {file}")
+    return {"part": f"power loss ({seen} of {len(left_out)} left-out fsyncs seen)", "bad": len(failures)}, failures
 
 
 def run(trials: int, seed: int, folder: Path, every: int = 1, calls: list[str] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, steps_of
+from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, checkpoints_of
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data.stream import StreamSet
@@ -105,8 +105,7 @@ def save_against_write(pairs: int, folder: Path, failures: Failures) -> dict[str
     small.save(2)
     saves, writes, size = list[float](), list[float](), 0
     for step in range(3, 3 + 3 * pairs):
-        newest = folder / "checkpoints" / f"step-{steps_of(folder)[-1]:08d}"
-        contents = {path.name: path.read_bytes() for path in newest.iterdir()}
+        contents = {path.name: path.read_bytes() for path in checkpoints_of(folder)[-1].iterdir()}
         size = sum(map(len, contents.values()))
         writes.append(bare_write(contents, folder))
         began = time.perf_counter()

@@ -28,6 +28,7 @@ from benchmarks.recovery.common import (
     Job,
     begin,
     campaign,
+    checkpoints_of,
     final_digest,
     newest_sound,
     reference,
@@ -46,7 +47,7 @@ PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in
     "step": (("cifar_dist.engine.train_step", "cifar_dist.control.agree"), 2, STEPS - 2),
     "accumulation": (("cifar_dist.ordering.micro_batch_slice",), 2, 2 * STEPS - 2),
     "save": (("cifar_dist.durable.fsync",), 1, 9),
-    "evaluation": (("cifar_dist.engine.evaluate",), 1, 1),
+    "evaluation": (("cifar_dist.control.any_of",), 1, 2),
 }
 
 
@@ -125,7 +126,7 @@ def after_signal(run_dir: Path, made: int, most: int, statuses: list[int] | None
         return f"{made} steps had been made, the newest checkpoint is of {newest}, not {most} at most"
     if newest < STEPS and not marker.exists():
         return "no REQUEUE"
-    saved = run_dir / "checkpoints" / f"step-{newest:08d}" / "manifest.json"
+    saved = checkpoints_of(run_dir)[-1] / "manifest.json"
     if marker.exists() and marker.stat().st_mtime_ns < saved.stat().st_mtime_ns:
         return "REQUEUE is older than the checkpoint"
     return ""
