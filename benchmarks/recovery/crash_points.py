@@ -2,11 +2,12 @@
 
     python -m benchmarks.recovery.crash_points --trials 1000 [--every 1] [--seed 0] [--json FILE]
 
-Three parts, all on a tiny model (strace must be there):
+Four parts (strace must be there), all but the second on a tiny model:
 
 * every system call of a save that makes, writes, renames or removes something is a crash point: strace kills the
   process (of two, either one) as it enters its K-th call, for K = 1, 1 + `--every`, … until it survives; for the first
   save, a later one, and one that removes older checkpoints;
+* the first start of a train.py is killed likewise at every call on its new run folder; the same command must then run;
 * `--trials` times a process that saves in a loop is killed at a random time;
 * power loss: in the trace of four saves every file must be fsynced between its last write and its rename, the folder
   too, and its parent before anything older goes and before the save returns. The check itself is checked: without any
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery.common import (
+    FLAGS,
     Failures,
     Job,
     Small,
@@ -46,6 +48,9 @@ CALLS = [
     *("openat", "write", "pwrite64", "writev", "ftruncate", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync"),
     *("rename", "renameat", "renameat2", "mkdir", "mkdirat", "symlink", "symlinkat", "unlink", "unlinkat", "rmdir"),
 ]
+START_CALLS = ("mkdir", "openat", "flock", "write", "fsync", "rename")
+START_NAMES = ["", ".lock", "config.yaml", "plan.json", "environment.json"]
+START_NAMES += ["checkpoints", *(f".tmp-{name}" for name in START_NAMES[2:])]
 SCENARIOS = {"first save": 0, "later save": 1, "save that removes": 3}  # checkpoints made before
 TRACED = ",".join([*CALLS, "mmap"])
 
@@ -58,16 +63,20 @@ def _wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+def wait_to_be_told(folder: Path) -> None:
+    """Say that this process is ready, and wait until it is traced."""
+    (folder / f"ready-{os.environ.get('RANK', '0')}").touch()
+    _wait_for(folder / "go")
+
+
 def save_when_told(folder: Path, steps: list[int]) -> None:
-    """Get ready (imports that come late included), wait for ``go``, save, and note each save that has returned."""
-    rank = os.environ.get("RANK", "0")
+    """Get ready (imports that come late included), save when told, and note each save that has returned."""
     Small(folder / "warm").save(1, best=True)
     small = Small(folder)
-    (folder / f"ready-{rank}").touch()
-    _wait_for(folder / "go")
+    wait_to_be_told(folder)
     for step in steps:
         small.save(step, best=step % 2 == 0)
-        if rank == "0":
+        if os.environ.get("RANK", "0") == "0":
             (folder / f"returned-{step}").touch()
 
 
@@ -111,10 +120,9 @@ def with_saves(folder: Path, count: int, before: int) -> None:
     (folder / "go").unlink()
 
 
-def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[str]) -> list[int] | None:
-    """Exit statuses of processes that save `steps`, `rank` under strace with `flags`."""
-    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, steps))
-    for other in range(count):
+def strace(job: Job, folder: Path, rank: int, flags: list[str]) -> list[int] | None:
+    """Exit statuses of a job whose processes wait to be told in `folder`; `rank` is under strace with `flags`."""
+    for other in range(job.count):
         _wait_for(folder / f"ready-{other}")
     tracer = subprocess.Popen(["strace", "-f", "-p", str(job.pids()[rank]), *flags], stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
@@ -122,10 +130,15 @@ def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[st
         if tracer.poll() is not None:
             raise RuntimeError("strace could not attach; it needs ptrace")
     (folder / "go").touch()
-    statuses = job.wait(20)
+    statuses = job.wait(60)
     job.end()
     tracer.communicate(timeout=20)
     return statuses
+
+
+def killed_at(call: str, number: int) -> list[str]:
+    """Flags of strace that kill a process as it enters the `number`-th such call."""
+    return ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
 
 
 def crash(folder: Path, template: Path, case: tuple[int, int, int, str], number: int) -> tuple[bool, str]:
@@ -134,8 +147,8 @@ def crash(folder: Path, template: Path, case: tuple[int, int, int, str], number:
     shutil.copytree(template, folder, symlinks=True)
     for ready in folder.glob("ready-*"):
         ready.unlink()
-    flags = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
-    statuses = strace(folder, count, rank, [before + 1], flags)
+    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, [before + 1]))
+    statuses = strace(job, folder, rank, killed_at(call, number))
     fault = inspect_crash(folder, count, before + 1)
     if not fault and before and newest_sound(folder) is None:
         fault = "nothing sound is left"
@@ -166,6 +179,30 @@ def crash_points(folder: Path, every: int, calls: list[str]) -> tuple[list[dict[
         bad = len(failures) - bad
         rows.append({"part": name, "processes": count, "killed": f"rank {rank}", "kills": points, "bad": bad})
     return rows, failures
+
+
+def first_start(folder: Path, every: int, calls: list[str]) -> tuple[dict[str, Any], Failures]:
+    """Kill a whole train.py at every system call on what it writes into a new run folder, and start it again."""
+    failures, kills = Failures(), 0
+    for call in calls:
+        number, survived = 1, False
+        while not survived:
+            place = folder / f"start-{call}-{number}"
+            place.mkdir()
+            flags = [*FLAGS, "--max-steps", "1", "--run-dir", str(place / "run")]
+            paths = [word for name in START_NAMES for word in ("-P", str(place / "run" / name))]
+            job = Job(flags, 1, place / "said.txt", hook=lambda rank, place=place: wait_to_be_told(place))  # type: ignore[misc]
+            survived = strace(job, place, 0, [*paths, *killed_at(call, number)]) == [0]
+            kills += not survived
+            job = Job(flags, 1, place / "said.txt")
+            statuses = job.wait(60)
+            job.end()
+            if statuses != [0] or newest_sound(place / "run") != 1:
+                failures.add(f"first start killed at {call} number {number}: then {statuses}: {place}")
+            else:
+                shutil.rmtree(place)
+            number += every
+    return {"part": "first start", "processes": 1, "killed": "rank 0", "kills": kills, "bad": len(failures)}, failures
 
 
 def save_for_ever(folder: Path) -> None:
@@ -274,7 +311,8 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     """Trace four saves and check the order of writes, fsyncs and renames."""
     place, file = folder / "traced", folder / "trace.txt"
     place.mkdir()
-    statuses = strace(place, 1, 0, [1, 2, 3, 4], ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
+    job = Job([], 1, place / "said.txt", work=lambda: save_when_told(place, [1, 2, 3, 4]))
+    statuses = strace(job, place, 0, ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
     trace = file.read_text().splitlines()
     failures = Failures()
     for fault in faults_in(trace, str(place)):
@@ -295,12 +333,14 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
 
 
 def run(trials: int, seed: int, folder: Path, every: int = 1, calls: list[str] | None = None) -> dict[str, Any]:
-    """All three parts; rows of a table, and failures."""
+    """All four parts; rows of a table, and failures."""
     begin(folder)
     lint, failures = power_loss(folder)
     rows, more = crash_points(folder, every, calls or CALLS)
+    start, start_failures = first_start(folder, every, calls or [*START_CALLS])
     killed, random_failures = random_kills(folder, trials, random.Random(seed))
-    return {"rows": [*rows, killed, lint], "failures": [*failures, *more, *random_failures]}
+    failures += [*more, *start_failures, *random_failures]
+    return {"rows": [*rows, start, killed, lint], "failures": failures}
 
 
 def more_flags(parser: argparse.ArgumentParser) -> None:
