@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -188,7 +187,7 @@ def _choose(root: Path) -> Stored | None:
 
 def _pass_over(folder: Path, reason: str) -> None:
     kept = store.set_aside(folder)
-    print(f"checkpoint {folder} is damaged ({reason}): kept as {kept.name}", file=sys.stderr)
+    print(f"checkpoint {folder} is damaged ({reason}): kept as {kept.name}", flush=True)
 
 
 def load(stored: Stored, trained: Trained) -> TrainState:

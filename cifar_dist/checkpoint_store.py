@@ -184,6 +184,8 @@ def read_manifest(folder: Path) -> Stored:
                 f"checkpoint {folder} has format {manifest['format']}, this version of cifar-dist reads {FORMAT};"
                 " go on with the version that wrote it."
             )
+        if not folder.name.startswith(_name(manifest["step"])):
+            raise Damaged(f"{_MANIFEST} is that of step {manifest['step']}")
         return Stored(folder, digest=digest, **{name: manifest[name] for name in _FACTS})
     except FileNotFoundError:
         raise Damaged(f"{_MANIFEST} is missing") from None

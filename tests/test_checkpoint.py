@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_taken(tmp_p
     damage(root / "step-00000002" / file)
     assert checkpoint.find(tmp_path, "best").step == 1  # who only reads changes nothing
     assert resume(tmp_path, whole).step == 1
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert f"{root / 'step-00000002'} is damaged ({file} " in said
     assert len(list(root.glob("damaged-step-00000002-*"))) == 1
     found = everything(whole)

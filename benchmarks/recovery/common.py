@@ -279,6 +279,7 @@ class Small:
     def __init__(self, run_dir: Path, width: int = 8):
         model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.1))
         self.run_dir, self._ema = run_dir, ModelEmaV3(model)
+        run_dir.mkdir(parents=True, exist_ok=True)
         optimizer = make_optimizer(model, OptimConfig(opt="momentum"))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -30,6 +30,7 @@ from benchmarks.recovery.common import (
     campaign,
     checkpoints_of,
     final_digest,
+    folder_of,
     newest_sound,
     reference,
     replace_everywhere,
