@@ -28,7 +28,8 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, checkpoints_of
+from benchmarks.recovery.common import Failures, Small, begin, campaign, checkpoints_of
+from benchmarks.recovery.jobs import Job
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data.stream import StreamSet

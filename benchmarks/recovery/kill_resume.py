@@ -21,16 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import (
-    FLAGS,
-    Failures,
-    Job,
-    begin,
-    campaign,
-    final_digest,
-    reference,
-    replace_everywhere,
-)
+from benchmarks.recovery.common import FLAGS, Failures, begin, campaign, final_digest, reference
+from benchmarks.recovery.jobs import Job, replace_everywhere
 
 REAL_SHARE = 1 / 6  # of trials under real launchers, at 12 to 20 s a start
 

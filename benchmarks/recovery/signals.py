@@ -25,16 +25,14 @@ from benchmarks.recovery.common import (
     FLAGS,
     STEPS,
     Failures,
-    Job,
     begin,
     campaign,
     checkpoints_of,
     final_digest,
-    folder_of,
     newest_sound,
     reference,
-    replace_everywhere,
 )
+from benchmarks.recovery.jobs import Job, replace_everywhere
 
 SECONDS = 60
 PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in it, and the calls of which one is hit
