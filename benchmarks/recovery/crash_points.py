@@ -2,11 +2,12 @@
 
     python -m benchmarks.recovery.crash_points --trials 1000 [--every 1] [--seed 0] [--json FILE]
 
-Three parts, all on a tiny model (strace must be there):
+Four parts (strace must be there), all but the second on a tiny model:
 
 * every system call of a save that makes, writes, renames or removes something is a crash point: strace kills the
   process (of two, either one) as it enters its K-th call, for K = 1, 1 + `--every`, … until it survives; for the first
   save, a later one, and one that removes older checkpoints;
+* the first start of a train.py is killed likewise at every call on its new run folder; the same command must then run;
 * `--trials` times a process that saves in a loop is killed at a random time;
 * power loss: in the trace of four saves every file must be fsynced between its last write and its rename, the folder
   too, and its parent before anything older goes and before the save returns. The check itself is checked: without any
@@ -19,6 +20,7 @@ save had returned, the program must load exactly that one, and go on to save the
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -29,12 +31,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import Failures, Job, Small, begin, campaign, fault_of, newest_sound, steps_of
+from benchmarks.recovery.common import (
+    FLAGS,
+    Failures,
+    Small,
+    begin,
+    campaign,
+    checkpoints_of,
+    fault_of,
+    newest_sound,
+    steps_of,
+)
+from benchmarks.recovery.jobs import Job
+from benchmarks.recovery.power_loss import faults_in
 
 CALLS = [
     *("openat", "write", "pwrite64", "writev", "ftruncate", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync"),
     *("rename", "renameat", "renameat2", "mkdir", "mkdirat", "symlink", "symlinkat", "unlink", "unlinkat", "rmdir"),
 ]
+START_CALLS = ("mkdir", "openat", "flock", "write", "fsync", "rename")
+START_NAMES = ["", ".lock", "config.yaml", "plan.json", "environment.json"]
+START_NAMES += ["checkpoints", *(f".tmp-{name}" for name in START_NAMES[2:])]
 SCENARIOS = {"first save": 0, "later save": 1, "save that removes": 3}  # checkpoints made before
 TRACED = ",".join([*CALLS, "mmap"])
 
@@ -47,16 +64,20 @@ def _wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+def wait_to_be_told(folder: Path) -> None:
+    """Say that this process is ready, and wait until it is traced."""
+    (folder / f"ready-{os.environ.get('RANK', '0')}").touch()
+    _wait_for(folder / "go")
+
+
 def save_when_told(folder: Path, steps: list[int]) -> None:
-    """Get ready (imports that come late included), wait for ``go``, save, and note each save that has returned."""
-    rank = os.environ.get("RANK", "0")
+    """Get ready (imports that come late included), save when told, and note each save that has returned."""
     Small(folder / "warm").save(1, best=True)
     small = Small(folder)
-    (folder / f"ready-{rank}").touch()
-    _wait_for(folder / "go")
+    wait_to_be_told(folder)
     for step in steps:
         small.save(step, best=step % 2 == 0)
-        if rank == "0":
+        if os.environ.get("RANK", "0") == "0":
             (folder / f"returned-{step}").touch()
 
 
@@ -70,7 +91,7 @@ def load_and_go_on(folder: Path, last: int) -> None:
 def inspect_crash(folder: Path, count: int, last: int) -> str:
     """What is wrong after a kill, `last` being the last step that was to be saved; an empty string if nothing."""
     visible = steps_of(folder)
-    faults = [fault for step in visible if (fault := fault_of(folder / "checkpoints" / f"step-{step:08d}"))]
+    faults = [fault for saved in checkpoints_of(folder) if (fault := fault_of(saved))]
     if faults:
         return f"visible, but not sound: {'; '.join(faults)}"
     returned = max([int(path.name.removeprefix("returned-")) for path in folder.glob("returned-*")], default=0)
@@ -100,10 +121,9 @@ def with_saves(folder: Path, count: int, before: int) -> None:
     (folder / "go").unlink()
 
 
-def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[str]) -> list[int] | None:
-    """Exit statuses of processes that save `steps`, `rank` under strace with `flags`."""
-    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, steps))
-    for other in range(count):
+def strace(job: Job, folder: Path, rank: int, flags: list[str]) -> list[int] | None:
+    """Exit statuses of a job whose processes wait to be told in `folder`; `rank` is under strace with `flags`."""
+    for other in range(job.count):
         _wait_for(folder / f"ready-{other}")
     tracer = subprocess.Popen(["strace", "-f", "-p", str(job.pids()[rank]), *flags], stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
@@ -111,10 +131,15 @@ def strace(folder: Path, count: int, rank: int, steps: list[int], flags: list[st
         if tracer.poll() is not None:
             raise RuntimeError("strace could not attach; it needs ptrace")
     (folder / "go").touch()
-    statuses = job.wait(20)
+    statuses = job.wait(60)
     job.end()
     tracer.communicate(timeout=20)
     return statuses
+
+
+def killed_at(call: str, number: int) -> list[str]:
+    """Flags of strace that kill a process as it enters the `number`-th such call."""
+    return ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
 
 
 def crash(folder: Path, template: Path, case: tuple[int, int, int, str], number: int) -> tuple[bool, str]:
@@ -123,8 +148,8 @@ def crash(folder: Path, template: Path, case: tuple[int, int, int, str], number:
     shutil.copytree(template, folder, symlinks=True)
     for ready in folder.glob("ready-*"):
         ready.unlink()
-    flags = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull]
-    statuses = strace(folder, count, rank, [before + 1], flags)
+    job = Job([], count, folder / "said.txt", work=lambda: save_when_told(folder, [before + 1]))
+    statuses = strace(job, folder, rank, killed_at(call, number))
     fault = inspect_crash(folder, count, before + 1)
     if not fault and before and newest_sound(folder) is None:
         fault = "nothing sound is left"
@@ -157,6 +182,30 @@ def crash_points(folder: Path, every: int, calls: list[str]) -> tuple[list[dict[
     return rows, failures
 
 
+def first_start(folder: Path, every: int, calls: list[str]) -> tuple[dict[str, Any], Failures]:
+    """Kill a whole train.py at every system call on what it writes into a new run folder, and start it again."""
+    failures, kills = Failures(), 0
+    for call in calls:
+        number, survived = 1, False
+        while not survived:
+            place = folder / f"start-{call}-{number}"
+            place.mkdir()
+            flags = [*FLAGS, "--max-steps", "1", "--run-dir", str(place / "run")]
+            paths = [word for name in START_NAMES for word in ("-P", str(place / "run" / name))]
+            job = Job(flags, 1, place / "said.txt", hook=lambda rank, place=place: wait_to_be_told(place))  # type: ignore[misc]
+            survived = strace(job, place, 0, [*paths, *killed_at(call, number)]) == [0]
+            kills += not survived
+            job = Job(flags, 1, place / "said.txt")
+            statuses = job.wait(60)
+            job.end()
+            if statuses != [0] or newest_sound(place / "run") != 1:
+                failures.add(f"first start killed at {call} number {number}: then {statuses}: {place}")
+            else:
+                shutil.rmtree(place)
+            number += every
+    return {"part": "first start", "processes": 1, "killed": "rank 0", "kills": kills, "bad": len(failures)}, failures
+
+
 def save_for_ever(folder: Path) -> None:
     """Save one step after the other."""
     small, step = Small(folder), 0
@@ -178,7 +227,7 @@ def random_kills(folder: Path, trials: int, dice: random.Random) -> tuple[dict[s
         job.send(signal.SIGKILL, "all")
         job.end()
         within += any(place.glob("checkpoints/.tmp-*"))
-        last = max([0, *(int(p.name[-8:]) for p in place.glob("checkpoints/*step-*"))])
+        last = max([0, *map(int, re.findall(r"step-(\d{8})", " ".join(os.listdir(place / "checkpoints"))))])
         if fault := inspect_crash(place, 1, last):
             failures.add(f"random kill {number} after {delay:.3f} s: {fault}: {place}")
         else:
@@ -187,80 +236,12 @@ def random_kills(folder: Path, trials: int, dice: random.Random) -> tuple[dict[s
     return {"part": part, "processes": 1, "killed": "rank 0", "kills": trials, "bad": len(failures)}, failures
 
 
-class Disk:
-    """What a power failure could take, followed call by call of a trace."""
-
-    def __init__(self, root: str):
-        self.root, self.faults = root, list[str]()
-        self._dirty, self._names = set[str](), dict[str, set[str]]()  # files; names by the folder they were made in
-
-    def _name(self, path: str) -> None:
-        self._names.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
-
-    def _lost(self, folder: str) -> list[str]:
-        inside = [path for path in self._dirty if path.startswith(f"{folder}/")]
-        return inside + [f"{folder}/{name}" for name in self._names.get(folder, ())]
-
-    def _uncommitted(self) -> list[str]:
-        return [name for name in self._names.get(f"{self.root}/checkpoints", ()) if name.startswith("step-")]
-
-    def take(self, line: str) -> None:
-        """Follow one line of ``strace -f -y``."""
-        match = re.match(r"\d+ +(\w+)\((.*)\) += (\d+)(?:<([^>]*)>)?", line)
-        if match is None:
-            return
-        call, arguments, _, opened = match.groups()
-        paths = re.findall(r'"([^"]*)"', arguments)
-        held = re.findall(r"\d+<([^>]*)>", arguments)
-        if call == "openat" and "O_CREAT" in arguments:
-            self._create(opened)
-        elif call in ("write", "pwrite64", "writev", "ftruncate"):
-            self._dirty |= set(held[:1])
-        elif call == "mmap" and "MAP_SHARED" in arguments and "PROT_WRITE" in arguments:
-            self._dirty |= set(held)
-        elif call in ("fsync", "fdatasync"):
-            self._dirty.discard(held[0])
-            self._names.pop(held[0], None)
-        elif call == "mkdir":
-            self._name(paths[0])
-        elif call.startswith("rename"):
-            self._rename(*paths[-2:])
-        elif call in ("unlink", "unlinkat", "rmdir") and (lost := self._uncommitted()):
-            self.faults.append(f"something older was removed before {lost} were durable")
-
-    def _create(self, path: str) -> None:
-        self._name(path)
-        lost = [other for other in self._dirty if os.path.dirname(other) == os.path.dirname(path)]
-        if os.path.basename(path) == "manifest.json" and lost:
-            self.faults.append(f"the manifest was begun before {lost} were durable")
-        if path.startswith(f"{self.root}/returned-") and (lost := self._uncommitted()):
-            self.faults.append(f"a save returned before the names {lost} were durable")
-        self._dirty.add(path)
-
-    def _rename(self, old: str, new: str) -> None:
-        if os.path.basename(new).startswith("step-") and (lost := self._lost(old)):
-            self.faults.append(f"{os.path.basename(new)} got its name before {lost} were durable")
-        for path in [path for path in self._dirty if path == old or path.startswith(f"{old}/")]:
-            self._dirty.remove(path)
-            self._dirty.add(new + path.removeprefix(old))
-        self._names[new] = self._names.pop(old, set())
-        self._names.get(os.path.dirname(old), set()).discard(os.path.basename(old))
-        self._name(new)
-
-
-def faults_in(trace: list[str], root: str) -> list[str]:
-    """What a power failure could have spoilt in the course of a trace."""
-    disk = Disk(root)
-    for line in trace:
-        disk.take(line)
-    return disk.faults
-
-
 def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     """Trace four saves and check the order of writes, fsyncs and renames."""
     place, file = folder / "traced", folder / "trace.txt"
     place.mkdir()
-    statuses = strace(place, 1, 0, [1, 2, 3, 4], ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
+    job = Job([], 1, place / "said.txt", work=lambda: save_when_told(place, [1, 2, 3, 4]))
+    statuses = strace(job, place, 0, ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
     trace = file.read_text().splitlines()
     failures = Failures()
     for fault in faults_in(trace, str(place)):
@@ -268,26 +249,27 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     if statuses != [0]:
         failures.add(f"power loss: the traced saves ended with {statuses}: {place}/said.txt")
     root = re.escape(f"{place}/checkpoints")
-    fsyncs = [n for n, line in enumerate(trace) if re.search(rf"\bfsync\(\d+<{root}/\.tmp-", line)]
-    renames = [n for n, line in enumerate(trace) if re.search(r"\brename", line) and "/.tmp-" in line]
-    fsyncs += [
-        next((n for n in range(renamed, len(trace)) if re.search(rf"\bfsync\(\d+<{root}>", trace[n])), renamed)
-        for renamed in renames
-    ]
-    before = len(faults_in(trace, str(place)))
-    seen = sum(len(faults_in(trace[:n] + trace[n + 1 :], str(place))) > before for n in fsyncs)
-    if len(renames) < 4 or seen < len(fsyncs):
-        failures.add(f"power loss: of {len(fsyncs)} fsyncs left out, {seen} were missed: {file}")
-    return {"part": f"power loss ({seen} of {len(fsyncs)} left-out fsyncs seen)", "bad": len(failures)}, failures
+    commits = [n for n, line in enumerate(trace) if re.search(rf'\brename.*"{root}/step-[^/"]*"[^"]* = 0', line)]
+    left_out = [{n} for n, line in enumerate(trace) if re.search(rf"\bfsync\(\d+<{root}/\.tmp-step", line)]
+    for commit, following in itertools.pairwise([*commits, len(trace)]):  # the links' fsync does for the commit's too
+        left_out.append({n for n in range(commit, following) if re.search(rf"\bfsync\(\d+<{root}>", trace[n])})
+    before, seen = faults_in(trace, str(place)), 0
+    for fsyncs in left_out:
+        seen += faults_in([line for n, line in enumerate(trace) if n not in fsyncs], str(place)) != before
+    if len(commits) != 4 or seen < len(left_out):
+        failures.add(f"power loss: of {len(left_out)} fsyncs left out, {seen} were missed: {file}")
+    return {"part": f"power loss ({seen} of {len(left_out)} left-out fsyncs seen)", "bad": len(failures)}, failures
 
 
 def run(trials: int, seed: int, folder: Path, every: int = 1, calls: list[str] | None = None) -> dict[str, Any]:
-    """All three parts; rows of a table, and failures."""
+    """All four parts; rows of a table, and failures."""
     begin(folder)
     lint, failures = power_loss(folder)
     rows, more = crash_points(folder, every, calls or CALLS)
+    start, start_failures = first_start(folder, every, calls or [*START_CALLS])
     killed, random_failures = random_kills(folder, trials, random.Random(seed))
-    return {"rows": [*rows, killed, lint], "failures": [*failures, *more, *random_failures]}
+    failures += [*more, *start_failures, *random_failures]
+    return {"rows": [*rows, start, killed, lint], "failures": failures}
 
 
 def more_flags(parser: argparse.ArgumentParser) -> None:

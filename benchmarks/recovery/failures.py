@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import FLAGS, Failures, Job, begin, campaign, replace_everywhere, run_training
+from benchmarks.recovery.common import FLAGS, Failures, begin, campaign
+from benchmarks.recovery.jobs import Job, replace_everywhere, run_training
 
 TIMEOUT, ALLOWED = 10, 15.0
 REASONS = {  # what a rank does, and the words that tell it

@@ -6,8 +6,8 @@ Each trial draws a phase (import, set-up, first batch, step, accumulation, save,
 and SIGINT, one or two processes, and whether one or all get it. In forked processes the signal is sent from within a
 function that runs in that phase; in the phase `import` to real processes as soon as torch's libraries are mapped. All
 must end within 60 s with status 0, with a sound checkpoint of no fewer steps than had been made (at most two more; of
-the first step if it came before the training) and the marker written after it; the same command must then remove the
-marker and end in the uninterrupted state.
+the first step if the signal came before the training) and the marker written after it; the same command must then
+remove the marker and end in the uninterrupted state.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from benchmarks.recovery.common import (
     FLAGS,
     STEPS,
     Failures,
-    Job,
     begin,
     campaign,
+    checkpoints_of,
     final_digest,
-    folder_of,
     newest_sound,
     reference,
-    replace_everywhere,
 )
+from benchmarks.recovery.jobs import Job, replace_everywhere
 
 SECONDS = 60
 PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in it, and the calls of which one is hit
@@ -47,7 +46,7 @@ PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in
     "step": (("cifar_dist.engine.train_step", "cifar_dist.control.agree"), 2, STEPS - 2),
     "accumulation": (("cifar_dist.ordering.micro_batch_slice",), 2, 2 * STEPS - 2),
     "save": (("cifar_dist.durable.fsync",), 1, 9),
-    "evaluation": (("cifar_dist.engine.any_of",), 1, 1),
+    "evaluation": (("cifar_dist.control.any_of",), 1, 2),
 }
 
 
@@ -126,7 +125,7 @@ def after_signal(run_dir: Path, made: int, most: int, statuses: list[int] | None
         return f"{made} steps had been made, the newest checkpoint is of {newest}, not {most} at most"
     if newest < STEPS and not marker.exists():
         return "no REQUEUE"
-    saved = folder_of(run_dir, newest) / "manifest.json"
+    saved = checkpoints_of(run_dir)[-1] / "manifest.json"
     if marker.exists() and marker.stat().st_mtime_ns < saved.stat().st_mtime_ns:
         return "REQUEUE is older than the checkpoint"
     return ""

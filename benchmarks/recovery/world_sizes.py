@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery.common import Failures, Job, begin, campaign, replace_everywhere
+from benchmarks.recovery.common import Failures, begin, campaign
+from benchmarks.recovery.jobs import Job, replace_everywhere
 
 FLAGS = shlex.split(
     "--dataset digits --model test_vit --img-size 32 --wandb disabled --epochs 2 --batch-size 96 --micro-batch-size 16"
