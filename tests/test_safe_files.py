@@ -286,7 +286,7 @@ def test_an_image_that_asks_for_a_program_is_refused(trace, tmp_path, monkeypatc
         Image.open(io.BytesIO(content)).load()
     assert trace.exists()
     trace.unlink()
-    said = refusal(decode_image, {"bytes": content, "path": None}, "row 0")
+    said = refusal(decode_image, {"bytes": content, "path": None}, lambda: "row 0")
     assert said.startswith("row 0 cannot be decoded (it is none of PNG, JPEG, WEBP, ")
     assert not trace.exists()
 
@@ -295,8 +295,8 @@ def test_an_image_that_asks_for_a_program_is_refused(trace, tmp_path, monkeypatc
     ("path", "said"), [("/dev/zero", "not a file"), ("/nowhere.png", "no such file"), ("/", "not a file")]
 )
 def test_a_row_that_names_no_file_is_refused(path, said, little_memory):
-    message = refusal(decode_image, {"bytes": None, "path": path}, "row 0")
-    assert message.startswith(f"row 0 ({path}) cannot be decoded ({said})")
+    message = refusal(decode_image, {"bytes": None, "path": path}, lambda: "row 0")
+    assert message.startswith(f"row 0 ({path}) cannot be decoded ({path}: {said})")
 
 
 def test_scripts_beside_parquet_are_not_run(parquet_folder, trace, config):  # noqa: F811

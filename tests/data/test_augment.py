@@ -261,7 +261,7 @@ def test_bicubic_is_clipped_in_each_channel_by_its_own_bounds():
     theirs = torch.stack([TF.to_tensor(picture) for picture in pictures])
     theirs = TF.normalize(theirs, list(input.mean), list(input.std))
     in_greys = (ours - theirs).abs() * torch.tensor(input.std)[:, None, None] * 255
-    assert in_greys.max() < 1.01
+    assert in_greys.max() < 1.1  # PIL rounds after each pass
 
 
 def test_no_resize_keeps_channels_last():
