@@ -232,7 +232,10 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
     with closing(batches), closing(speaker) as tracker:
         tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
-        meter, heartbeat = Meter(accelerator, plan.batch_size), Heartbeat(job.run_dir)
+        meter, heartbeat = (
+            Meter(accelerator, plan.batch_size),
+            Heartbeat(job.run_dir, writes=accelerator.is_main_process),
+        )
         began = time.perf_counter() - state.seconds
 
         stopped = False
@@ -251,8 +254,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                 state.advance(verdict.bad, time.perf_counter() - began)
                 stopped, saves = verdict.stop, verdict.save or pace.saves_at(state.step)
                 tracker.advance(state.step)
-                if accelerator.is_main_process:
-                    heartbeat.beat(state)
+                heartbeat.beat(state)
                 if plan.logs_at(state.step, run.log_every) and meter.steps:
                     tracker.training(state.step, meter.read(batches.take_waits()) | facts(accelerator, state, lr))
             with meter.paused():

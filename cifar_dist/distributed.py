@@ -24,6 +24,7 @@ from accelerate.utils import (
     set_seed,
 )
 
+from cifar_dist import peers
 from cifar_dist.errors import FAILURE_STATUS, UsageError
 from cifar_dist.launch import prepare_environment
 
@@ -63,6 +64,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     if launch.on_cpu:
         keep_freed_memory()
     launch.check(accelerator.num_processes, accelerator.distributed_type)
+    peers.remember(gather(accelerator, peers.me()))
     return accelerator
 
 

@@ -18,7 +18,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from cifar_dist import peers
+
 FAILURE_STATUS = 1
+GRACE_SECONDS = 5.0  # for the others, once one process has failed
 USAGE_STATUS = 2
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -80,18 +83,24 @@ def _speaks() -> bool:
 
 def leave(status: int, message: str) -> NoReturn:
     """Print one line, on the process that speaks for its job or its node, and exit with `status`."""
-    if _speaks():
+    spoke = _speaks()
+    if spoke:
         _print(f"error: {message}")
-    _exit(status)
+    _exit(status, spoke)
 
 
-def _exit(status: int) -> NoReturn:
-    """Leave at once from a group: taking its threads down in order can hang or abort when others have gone."""
+def _exit(status: int, first: bool = False) -> NoReturn:
+    """Leave at once from a group: taking its threads down in order can hang or abort when others have gone.
+
+    The first to fail sees to it that none is left behind.
+    """
     rank = _group_rank()
     if rank is None:
         sys.exit(status)
     if rank == 0:
         time.sleep(0.5)  # it may hold the store that the others ask who failed first
+    if first:
+        peers.end_those_left(GRACE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -140,10 +149,20 @@ def _crash(error: Exception) -> NoReturn:
     """End one of several processes: with its traceback if it is the first that fails, else in a line."""
     if isinstance(error, RuntimeError) and _group_rank() is not None:
         time.sleep(0.5)  # if it comes from another process's end, let that come to an end
-    if _speaks():
+    spoke = _speaks()
+    if spoke:
         sys.excepthook(type(error), error, error.__traceback__)  # torch's, which names the rank in every line
+        absent = peers.absent()
+        reason = f"{absent}; so" if absent else "failed:"
+        at = f" in {peers.place}" if peers.place else ""
+        _print(f"{reason} {type(error).__name__}{at}: {_first_words(error)}")
     else:
         time.sleep(0.3)  # the first one's words come first
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition(". ")[0])  # without gloo's source file and advice
-        _print(f"ended too ({type(error).__name__}: {reason:.120})".replace("\n", " "))
-    _exit(FAILURE_STATUS)
+        _print(f"ended too ({type(error).__name__}: {_first_words(error)})")
+    _exit(FAILURE_STATUS, spoke)
+
+
+def _first_words(error: Exception) -> str:
+    """Without gloo's source file and advice, in one line."""
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition(". ")[0])
+    return f"{reason:.120}".replace("\n", " ")

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from cifar_dist import peers
 from cifar_dist.train_state import TrainState
 
 _FILE = "progress.json"
@@ -15,15 +16,21 @@ _EVERY_SECONDS = 1.0
 
 
 class Heartbeat:
-    """Writes how far the run has come, at most once a second; not durably, since it only serves the accounts."""
+    """Writes how far the run has come, at most once a second; not durably, since it only serves the accounts.
 
-    def __init__(self, run_dir: Path):
-        self._path, self._last = run_dir / _FILE, 0.0
+    Args:
+        run_dir: the run's folder.
+        writes: whether this process does; the others only know it for themselves.
+    """
+
+    def __init__(self, run_dir: Path, writes: bool):
+        self._path, self._writes, self._last = run_dir / _FILE, writes, 0.0
 
     def beat(self, state: TrainState) -> None:
         """Note where the run stands."""
+        peers.now_at(f"step {state.step}")
         now = time.monotonic()
-        if now - self._last >= _EVERY_SECONDS:
+        if self._writes and now - self._last >= _EVERY_SECONDS:
             self._last = now
             aside = self._path.with_name(f".tmp-{_FILE}")
             aside.write_text(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)}) + "\n")

@@ -344,7 +344,9 @@ def test_the_store_going_with_rank_0_costs_no_pages(tmp_path):
     status, said = finished(by_hand(0, port, tmp_path, "crash0"), by_hand(1, port, tmp_path, "crash0"))
     assert status == [1, 1]
     first, second = said[: said.index("launched.py: rank 1")], said[said.index("launched.py: rank 1") :]
-    assert all(line.startswith("[rank0]: ") for line in first.splitlines()), said
+    *pages, last = first.splitlines()
+    assert all(line.startswith("[rank0]: ") for line in pages), said
+    assert last == "launched.py: rank 0: failed: ZeroDivisionError: on one rank"
     assert len(second.splitlines()) == 1 and second.startswith("launched.py: rank 1: ended too (RuntimeError: ")
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
+    {"peers"},
     {"errors", "policy_string", "stop_request"},
     {"config", "ordering", "durable"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
