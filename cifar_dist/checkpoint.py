@@ -113,12 +113,12 @@ def _whole_weights(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def _write(aside: Path, trained: Trained, state: TrainState, whole: tuple[dict[str, Any], ...]) -> Files:
-    """This process's files, durably; their sizes and hashes."""
+    """This process's files, durably, with their sizes and hashes."""
     parallel = trained.parallel
     own = aside / f"process-{parallel.accelerator.process_index}.safetensors"
     save_tensors(_own_state(trained), own)
     if not parallel.accelerator.is_main_process:
-        return store.measure([own])
+        return store.settle([own])
     weights, averaged, optimizer_state = whole
     save_tensors(weights, aside / "model.safetensors")
     if averaged:
@@ -127,7 +127,7 @@ def _write(aside: Path, trained: Trained, state: TrainState, whole: tuple[dict[s
     save_json(encode(optimizer_state, "", tensors), aside / "optimizer.json")
     save_tensors(tensors, aside / "optimizer.safetensors")
     save_json({"state": asdict(state), "scaler": parallel.scaler_state()}, aside / "state.json")
-    return store.measure(path for path in aside.iterdir() if path == own or not path.name.startswith("process-"))
+    return store.settle(path for path in aside.iterdir() if path == own or not path.name.startswith("process-"))
 
 
 def _commit(root: Path, aside: Path, best: bool, facts: dict[str, Any], keep_last: int) -> None:

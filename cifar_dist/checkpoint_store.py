@@ -76,11 +76,15 @@ class Stored:
                 raise Damaged(f"{name} has another sha256 than when it was written")
 
 
-def measure(paths: Iterable[Path]) -> Files:
-    """Sizes and hashes of files, for `commit`."""
+def settle(paths: Iterable[Path]) -> Files:
+    """Make written files durable and tell their sizes and hashes, both at once: what `commit` is to be given."""
     paths = list(paths)
     with ThreadPoolExecutor(4) as pool:
-        return {path.name: found for path, found in zip(paths, pool.map(_measured, paths), strict=True) if found}
+        durable = [pool.submit(fsync, path) for path in paths]
+        found = dict(zip((path.name for path in paths), pool.map(_measured, paths), strict=True))
+        for each in durable:
+            each.result()
+    return {name: measured for name, measured in found.items() if measured}
 
 
 def _measured(path: Path) -> dict[str, Any] | None:
@@ -106,7 +110,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def commit(root: Path, aside: Path, best: bool, facts: dict[str, Any]) -> Stored:
-    """Give the folder that `begin` made, with durable files in it, its manifest and its name, in one rename.
+    """Give the folder that `begin` made, with settled files in it, its manifest and its name, in one rename.
 
     Args:
         root: the run's folder of checkpoints.

@@ -14,10 +14,9 @@ from cifar_dist.errors import UsageError
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write named tensors as safetensors, readable like other files (safetensors makes them private), and durably."""
+    """Write named tensors as safetensors, readable like other files (safetensors makes them private); not durably."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     path.chmod(0o644)
-    fsync(path)
 
 
 def save_json(value: Any, path: Path) -> None:

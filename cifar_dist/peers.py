@@ -68,23 +68,23 @@ def end_those_left(grace_seconds: float) -> None:
     """
     if others := _here():
         ranks = [f"{rank}:{pid}" for rank, pid in others.items()]
-        command = [sys.executable, "-I", "-S", __file__, str(grace_seconds), Path(sys.argv[0]).name, *ranks]
+        started = f"{Path(sys.argv[0]).name}: "
+        where = f" in {place}" if place else ""
+        command = [sys.executable, "-I", "-S", __file__, str(grace_seconds), started, where, *ranks]
         with suppress(OSError):
             subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _wait_and_kill(grace_seconds: float, program: str, others: dict[int, int]) -> None:
+def _wait_and_kill(grace_seconds: float, started: str, where: str, others: dict[int, int]) -> None:
     limit = time.monotonic() + grace_seconds
     while (left := {rank: pid for rank, pid in others.items() if _state(pid)}) and time.monotonic() < limit:
         time.sleep(0.1)
     for rank, pid in left.items():
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-            print(
-                f"{program}: rank {rank} (process {pid}) did not end within {grace_seconds:g} s of that: killed",
-                file=sys.stderr,
-            )
+            print(f"{started}rank {rank} (process {pid}) did not answer{where} and was killed", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    _wait_and_kill(float(sys.argv[1]), sys.argv[2], {int(r): int(p) for r, p in (a.split(":") for a in sys.argv[3:])})
+    pairs = (pair.split(":") for pair in sys.argv[4:])
+    _wait_and_kill(float(sys.argv[1]), sys.argv[2], sys.argv[3], {int(rank): int(pid) for rank, pid in pairs})

@@ -229,7 +229,7 @@ def commit_weights(folder, weights, best):
     shutil.rmtree(root, ignore_errors=True)
     aside = checkpoint_store.begin(root, 20)
     save_file(weights, aside / "model.safetensors")
-    files = checkpoint_store.measure([aside / "model.safetensors"])
+    files = checkpoint_store.settle([aside / "model.safetensors"])
     checkpoint_store.commit(root, aside, best, {"step": 20, "num_processes": 1, "files": files})
 
 
