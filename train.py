@@ -188,7 +188,8 @@ def resume(job: Job, trained: Trained) -> TrainState:
     seed_process(accelerator, job.config.run.seed, state.step)
     if found is not None:
         state = checkpoint.load(found, trained)
-        on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
+        lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
+        accelerator.print(f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
     return state
 
 
@@ -262,6 +263,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                     judgement = assess(job, trained, state, evaluator, val, tracker)
                     saves, best, stopped = True, judgement is True, judgement is None
                 if saves or stopped:
+                    tracker.sync()
                     job.save(trained, state, best)
 
         if stopped:

@@ -158,13 +158,14 @@ def recorded_data_mode(run_dir: Path) -> str | None:
     return read_json(path).get("data_mode") if path.is_file() else None
 
 
-def note_resumption(run_dir: Path, lost: dict[str, float]) -> None:
+def note_resumption(run_dir: Path, lost: dict[str, float]) -> dict[str, float]:
     """Add to this start's entry in ``environment.json`` where the run goes on and what was lost; see `lost_work`."""
     path = run_dir / "environment.json"
     environment = read_json(path)
     if environment.get("restarts"):
         environment["restarts"][-1] |= lost
     replace_text(path, json.dumps(environment, indent=1) + "\n")
+    return lost
 
 
 def ask_for_requeue(run_dir: Path, reason: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
+from cifar_dist.durable import replace_text
 from cifar_dist.plan import Plan
 from cifar_dist.wandb_run import Mirror
 
@@ -34,6 +35,9 @@ class Silent:
 
     def evaluation(self, step: int, scores: dict[str, float], best: bool) -> None:
         """Record nothing."""
+
+    def sync(self) -> None:
+        """Make nothing durable."""
 
     def close(self) -> None:
         """Close nothing."""
@@ -111,6 +115,10 @@ class Tracker(Silent):
             raise
         self._mirror.log(record, step)
 
+    def sync(self) -> None:
+        """Make the log durable, so that it knows all steps of a checkpoint that is."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush everything and finish the W&B run."""
         try:
@@ -138,6 +146,4 @@ def _forget_after(log: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    aside = log.with_suffix(".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, log)
+    replace_text(log, "".join(kept))
