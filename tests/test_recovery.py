@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from benchmarks.recovery import crash_points, damage, kill_resume, signals, world_sizes
+from benchmarks.recovery import crash_points, damage, endurance, kill_resume, signals, world_sizes
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not there")
 
@@ -16,9 +16,9 @@ def restored(monkeypatch):
 
 
 def test_killed_at_any_time_a_run_ends_as_if_nobody_had_touched_it(tmp_path):
-    found = kill_resume.run(4, seed=5, folder=tmp_path)
+    found = kill_resume.run(2, seed=5, folder=tmp_path)
     assert not found["failures"]
-    assert found["rows"][0]["kills of all"] + found["rows"][0]["kills of one"] > 2
+    assert found["rows"][0]["kills of all"] + found["rows"][0]["kills of one"] > 0
 
 
 def test_the_digest_sees_random_streams_that_are_not_put_back(tmp_path):
@@ -29,7 +29,7 @@ def test_the_digest_sees_random_streams_that_are_not_put_back(tmp_path):
 
 @needs_strace
 def test_a_process_that_dies_in_a_system_call_of_a_save_leaves_only_sound_checkpoints(tmp_path):
-    assert not crash_points.run(5, seed=0, folder=tmp_path, every=25, calls=["fsync", "rename"])["failures"]
+    assert not crash_points.run(3, seed=0, folder=tmp_path, every=40, calls=["fsync", "rename"])["failures"]
 
 
 def test_damage_is_noticed_said_and_passed_over(tmp_path):
@@ -37,7 +37,7 @@ def test_damage_is_noticed_said_and_passed_over(tmp_path):
 
 
 def test_signals_in_every_phase(tmp_path):
-    assert not signals.run(4, seed=3, folder=tmp_path)["failures"]
+    assert not signals.run(2, seed=3, folder=tmp_path)["failures"]
 
 
 def test_other_numbers_of_processes_see_the_same_samples(tmp_path):

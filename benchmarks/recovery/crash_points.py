@@ -43,7 +43,7 @@ from benchmarks.recovery.common import (
     steps_of,
 )
 from benchmarks.recovery.jobs import Job
-from benchmarks.recovery.power_loss import faults_in
+from benchmarks.recovery.power_loss import faults_in, whole_lines
 
 CALLS = [
     *("openat", "write", "pwrite64", "writev", "ftruncate", "chmod", "fchmod", "fchmodat", "fsync", "fdatasync"),
@@ -242,7 +242,7 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     place.mkdir()
     job = Job([], 1, place / "said.txt", work=lambda: save_when_told(place, [1, 2, 3, 4]))
     statuses = strace(job, place, 0, ["-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(file)])
-    trace = file.read_text().splitlines()
+    trace = whole_lines(file.read_text().splitlines())
     failures = Failures()
     for fault in faults_in(trace, str(place)):
         failures.add(f"power loss: {fault}: {file}")

@@ -70,6 +70,20 @@ class Disk:
         self._name(new)
 
 
+def whole_lines(trace: list[str]) -> list[str]:
+    """Calls of several threads, which strace begins and ends in lines of their own, as one line each: at their end."""
+    begun, found = dict[str, str](), []
+    for line in trace:
+        thread = line.split()[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif match := re.match(r"\d+ +<\.\.\. \w+ resumed>(.*)", line):
+            found.append(begun.pop(thread, "") + match[1])
+        else:
+            found.append(line)
+    return found
+
+
 def faults_in(trace: list[str], root: str) -> list[str]:
     """What a power failure could have spoilt in the course of a trace."""
     disk = Disk(root)
