@@ -246,7 +246,7 @@ def test_a_service_that_stands_still_does_not_keep_the_process(tmp_path):
     with subprocess.Popen(command, env=own_environment(), stdout=subprocess.PIPE, text=True) as process:
         service = int(process.stdout.readline())
         try:
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=120) == 0
         finally:
             process.kill()
             os.kill(service, signal.SIGCONT)  # it holds our end of the pipe; its parent has gone, so it ends
