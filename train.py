@@ -24,7 +24,6 @@ from timm.utils import ModelEmaV3
 from cifar_dist import checkpoint
 from cifar_dist.batches import Batches
 from cifar_dist.checkpoint import Trained
-from cifar_dist.checkpoint_store import Stored
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.control import Verdict, Wish
@@ -183,13 +182,13 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
 def resume(job: Job, trained: Trained) -> TrainState:
     """Put back the newest sound checkpoint, if there is one, and say where the run stands and what it lost."""
     accelerator, run_dir = job.accelerator, job.run_dir
-    found: Stored | None = checkpoint.resume_point(accelerator, run_dir)
-    state = TrainState() if found is None else checkpoint.state_of(found)
-    seed_process(accelerator, job.config.run.seed, state.step)
-    if found is not None:
-        state = checkpoint.load(found, trained)
-        lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
-        accelerator.print(f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
+    found = checkpoint.resume_point(accelerator, run_dir)
+    seed_process(accelerator, job.config.run.seed, 0 if found is None else found.step)
+    if found is None:
+        return TrainState()
+    state = checkpoint.load(found, trained)
+    lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
+    accelerator.print(f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
     return state
 
 
@@ -233,10 +232,8 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
     with closing(batches), closing(speaker) as tracker:
         tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
-        meter, heartbeat = (
-            Meter(accelerator, plan.batch_size),
-            Heartbeat(job.run_dir, writes=accelerator.is_main_process),
-        )
+        meter = Meter(accelerator, plan.batch_size)
+        heartbeat = Heartbeat(job.run_dir, writes=accelerator.is_main_process)
         began = time.perf_counter() - state.seconds
 
         stopped = False

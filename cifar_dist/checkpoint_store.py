@@ -124,6 +124,7 @@ def commit(root: Path, aside: Path, best: bool, facts: dict[str, Any]) -> Stored
     manifest = {"format": FORMAT, "serial": serial, **facts, "best_step": best_step}
     digest = _digest(manifest)
     save_json(manifest | {"digest": digest}, aside / _MANIFEST)
+    fsync(aside / _MANIFEST)
     fsync(aside)
     folder = root / _name(facts["step"])
     if folder.exists():  # the same step again, with its evaluation: the older one stays until this one is there

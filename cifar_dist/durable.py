@@ -20,9 +20,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def save_json(value: Any, path: Path) -> None:
-    """Write JSON durably."""
+    """Write JSON; not durably."""
     path.write_text(json.dumps(value, indent=1))
-    fsync(path)
 
 
 def replace_text(path: Path, text: str) -> None:

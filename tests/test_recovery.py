@@ -30,6 +30,7 @@ def test_the_digest_sees_random_streams_that_are_not_put_back(tmp_path):
 @needs_strace
 def test_a_process_that_dies_in_a_system_call_of_a_save_leaves_only_sound_checkpoints(tmp_path):
     crash_points.begin(tmp_path)
+    assert not crash_points.power_loss(tmp_path)[1]
     rows, failures = crash_points.crash_points(tmp_path, 40, ["fsync", "rename"])
     assert not failures
     assert sum(row["kills"] for row in rows) >= 4

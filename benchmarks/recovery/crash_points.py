@@ -257,7 +257,7 @@ def power_loss(folder: Path) -> tuple[dict[str, Any], Failures]:
     for fsyncs in left_out:
         seen += faults_in([line for n, line in enumerate(trace) if n not in fsyncs], str(place)) != before
     if len(commits) != 4 or seen < len(left_out):
-        failures.add(f"power loss: of {len(left_out)} fsyncs left out, {seen} were missed: {file}")
+        failures.add(f"power loss: of {len(left_out)} fsyncs left out, only {seen} were noticed: {file}")
     return {"part": f"power loss ({seen} of {len(left_out)} left-out fsyncs seen)", "bad": len(failures)}, failures
 
 
