@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,20 +200,26 @@ def read_manifest(folder: Path) -> Stored:
         raise Damaged(f"{_MANIFEST} cannot be read ({error})") from None
 
 
-def committed(root: Path) -> Iterator[Stored]:
-    """Checkpoints whose manifests are sound, the newest first."""
-    found = []
+def _manifests(root: Path) -> tuple[list[Stored], dict[Path, str]]:
+    """Checkpoints whose manifests are sound, the newest first, and what is wrong with those of others."""
+    found: list[Stored] = []
+    wrong: dict[Path, str] = {}
     for folder in root.glob("step-*"):
         try:
             found.append(read_manifest(folder))
-        except Damaged:
-            continue
-    yield from sorted(found, key=lambda stored: stored.serial, reverse=True)
+        except Damaged as error:
+            wrong[folder] = str(error)
+    return sorted(found, key=lambda stored: stored.serial, reverse=True), wrong
+
+
+def committed(root: Path) -> list[Stored]:
+    """Checkpoints whose manifests are sound, the newest first."""
+    return _manifests(root)[0]
 
 
 def latest_manifest(root: Path) -> Stored | None:
     """The newest checkpoint by its manifest alone."""
-    return next(committed(root), None)
+    return next(iter(committed(root)), None)
 
 
 def holds_any(root: Path) -> bool:
@@ -227,14 +233,8 @@ def choose(root: Path) -> tuple[Stored | None, dict[Path, str]]:
     Raises:
         UsageError: there is one of another version of the format.
     """
-    wrong: dict[Path, str] = {}
-    candidates = []
-    for folder in root.glob("step-*"):
-        try:
-            candidates.append(read_manifest(folder))
-        except Damaged as error:
-            wrong[folder] = str(error)
-    for stored in sorted(candidates, key=lambda stored: stored.serial, reverse=True):
+    candidates, wrong = _manifests(root)
+    for stored in candidates:
         try:
             stored.verify()
             return stored, wrong
@@ -264,14 +264,11 @@ def find(root: Path, which: str) -> Stored:
         )
     if which == "last" or last.best_step == last.step:
         return last
-    for stored in committed(root):
-        if stored.step == last.best_step:
-            try:
-                stored.verify()
-                return stored
-            except Damaged as error:
-                reason = f"{stored.folder} is damaged ({error})"
-                break
-    else:
-        reason = f"{root.parent} has no checkpoint '{which}'"
-    raise UsageError(f"{reason}; name another with --checkpoint.")
+    best = next((stored for stored in committed(root) if stored.step == last.best_step), None)
+    if best is None:
+        raise UsageError(f"{root.parent} has no checkpoint '{which}'; name another with --checkpoint.")
+    try:
+        best.verify()
+    except Damaged as error:
+        raise UsageError(f"{best.folder} is damaged ({error}); name another with --checkpoint.") from None
+    return best
