@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from benchmarks.recovery import crash_points, damage, kill_resume, signals, world_sizes
+from benchmarks.recovery import crash_points, damage, endurance, kill_resume, signals, world_sizes
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not there")
 
@@ -46,3 +46,9 @@ def test_signals_in_every_phase(tmp_path):
 
 def test_other_numbers_of_processes_see_the_same_samples(tmp_path):
     assert not world_sizes.run(1, seed=0, folder=tmp_path)["failures"]
+
+
+def test_saves_leave_no_descriptors_threads_or_memory_behind(tmp_path):
+    found = endurance.run(60, seed=0, folder=tmp_path, pairs=0)
+    assert len(found["rows"]) == 2
+    assert not [failure for failure in found["failures"] if "skipping" not in failure]  # that one is timed

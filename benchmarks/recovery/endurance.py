@@ -175,7 +175,7 @@ def skip_a_million(seed: int, failures: Failures) -> dict[str, Any]:
     """Begin a stream after 10^6 samples; a row with the seconds to its first batch."""
     rows, batch = 1_200_000, 128
     labels = np.zeros(rows, dtype=np.int64)
-    data = NoFiles(None, "train", labels, np.full(120, rows // 120), np.ones(rows, dtype=bool), 32, 16384)  # type: ignore[arg-type]
+    data = NoFiles(None, "train", None, labels, np.full(120, rows // 120), np.ones(rows, dtype=bool), 32, 16384)  # type: ignore[arg-type]
     flags = f"--model cnn4 --data-mode stream --batch-size {batch} --epochs 2 --seed {seed}"
     config = parse_command_line(shlex.split(flags)).config
     plan = make_plan(config, Sizes(rows, 0, None, 10, 0, 0, 0, 0), 1)
