@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_wandb_run(monkeypatch):
+    """A W&B run that an earlier test of this process let hang, as its subject, is nothing to the next one."""
+    if "wandb" in sys.modules:
+        monkeypatch.setattr(sys.modules["wandb"], "run", None)
 
 
 def _real(variable: str) -> Path:

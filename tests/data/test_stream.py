@@ -258,7 +258,7 @@ def test_damaged_images_are_counted_not_how_often_they_come(tmp_path, capsys):
     assert "--skip-corrupt 1 allows no more" in batches.lost
     for process in range(3):  # a row that only fills up a batch counts where it is real
         batches, plan, _ = batches_of(
-            folder, "--val-fraction", "0", "--skip-corrupt", "2", process=process, processes=3
+            folder, "--val-fraction", "0", "--skip-corrupt", "2", "--epochs", "1", process=process, processes=3
         )
         own = [batches._own(step) for step in range(plan.steps_per_epoch)]
         real = {int(row) for rows, weights in own for row in rows[weights > 0]}
