@@ -66,6 +66,7 @@ from cifar_dist.run_folder import (
     recorded_data_mode,
     run_lock,
 )
+from cifar_dist.saver import Saver
 from cifar_dist.stop_request import StopRequest
 from cifar_dist.stream_batches import make_batches
 from cifar_dist.tracking import Silent, Tracker
@@ -115,8 +116,9 @@ def main() -> None:
         lock = run_lock(run_dir)
         on_main(accelerator, lambda: create_run_dir(lock, config, plan, belongs))
         pace = Pace(config.run)
+        saver = Saver(run_dir, accelerator, pace, config.run.keep_last)
         with StopRequest(pace.time_is_up) as request:
-            train(Job(config, plan, accelerator, run_dir, request, pace), data, model)
+            train(Job(config, plan, accelerator, run_dir, request, pace, saver), data, model)
         lock.release()
     finish(accelerator)
 
@@ -131,15 +133,16 @@ class Job:
     run_dir: Path
     request: StopRequest
     pace: Pace
+    saver: Saver
 
     def wish(self) -> Wish:
         """What this process would have all do after a step."""
-        return Wish(stop=bool(self.request.reason), save=self.pace.wants_save)
+        return Wish(stop=bool(self.request.reason), save=self.pace.wants_save, writing=self.saver.writing)
 
-    def save(self, trained: Trained, state: TrainState, best: bool = False) -> None:
-        """Commit a checkpoint."""
-        with self.pace.timing("save"):
-            checkpoint.save(self.run_dir, trained, state, best, self.config.run.keep_last)
+    def save_at_once(self, trained: Trained, state: TrainState) -> None:
+        """Commit a checkpoint before anything else."""
+        self.saver.save(trained, state)
+        self.saver.finish()
 
 
 def claim(config: Config) -> Path:
@@ -167,14 +170,14 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
         UsageError: there were no data for it; the last good state is saved.
     """
     if verdict.lost:
-        job.save(trained, state)
+        job.save_at_once(trained, state)
         raise UsageError(first_failure(job.accelerator, batches.lost or ""))
     lr = max(group["lr"] for group in trained.parallel.optimizer.param_groups)
     notice = on_main(
         job.accelerator, lambda: note_bad_step(job.run_dir, state.step, lr, batches.sample_ids(state.step))
     )
     if job.config.run.on_nan == "stop" or not state.may_skip:
-        job.save(trained, state)
+        job.save_at_once(trained, state)
         raise Diverged(f"{notice}; lower --lr, set --clip-grad, or --on-nan skip.")
     return f"skipped     {notice}"
 
@@ -242,13 +245,15 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
             if not state.owes_evaluation(plan):  # a run that was stopped within one begins with it
                 lr = schedule.apply(state.step)
                 trained.parallel.model.train()
-                with pace.timing("step"):
+                with pace.step():
                     share, verdict = train_step(stepper, batches(state.step), job.wish)
                 if verdict.bad:
                     tracker.say(decline(job, trained, state, batches, verdict))
                 else:
                     meter.add(share)
                     trained.average()
+                if not verdict.writing:
+                    job.saver.finish()
                 state.advance(verdict.bad, time.perf_counter() - began)
                 stopped, saves = verdict.stop, verdict.save or pace.saves_at(state.step)
                 tracker.advance(state.step)
@@ -261,8 +266,9 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                     saves, best, stopped = True, judgement is True, judgement is None
                 if saves or stopped:
                     tracker.sync()
-                    job.save(trained, state, best)
+                    job.saver.save(trained, state, best)
 
+        job.saver.finish()
         if stopped:
             reason = first_failure(accelerator, job.request.reason)
             on_main(accelerator, lambda: ask_for_requeue(job.run_dir, reason))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how a training is written into one, and how it is put back.
+"""What a checkpoint holds: how it is taken from a training, and put back.
 
 A folder of `checkpoint_store` holds ``model.safetensors``, ``ema.safetensors`` (when kept), ``optimizer.safetensors``
 and ``optimizer.json``, all of them whole whatever the engine, ``process-R.safetensors`` with what only process R has
@@ -9,12 +9,10 @@ process.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,13 +22,11 @@ from timm.utils import ModelEmaV3
 
 from cifar_dist import checkpoint_store as store
 from cifar_dist.checkpoint_store import Damaged, Files, Stored
-from cifar_dist.distributed import first_failure, gather, on_main, shared_buffers
+from cifar_dist.distributed import first_failure, on_main, shared_buffers
 from cifar_dist.durable import decode, encode, save_json, save_tensors
-from cifar_dist.errors import Diverged, UsageError
+from cifar_dist.errors import UsageError, first_line
 from cifar_dist.parallel import Replicated
 from cifar_dist.train_state import TrainState
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,89 +47,59 @@ class Trained:
             self.ema.update(self.parallel.module)
 
 
-def save(run_dir: Path, trained: Trained, state: TrainState, best: bool, keep_last: int = 2) -> None:
-    """Commit a checkpoint; then drop all but the newest `keep_last` and the best one.
+@dataclass(frozen=True)
+class Contents:
+    """What one process has to write of a checkpoint, all of it in copies: files' contents by name without suffix."""
 
-    Raises:
-        Diverged: a weight is not finite; nothing is written.
-        UsageError: the file system refused on some process (full, read-only), on all of them alike; the
-            checkpoints before it are intact.
-    """
-    accelerator = trained.parallel.accelerator
-    root = run_dir / "checkpoints"
-    if not best and on_main(accelerator, lambda: _holds(root, state)):
-        return
-    whole = (*_whole_weights(trained), trained.parallel.optimizer_state())
-    finite = all(bool(tensor.isfinite().all()) for tensor in whole[0].values())
-    if not on_main(accelerator, lambda: finite):
-        raise Diverged(f"weights are not finite after step {state.step}; lower --lr or set --clip-grad.")
-    aside, failure = on_main(accelerator, lambda: _attempt(lambda: store.begin(root, state.step)))
-    files: Files = {}
-    if aside is not None:
-        written = gather(accelerator, _attempt(lambda: _write(aside, trained, state, whole)))
-        failure = next(filter(None, (found for _, found in written)), "")
-        files = {name: facts for found, _ in written for name, facts in (found or {}).items()}
-    if aside is not None and not failure:
-        facts = {"step": state.step, "num_processes": accelerator.num_processes, "files": files}
-        _, failure = on_main(accelerator, lambda: _attempt(lambda: _commit(root, aside, best, facts, keep_last)))
-    if failure:
-        on_main(accelerator, lambda: shutil.rmtree(aside or "", ignore_errors=True))
-        raise UsageError(
-            f"--run-dir {run_dir}: the checkpoint of step {state.step} could not be saved ({failure}); older ones are"
-            " intact."
-        )
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, Any]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no weight is infinite or not a number."""
+        return all(map(_finite, self.tensors.get("model", {}).values()))
+
+    def write(self, folder: Path) -> Files:
+        """Write the files, durably; their sizes and hashes."""
+        paths = []
+        for name, tensors in self.tensors.items():
+            save_tensors(tensors, folder / f"{name}.safetensors")
+            paths.append(folder / f"{name}.safetensors")
+        for name, value in self.texts.items():
+            save_json(value, folder / f"{name}.json")
+            paths.append(folder / f"{name}.json")
+        return store.settle(paths)
 
 
-def _holds(root: Path, state: TrainState) -> bool:
-    last = store.latest_manifest(root)
-    return last is not None and last.step == state.step and state_of(last) == state
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
-    """What `work` returns, and why it failed at the file system or an empty string."""
-    try:
-        return work(), ""
-    except (OSError, SafetensorError) as error:
-        return None, _first_line(error)
-
-
-def _whole_weights(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """On the main process: copies of the model's weights and the average's (empty if none is kept).
-
-    Statistics (BatchNorm) are the processes' mean.
-    """
-    accelerator, copies = trained.parallel.accelerator, []
-    average = {} if trained.ema is None else {trained.ema.module: trained.ema.module.state_dict}
-    for module, whole in {trained.parallel.module: trained.parallel.weights, **average}.items():
-        with shared_buffers(accelerator, module):
-            found = whole()
-            if accelerator.is_main_process:
-                copies.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()})
-    return tuple(copies + [{}] * (2 - len(copies)))  # type: ignore[return-value]
-
-
-def _write(aside: Path, trained: Trained, state: TrainState, whole: tuple[dict[str, Any], ...]) -> Files:
-    """This process's files, durably, with their sizes and hashes."""
+def contents(trained: Trained, state: TrainState) -> Contents:
+    """Copy what this process has to write: its own state, and on the main process what is whole."""
     parallel = trained.parallel
-    own = aside / f"process-{parallel.accelerator.process_index}.safetensors"
-    save_tensors(_own_state(trained), own)
+    whole = {"model": (parallel.module, parallel.weights)}
+    if trained.ema is not None:
+        whole["ema"] = (trained.ema.module, trained.ema.module.state_dict)
+    tensors = {}
+    for name, (module, weights) in whole.items():
+        with shared_buffers(parallel.accelerator, module):  # statistics (BatchNorm) are the processes' mean
+            tensors[name] = _copies(parallel.accelerator, weights())
+    moments: dict[str, torch.Tensor] = {}
+    settings = encode(parallel.optimizer_state(), "", moments)
+    tensors["optimizer"] = _copies(parallel.accelerator, moments)
+    own = {f"process-{parallel.accelerator.process_index}": _own_state(trained)}
     if not parallel.accelerator.is_main_process:
-        return store.settle([own])
-    weights, averaged, optimizer_state = whole
-    save_tensors(weights, aside / "model.safetensors")
-    if averaged:
-        save_tensors(averaged, aside / "ema.safetensors")
-    tensors: dict[str, torch.Tensor] = {}
-    save_json(encode(optimizer_state, "", tensors), aside / "optimizer.json")
-    save_tensors(tensors, aside / "optimizer.safetensors")
-    save_json({"state": asdict(state), "scaler": parallel.scaler_state()}, aside / "state.json")
-    return store.settle(path for path in aside.iterdir() if path == own or not path.name.startswith("process-"))
+        return Contents(own, {})
+    counters = {"state": asdict(state), "scaler": parallel.scaler_state()}
+    return Contents(own | tensors, {"optimizer": settings, "state": counters})
 
 
-def _commit(root: Path, aside: Path, best: bool, facts: dict[str, Any], keep_last: int) -> None:
-    stored = store.commit(root, aside, best, facts)
-    store.point(root, stored)
-    store.prune(root, keep_last, stored.best_step)
+def _copies(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not accelerator.is_main_process:
+        return {}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Its sum is finite only if all of it is, and takes a tenth of the time; a sum of huge numbers may overflow."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def exists(run_dir: Path) -> bool:
@@ -227,7 +193,7 @@ def _read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
 
 def _unreadable(folder: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"checkpoint {folder} does not fit this run ({_first_line(error)}); restore it, or start afresh in another"
+        f"checkpoint {folder} does not fit this run ({first_line(error)}); restore it, or start afresh in another"
         " --run-dir."
     )
 
@@ -258,10 +224,6 @@ def load_weights(stored: Stored) -> dict[str, torch.Tensor]:
     return load_file(stored.folder / ("ema.safetensors" if averaged else "model.safetensors"))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _own_buffers(trained: Trained) -> dict[str, torch.Tensor]:
     """Buffers in which processes differ: BatchNorm statistics of their own micro-batches."""
     modules = {"model": trained.parallel.module, "ema": None if trained.ema is None else trained.ema.module}
@@ -278,7 +240,7 @@ def _own_state(trained: Trained) -> dict[str, torch.Tensor]:
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["random.cuda"] = torch.cuda.get_rng_state()
-    return states | _own_buffers(trained)
+    return states | {name: buffer.to("cpu", copy=True) for name, buffer in _own_buffers(trained).items()}
 
 
 def _put_back_own_state(trained: Trained, states: dict[str, torch.Tensor]) -> None:

@@ -16,21 +16,24 @@ class Verdict:
         bad: the loss, or the gradient of the global batch, is not finite on some process.
         stop: some process was asked to stop.
         save: some process's clock says that a checkpoint is due.
+        writing: some process is still writing the last one.
         lost: some process has no more data; the step is refused as a bad one.
     """
 
     bad: bool
     stop: bool
     save: bool
+    writing: bool
     lost: bool
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What this process would have the others do after the step: stop, save a checkpoint."""
+    """What this process would have the others do after the step: stop, save, let it write its checkpoint first."""
 
     stop: bool = False
     save: bool = False
+    writing: bool = False
 
 
 def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -> Verdict:
@@ -42,12 +45,12 @@ def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -
         wish: what this process would have the others do.
         lost: whether this process has no data.
     """
-    others = (lost, wish.stop, wish.save)
+    others = (lost, wish.stop, wish.save, wish.writing)
     flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in others)])
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    bad_anywhere, lost, stop, save = (flag > 0 for flag in flags.tolist())
-    return Verdict(bad=bad_anywhere or lost, stop=stop, save=save, lost=lost)
+    bad_anywhere, lost, stop, save, writing = (flag > 0 for flag in flags.tolist())
+    return Verdict(bad=bad_anywhere or lost, stop=stop, save=save, writing=writing, lost=lost)
 
 
 def any_of(accelerator: Accelerator, wish: bool) -> bool:

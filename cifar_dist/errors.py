@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import NoReturn
 
 from cifar_dist import peers
@@ -33,6 +34,12 @@ class UsageError(Exception):
 
 class Diverged(Exception):
     """Training produced numbers that are not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without its further lines, for the middle of a sentence; its type if it says nothing."""
+    line = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(". ")
+    return shorten(line, 300, placeholder=" …")
 
 
 def did_you_mean(word: str, known: list[str], count: int = 3) -> str:

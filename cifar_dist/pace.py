@@ -26,17 +26,22 @@ class Pace:
         self._limit = None if config.time_limit is None else seconds_of(config.time_limit)
         self._shown = config.time_limit
         self._saved = time.monotonic()
-        self._longest = {"step": 0.0, "save": 0.0}
+        self._longest_step = self._longest_save = 0.0
 
     @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Around a ``step`` or a ``save``: the longest so far tells how early to leave."""
+    def step(self) -> Iterator[None]:
+        """Around a step: the longest so far tells how early to leave."""
         began = time.monotonic()
         yield
-        ended = time.monotonic()
-        self._longest[what] = max(self._longest[what], ended - began)
-        if what == "save":
-            self._saved = ended
+        self._longest_step = max(self._longest_step, time.monotonic() - began)
+
+    def save_begins(self) -> None:
+        """The training is being copied: the next checkpoint is due a full interval from now."""
+        self._saved = time.monotonic()
+
+    def save_ends(self) -> None:
+        """The checkpoint is committed: the longest so far tells how early to leave."""
+        self._longest_save = max(self._longest_save, time.monotonic() - self._saved)
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`, by the number of steps."""
@@ -52,6 +57,6 @@ class Pace:
         if self._limit is None:
             return ""
         share, most = _FIRST_RESERVE
-        reserve = 3 * self._longest["save"] or min(share * self._limit, most)
+        reserve = 3 * self._longest_save or min(share * self._limit, most)
         left = STARTED + self._limit - time.monotonic()
-        return f"--time-limit {self._shown}" if left < reserve + 2 * self._longest["step"] else ""
+        return f"--time-limit {self._shown}" if left < reserve + 2 * self._longest_step else ""

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 
 INIT_SECONDS = 20.0  # for W&B's server to take the run, before it is kept offline
 FINISH_SECONDS = 30.0  # that the end of a run waits for W&B; more than INIT_SECONDS
@@ -50,14 +50,14 @@ def _mode(config: Config) -> tuple[str, str]:
     try:
         import wandb
     except Exception as error:
-        return "offline", _reason(error)
+        return "offline", first_line(error)
     no_key, broken = "", ""
     try:
         no_key = "" if wandb.login(prompt=False, verify=False) else "no API key is configured"
     except wandb.Error as error:
-        no_key = broken = _reason(error)
+        no_key = broken = first_line(error)
     except Exception as error:  # no fault of the key's
-        broken = _reason(error)
+        broken = first_line(error)
     if no_key and asked:
         raise UsageError(f"--wandb {asked}: {no_key}; run wandb login, or take --wandb offline.")
     return "offline" if no_key or broken else "online", broken
@@ -116,7 +116,7 @@ class Mirror:
             if not self._left_out:
                 run.finish()
         except Exception as error:  # whatever it is, it is W&B's
-            self._leave_out(_reason(error))
+            self._leave_out(first_line(error))
 
     def _start(self) -> Any:
         """Open the run's W&B run (the same one again after a resume); offline where online takes too long."""
@@ -125,7 +125,7 @@ class Mirror:
             try:
                 return _init(self._run_dir, self._config, "online")
             except Exception as error:  # no network, a key that is refused, a server that is ill
-                problem = _reason(error)
+                problem = first_line(error)
                 _forget_attempt()
         run = _init(self._run_dir, self._config, "offline")
         self._offline = True
@@ -203,10 +203,6 @@ def _do_not_wait_at_exit() -> None:
 
 def _sync_command(run_dir: Path) -> str:
     return f"wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def log_report(run_dir: Path, config: Config, step: int, metrics: dict[str, Any], pictures: dict[str, Path]) -> None:

@@ -21,6 +21,7 @@ from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.train_state import TrainState
+from tests.saving import save
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def everything(whole):
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path, accelerator):
     whole = trained(accelerator, steps=4)
     state = TrainState(step=4, best_top1=0.5, best_step=2, patience_top1=0.4, epochs_without_gain=1, seconds=2.5)
-    checkpoint.save(tmp_path, whole, state, best=True)
+    save(tmp_path, whole, state, best=True)
     advance(whole, accelerator, 3)
     other = trained(accelerator, seed=1, steps=1)
     resume(tmp_path, other)
@@ -82,7 +83,7 @@ def test_last_and_best_hold_model_safetensors_and_others_are_dropped(tmp_path, a
     for step, best in ((1, True), (2, True), (3, False), (4, False)):
         advance(whole, accelerator, 1)
         weights[step] = {k: v.clone() for k, v in whole.parallel.model.state_dict().items()}
-        checkpoint.save(tmp_path, whole, TrainState(step=step), best, keep_last=1)
+        save(tmp_path, whole, TrainState(step=step), best, keep_last=1)
     root = tmp_path / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["best", "last", "step-00000002", "step-00000004"]
     for which, step in (("last", 4), ("best", 2)):
@@ -95,7 +96,7 @@ def test_last_and_best_hold_model_safetensors_and_others_are_dropped(tmp_path, a
 
 def test_the_average_is_what_gets_evaluated(tmp_path, accelerator):
     whole = trained(accelerator, steps=3)
-    checkpoint.save(tmp_path, whole, TrainState(step=3), best=True)
+    save(tmp_path, whole, TrainState(step=3), best=True)
     found = checkpoint.load_weights(checkpoint.find(tmp_path, "best"))
     assert all(torch.equal(found[k], v) for k, v in whole.ema.module.state_dict().items())
 
@@ -103,14 +104,14 @@ def test_the_average_is_what_gets_evaluated(tmp_path, accelerator):
 @pytest.mark.parametrize("failing", ["durable.save_file", "durable.os.fsync", "checkpoint_store.os.replace"])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, accelerator, monkeypatch, failing):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"cifar_dist.{failing}", full)
     with pytest.raises(UsageError, match=r"No space left on device.*older ones are intact"):
-        checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
+        save(tmp_path, whole, TrainState(step=2), best=True)
     monkeypatch.undo()
     assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "last", "step-00000001"]
@@ -135,10 +136,10 @@ def truncate(path):
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_taken(tmp_path, accelerator, capfd, file, damage):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     expected = {name: tensor.clone() for name, tensor in everything(whole).items()}
     advance(whole, accelerator, 1)
-    checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
+    save(tmp_path, whole, TrainState(step=2), best=True)
     root = tmp_path / "checkpoints"
     damage(root / "step-00000002" / file)
     assert checkpoint.find(tmp_path, "best").step == 1  # who only reads changes nothing
@@ -149,14 +150,14 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_taken(tmp_p
     found = everything(whole)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     for step in (2, 3, 4):
-        checkpoint.save(tmp_path, whole, TrainState(step=step), best=False)
+        save(tmp_path, whole, TrainState(step=step), best=False)
     assert checkpoint.find(tmp_path, "last").step == 4
     assert len(list(root.glob("damaged-*"))) == 1
 
 
 def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     flip(tmp_path / "checkpoints" / "last" / "model.safetensors")
     for _ in range(2):
         assert checkpoint.exists(tmp_path)
@@ -168,7 +169,7 @@ def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path, accelerator):
 
 def test_a_dangling_link_is_no_fresh_start(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     assert checkpoint.exists(tmp_path)
     with pytest.raises(UsageError, match="no sound checkpoint"):
@@ -178,7 +179,7 @@ def test_a_dangling_link_is_no_fresh_start(tmp_path, accelerator):
 def test_a_damaged_best_one_is_not_scored_in_silence(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
     for step, best in ((1, True), (2, False), (3, False)):
-        checkpoint.save(tmp_path, whole, TrainState(step=step), best)
+        save(tmp_path, whole, TrainState(step=step), best)
     flip(tmp_path / "checkpoints" / "best" / "model.safetensors")
     assert checkpoint.find(tmp_path, "last").step == 3
     with pytest.raises(UsageError, match=r"step-00000001 is damaged .*model.safetensors.*--checkpoint"):
@@ -187,7 +188,7 @@ def test_a_damaged_best_one_is_not_scored_in_silence(tmp_path, accelerator):
 
 def test_left_overs_of_a_killed_save_are_swept_and_nothing_else(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     root = tmp_path / "checkpoints"
     for name in (".tmp-step-00000002-aa", ".del-step-00000000-bb", "notes", "damaged-step-00000009-cc"):
         (root / name).mkdir()
@@ -199,7 +200,7 @@ def test_left_overs_of_a_killed_save_are_swept_and_nothing_else(tmp_path, accele
 def test_the_newest_and_the_best_are_kept(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
     for step in range(1, 8):
-        checkpoint.save(tmp_path, whole, TrainState(step=step), best=step == 2, keep_last=3)
+        save(tmp_path, whole, TrainState(step=step), best=step == 2, keep_last=3)
     root = tmp_path / "checkpoints"
     assert sorted(path.name for path in root.glob("step-*")) == [f"step-{step:08d}" for step in (2, 5, 6, 7)]
     assert (root / "best").resolve().name == "step-00000002"
@@ -209,9 +210,9 @@ def test_a_step_saved_again_with_its_evaluation_replaces_itself(tmp_path, accele
     """As after a stop within an evaluation; at no moment is there less than before."""
     whole = trained(accelerator, steps=1)
     state = TrainState(step=1)
-    checkpoint.save(tmp_path, whole, state, best=False)
+    save(tmp_path, whole, state, best=False)
     state.judge({"top1": 0.5, "loss": 1.0}, 0.0)
-    checkpoint.save(tmp_path, whole, state, best=False)
+    save(tmp_path, whole, state, best=False)
     found = checkpoint.find(tmp_path, "last")
     assert checkpoint.state_of(found) == state
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [found.folder.name]
@@ -219,17 +220,17 @@ def test_a_step_saved_again_with_its_evaluation_replaces_itself(tmp_path, accele
 
 def test_a_vanished_run_folder_is_not_made_again(tmp_path, accelerator):
     with pytest.raises(UsageError, match=r"could not be saved .*No such file"):
-        checkpoint.save(tmp_path / "gone", trained(accelerator, steps=1), TrainState(step=1), best=True)
+        save(tmp_path / "gone", trained(accelerator, steps=1), TrainState(step=1), best=True)
     assert not (tmp_path / "gone").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     with torch.no_grad():
         whole.parallel.model[0].weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(Diverged, match="not finite after step 2"):
-        checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
+        save(tmp_path, whole, TrainState(step=2), best=True)
     assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 1
 
 
@@ -253,7 +254,7 @@ def test_every_optimizer_of_timm_goes_on_exactly(tmp_path, accelerator, opt):
         run.parallel.optimizer.zero_grad()
 
     step(runs[0])
-    checkpoint.save(tmp_path, runs[0], TrainState(step=1), best=True)
+    save(tmp_path, runs[0], TrainState(step=1), best=True)
     resume(tmp_path, runs[1])
     for run in runs:
         step(run)
@@ -263,7 +264,7 @@ def test_every_optimizer_of_timm_goes_on_exactly(tmp_path, accelerator, opt):
 
 def test_moments_keep_their_parameters_memory_layout(tmp_path, accelerator):
     whole = trained(accelerator, steps=2)
-    checkpoint.save(tmp_path, whole, TrainState(step=2), best=True)
+    save(tmp_path, whole, TrainState(step=2), best=True)
     other = trained(accelerator, seed=1)
     resume(tmp_path, other)
     weight = other.parallel.model[0].weight
@@ -273,7 +274,7 @@ def test_moments_keep_their_parameters_memory_layout(tmp_path, accelerator):
 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path, accelerator):
     whole = trained(accelerator, steps=1)
-    checkpoint.save(tmp_path, whole, TrainState(step=1), best=True)
+    save(tmp_path, whole, TrainState(step=1), best=True)
     path = tmp_path / "checkpoints" / "last" / "manifest.json"
     manifest = json.loads(path.read_text()) | {"format": 99}
     del manifest["digest"]

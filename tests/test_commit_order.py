@@ -1,23 +1,26 @@
 """In which order a checkpoint becomes durable, visible and the only one, and that all processes see the same."""
 
 import os
+import threading
 import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 
 from cifar_dist import checkpoint, checkpoint_store
 from cifar_dist.checkpoint import Trained
-from cifar_dist.config import OptimConfig
+from cifar_dist.config import OptimConfig, RunConfig
 from cifar_dist.distributed import start
 from cifar_dist.errors import UsageError
 from cifar_dist.optim import make_optimizer
+from cifar_dist.pace import Pace
 from cifar_dist.parallel import Replicated
+from cifar_dist.saver import Saver
 from cifar_dist.train_state import TrainState
 from tests.ranks import Ranks
+from tests.saving import save
 
 
 def small(accelerator):
@@ -31,8 +34,8 @@ def whole():
     return small(Accelerator(cpu=True))
 
 
-def save(folder, whole, step, **settings):
-    checkpoint.save(folder, whole, TrainState(step=step), settings.pop("best", False), **settings)
+def saved(folder, whole, step, **settings):
+    save(folder, whole, TrainState(step=step), **settings)
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def naming(calls, root, step):
 
 
 def test_a_checkpoint_appears_in_one_rename(tmp_path, whole, calls):
-    save(tmp_path, whole, 1)
+    saved(tmp_path, whole, 1)
     place = naming(calls, tmp_path / "checkpoints", 1)
     assert "/.tmp-step-00000001-" in calls[place][1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".tmp")] == []
@@ -76,7 +79,7 @@ def test_a_checkpoint_appears_in_one_rename(tmp_path, whole, calls):
 def test_everything_is_durable_before_it_has_a_name(tmp_path, whole, calls):
     root = tmp_path / "checkpoints"
     for step in (1, 2, 3):
-        save(tmp_path, whole, step, keep_last=1)
+        saved(tmp_path, whole, step, keep_last=1)
     for step in (1, 2, 3):
         place = naming(calls, root, step)
         _, aside, _, files = calls[place]
@@ -87,7 +90,7 @@ def test_everything_is_durable_before_it_has_a_name(tmp_path, whole, calls):
 
 
 def test_the_manifest_is_written_last(tmp_path, whole, calls):
-    save(tmp_path, whole, 1)
+    saved(tmp_path, whole, 1)
     files = [os.path.basename(call[1]) for call in calls if call[0] == "fsync" and "." in os.path.basename(call[1])[1:]]
     assert files.count("manifest.json") == 1
     assert files[-1] == "manifest.json"
@@ -95,44 +98,75 @@ def test_the_manifest_is_written_last(tmp_path, whole, calls):
 
 def test_pruning_comes_after_the_commit(tmp_path, whole, monkeypatch):
     for step in (1, 2):
-        save(tmp_path, whole, step, keep_last=1)
+        saved(tmp_path, whole, step, keep_last=1)
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint_store, "save_json", full)
     with pytest.raises(UsageError, match="No space left"):
-        save(tmp_path, whole, 3, keep_last=1)
+        saved(tmp_path, whole, 3, keep_last=1)
     assert checkpoint.find(tmp_path, "last").step == 2
 
 
 def test_pruning_counts_sound_ones_only(tmp_path, whole):
     for step in (1, 2, 3):
-        save(tmp_path, whole, step, keep_last=2)
+        saved(tmp_path, whole, step, keep_last=2)
     (tmp_path / "checkpoints" / "step-00000003" / "manifest.json").write_text("{")
-    save(tmp_path, whole, 4, keep_last=2)
+    saved(tmp_path, whole, 4, keep_last=2)
     assert [stored.step for stored in checkpoint_store.committed(tmp_path / "checkpoints")] == [4, 2]
 
 
-def test_what_is_saved_is_a_copy(tmp_path, whole, monkeypatch):
-    """So that it may be written while training goes on."""
-    write, expected = checkpoint._write, whole.parallel.module.weight.detach().clone()
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, whole, monkeypatch):
+    """What is written is the training at the time of saving, and there is no checkpoint before all of it is written."""
+    parallel, may_write, write = whole.parallel, threading.Event(), checkpoint.Contents.write
+    parallel.model(torch.ones(1, 4)).sum().backward()
+    parallel.optimizer.step()
+    live = {"weight": parallel.module.weight, **parallel.optimizer.state[parallel.module.weight]}
+    expected = {name: tensor.detach().clone() for name, tensor in live.items()}
 
     def late(*arguments):
-        with torch.no_grad():
-            whole.parallel.module.weight.zero_()
+        assert may_write.wait(10)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write", late)
-    save(tmp_path, whole, 1)
-    found = load_file(checkpoint.find(tmp_path, "last").folder / "model.safetensors")["weight"]
-    assert torch.equal(found, expected)
+    monkeypatch.setattr(checkpoint.Contents, "write", late)
+    keeper = Saver(tmp_path, parallel.accelerator, Pace(RunConfig()))
+    keeper.save(whole, TrainState(step=1))
+    with torch.no_grad():
+        for tensor in live.values():
+            tensor.zero_()
+    assert keeper.writing
+    assert checkpoint_store.committed(tmp_path / "checkpoints") == []
+    may_write.set()
+    keeper.finish()
+    assert not keeper.writing
+    checkpoint.load(checkpoint.find(tmp_path, "last"), whole)
+    for name, tensor in {"weight": parallel.module.weight, **parallel.optimizer.state[parallel.module.weight]}.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert "exp_avg" in expected
+
+
+def test_what_other_processes_are_writing_is_left_alone(tmp_path, whole, monkeypatch):
+    """A file that another process has not given its name yet would be gone by the time it is hashed."""
+    begin = checkpoint_store.begin
+
+    def busy(*arguments):
+        folder = begin(*arguments)
+        (folder / ".tmpOther").touch()
+        (folder / "process-1.safetensors").touch()
+        return folder
+
+    monkeypatch.setattr(checkpoint_store, "begin", busy)
+    saved(tmp_path, whole, 1)
+    assert sorted(checkpoint.find(tmp_path, "last").files) == [
+        "model.safetensors", "optimizer.json", "optimizer.safetensors", "process-0.safetensors", "state.json"
+    ]  # fmt: skip
 
 
 def test_the_newest_is_the_one_committed_last(tmp_path, whole):
     """Whatever folders are called and whatever a copy has done to their times."""
     for step in (5, 3):
-        save(tmp_path, whole, step)
+        saved(tmp_path, whole, step)
     os.utime(tmp_path / "checkpoints" / "step-00000003", (1, 1))
     found, wrong = checkpoint_store.choose(tmp_path / "checkpoints")
     assert (found.step, wrong) == (3, {})
@@ -148,7 +182,7 @@ def test_a_slow_process_is_waited_for(tmp_path):
             save_tensors(*arguments)
 
         checkpoint.save_tensors = slow
-        save(tmp_path, whole, 1)
+        saved(tmp_path, whole, 1)
         found = checkpoint.find(tmp_path, "last")
         return sorted(name for name in found.files if name.startswith("process"))
 
@@ -165,7 +199,7 @@ def test_one_process_commits(tmp_path):
             return commit(*arguments)
 
         checkpoint_store.commit = counted
-        save(tmp_path, whole, 1)
+        saved(tmp_path, whole, 1)
         return len(made)
 
     assert Ranks(work, 2).check().results == [1, 0]
@@ -177,7 +211,7 @@ def test_all_processes_take_the_same_one(tmp_path):
     def work():
         whole = small(start("fp32"))
         for step in (1, 2):
-            save(tmp_path, whole, step)
+            saved(tmp_path, whole, step)
         verify = checkpoint_store.Stored.verify
 
         def fails(self, names=None):

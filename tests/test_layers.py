@@ -17,7 +17,7 @@ LAYERS = [
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
     {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
-    {"engine", "report", "stream_batches"},
+    {"engine", "report", "saver", "stream_batches"},
     {"preview"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))

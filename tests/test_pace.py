@@ -38,10 +38,11 @@ def test_checkpoints_by_steps_and_by_the_clock(clock):
     assert not by_clock.wants_save
     clock[0] += 1
     assert by_clock.wants_save
-    with by_clock.timing("save"):
-        clock[0] += 20
+    by_clock.save_begins()
+    clock[0] += 20
     assert not by_clock.wants_save
-    clock[0] += 600
+    by_clock.save_ends()
+    clock[0] += 580
     assert by_clock.wants_save
 
 
@@ -51,9 +52,10 @@ def test_a_run_leaves_in_time_to_save(clock):
     assert run.time_is_up() == ""
     clock[0] = 1000 + 3600 - 59  # no checkpoint was timed yet: a minute
     assert run.time_is_up() == "--time-limit 1h"
-    with run.timing("save"):
-        clock[0] += 4
-    with run.timing("step"):
+    run.save_begins()
+    clock[0] += 4
+    run.save_ends()
+    with run.step():
         clock[0] += 2
     clock[0] = 1000 + 3600 - 3 * 4 - 2 * 2 - 1
     assert run.time_is_up() == ""

@@ -28,6 +28,7 @@ from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.train_state import TrainState
 from tests.ranks import Ranks
+from tests.saving import save
 from tests.test_engine import INPUT, images
 from tests.test_same_training import RECIPE, of, run
 from tests.test_train import records
@@ -50,7 +51,7 @@ def test_a_checkpoint_that_one_process_cannot_write_fails_on_all(tmp_path, monke
     def work():
         accelerator, model = start("fp32"), small_model()
         trained = Trained(Replicated(accelerator, model, make_optimizer(model, OptimConfig()), None), None)
-        checkpoint.save(tmp_path, trained, TrainState(step=1), best=True)
+        save(tmp_path, trained, TrainState(step=1), best=True)
         save_tensors = checkpoint.save_tensors
 
         def full(tensors, path):
@@ -59,7 +60,7 @@ def test_a_checkpoint_that_one_process_cannot_write_fails_on_all(tmp_path, monke
             save_tensors(tensors, path)
 
         checkpoint.save_tensors = full
-        said = refused(lambda: checkpoint.save(tmp_path, trained, TrainState(step=2), best=True))
+        said = refused(lambda: save(tmp_path, trained, TrainState(step=2), best=True))
         checkpoint.save_tensors = save_tensors
         accelerator.wait_for_everyone()
         checkpoint.load(checkpoint.resume_point(accelerator, tmp_path), trained)

@@ -23,11 +23,13 @@ from timm.utils import ModelEmaV3
 from benchmarks.recovery.jobs import Job
 from cifar_dist import checkpoint
 from cifar_dist.checkpoint import Trained
-from cifar_dist.config import OptimConfig
+from cifar_dist.config import OptimConfig, RunConfig
 from cifar_dist.distributed import start
 from cifar_dist.optim import make_optimizer
+from cifar_dist.pace import Pace
 from cifar_dist.parallel import Replicated
 from cifar_dist.run_folder import processor
+from cifar_dist.saver import Saver
 from cifar_dist.train_state import TrainState
 
 FLAGS = shlex.split(  # two epochs of 7 steps with all that has a state, or draws at random
@@ -123,7 +125,9 @@ class Small:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        self._trained = Trained(Replicated(start("fp32", 60), model, optimizer, None), self._ema)
+        accelerator = start("fp32", 60)
+        self._trained = Trained(Replicated(accelerator, model, optimizer, None), self._ema)
+        self._saver = Saver(run_dir, accelerator, Pace(RunConfig()))
 
     def _tensors(self) -> list[torch.Tensor]:
         parallel = self._trained.parallel
@@ -139,7 +143,8 @@ class Small:
             for tensor in self._ema.module.parameters():
                 tensor.fill_(-step)
         self.run_dir.mkdir(exist_ok=True)
-        checkpoint.save(self.run_dir, self._trained, TrainState(step=step), best)
+        self._saver.save(self._trained, TrainState(step=step), best)
+        self._saver.finish()
 
     def load(self) -> int:
         """Load the checkpoint that is chosen; its step, on which all of it must agree, or 0 if there is none."""

@@ -13,7 +13,7 @@ from cifar_dist.data.resident import cache_entry
 from cifar_dist.data.shards import Shards
 from cifar_dist.data.sources import Source
 from cifar_dist.durable import fsync
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 
 Index = tuple[np.ndarray, np.ndarray]  # int64 (R,) labels of all rows; int64 (shards,) rows of each shard
 
@@ -51,7 +51,7 @@ def _read(entry: Path, num_classes: int, num_shards: int) -> Index | str:
         with entry.open("rb") as file, np.load(file) as found:
             labels, shard_rows = found["labels"], found["shard_rows"]
     except Exception as error:  # an archive can be damaged in many ways
-        return f"is damaged ({(str(error).splitlines() or [repr(error)])[0]})"
+        return f"is damaged ({first_line(error)})"
     if labels.dtype != np.int64 or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         return "is damaged (it holds other labels)"
     if len(shard_rows) != num_shards or shard_rows.sum() != len(labels):
@@ -88,7 +88,7 @@ def _labels(source: Source, split: str) -> Index:
     except UsageError:
         raise
     except Exception as error:  # each library below has errors of its own for a damaged file
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UsageError(
             f"--dataset {source.name}: {split} cannot be read to its end ({reason}); copy the files again."
         ) from None

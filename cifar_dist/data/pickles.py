@@ -19,7 +19,7 @@ import numpy as np
 
 from cifar_dist.data.plain_pickle import Array, ArraysOnly
 from cifar_dist.data.tables import Table
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 
 _SIDE = 32
 _LARGEST_FILE = 256 << 20  # bytes; CIFAR's have 31 MB, CIFAR-100's 155 MB
@@ -206,7 +206,7 @@ def _too_large(path: Path, name: str, size: int) -> UsageError:
 
 
 def _unreadable_tar(path: Path, error: Exception) -> UsageError:
-    reason = (str(error).splitlines() or [repr(error)])[0]
+    reason = first_line(error)
     return UsageError(f"--dataset {path}: not a complete tar file ({reason}); download it again.")
 
 

@@ -20,7 +20,7 @@ from cifar_dist.config import DataConfig
 from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
-from cifar_dist.errors import UsageError, did_you_mean
+from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -92,7 +92,7 @@ class Source:
         except UsageError:
             raise
         except Exception as error:  # each library below has errors of its own for a damaged file
-            reason = (str(error).splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             raise UsageError(
                 f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again."
             ) from None
@@ -117,7 +117,7 @@ def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarr
         if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders fail in many ways
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UsageError(f"{where()}{file} cannot be decoded ({reason}); replace or remove the image.") from None
     raise UsageError(f"{where()}{file} has more than 8 bits a channel (mode {image.mode}); save it as an 8-bit image.")
 
@@ -203,7 +203,7 @@ def _open_hub(name: str) -> Local:
         revision = HfApi().dataset_info(repo, timeout=_HUB_TIMEOUT_SECONDS).sha
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
     except Exception as error:  # whatever goes wrong between here and the Hub has the same cure
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UsageError(
             f"--dataset {name}: the Hub cannot be reached ({reason}) and {repo} is not in its cache; use `digits`, "
             f"which needs no download, or a local path: {LOCAL_FORMS}."

@@ -23,7 +23,7 @@ from cifar_dist.data.label_index import label_index
 from cifar_dist.data.resident import ResidentSet, to_pixels
 from cifar_dist.data.shards import Shards
 from cifar_dist.data.sources import Source, decode_image, image_bytes
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,7 +145,7 @@ class StreamSet:
                 if pause is None:
                     raise DataLost(
                         f"--dataset {self.source.name}: shard {shard} of {self.split} can no longer be read"
-                        f" ({_reason(error)}); restore the data and go on with --resume auto."
+                        f" ({first_line(error)}); restore the data and go on with --resume auto."
                     ) from None
             stop.wait(pause)
 
@@ -199,15 +199,11 @@ def open_stream(source: Source, split: str, config: DataConfig) -> StreamSet:
         num_shards = len(shards)
     except Exception as error:  # files fail in many ways
         raise UsageError(
-            f"--dataset {source.name}: {split} cannot be read ({_reason(error)}); copy the files again."
+            f"--dataset {source.name}: {split} cannot be read ({first_line(error)}); copy the files again."
         ) from None
     labels, shard_rows = label_index(source, split, config, num_shards)
     everything = np.ones(len(labels), dtype=bool)
     return StreamSet(source, split, shards, labels, shard_rows, everything, config.data_size, config.shuffle_window)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _in_memory(values: pa.ChunkedArray) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.config import DataConfig
-from cifar_dist.errors import UsageError, did_you_mean
+from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -146,7 +146,7 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     try:
         largest = max(map(_largest, train.column(label).with_format("arrow").iter(65536)), default=-1)
     except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
     return tuple(str(number) for number in range(largest + 1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from textwrap import shorten
 from typing import Any
 
 import timm
@@ -11,15 +10,14 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 
 FLAG_OF_ARGUMENT = {"drop_path_rate": "--drop-path", "drop_rate": "--drop"}
 
 
-def first_line(error: BaseException) -> str:
-    """An exception as one short line for a message."""
-    text = shorten((str(error).strip().splitlines() or [""])[0].rstrip(". "), 160, placeholder=" …")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def named(error: BaseException) -> str:
+    """An exception's type and first line: a model's own code raises all sorts of things."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
 
 
 def model_arguments(name: str, config: ModelConfig, num_classes: int) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def model_arguments(name: str, config: ModelConfig, num_classes: int) -> dict[st
             drop_path_rate=config.drop_path,
         )
     except Exception as error:  # anything a foreign config.json may cause
-        raise UsageError(f"--model {name}: its description cannot be used ({first_line(error)}).") from error
+        raise UsageError(f"--model {name}: its description cannot be used ({named(error)}).") from error
 
 
 def create(arguments: dict[str, Any]) -> nn.Module:
@@ -59,7 +57,7 @@ def create(arguments: dict[str, Any]) -> nn.Module:
                 ) from error
         size = arguments.get("img_size")
         asked = f"--img-size {size[0]}: {name}" if size else f"--model {name}: timm"
-        raise UsageError(f"{asked} refuses to be built ({first_line(error)}).") from error
+        raise UsageError(f"{asked} refuses to be built ({named(error)}).") from error
 
 
 def check_image_size(model: nn.Module, name: str, size: int) -> None:
@@ -78,6 +76,6 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size))
     except Exception as error:  # models refuse by assert or in any layer
-        raise UsageError(f"--img-size {size}: {name} cannot take images of this size ({first_line(error)}).") from error
+        raise UsageError(f"--img-size {size}: {name} cannot take images of this size ({named(error)}).") from error
     finally:
         model.train(was_training)

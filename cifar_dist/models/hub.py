@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.models import parse_model_name
 
 from cifar_dist.errors import UsageError
-from cifar_dist.models.factory import first_line
+from cifar_dist.models.factory import named
 
 PROBE_SECONDS = 5
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ def _hub_problem(repository: str) -> str | None:
     except EntryNotFoundError:
         return None
     except Exception as error:  # whatever the HTTP library of the day raises without a network
-        return first_line(error)
+        return named(error)
     return None
 
 
@@ -83,5 +83,5 @@ def _url_problem(url: str) -> str | None:
     except HTTPError:
         return None
     except OSError as error:
-        return first_line(error)
+        return named(error)
     return None

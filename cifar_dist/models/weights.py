@@ -19,7 +19,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, load_stat
 from torch import nn
 
 from cifar_dist.errors import UsageError, is_first_process
-from cifar_dist.models.factory import create, first_line
+from cifar_dist.models.factory import create, named
 from cifar_dist.models.hub import require_weights
 
 State = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ def from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
     except Exception as error:  # network, cache and content can each fail in many ways
         create(arguments)  # a model that cannot be built at all says so itself
         raise UsageError(
-            f"--pretrained: weights of {name} could not be fetched or don't fit ({first_line(error)}); "
+            f"--pretrained: weights of {name} could not be fetched or don't fit ({named(error)}); "
             "use --init-weights FILE, or fetch them on a machine with network."
         ) from error
     if any(note.startswith("Missing") for note in notes):
@@ -78,7 +78,7 @@ def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
             source = timm.create_model(**own_size, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # strict loading, or a filter of timm's that met weights it does not know
         expected = create(own_size).state_dict()
-        refusal = f"--init-weights {file}: not weights of {arguments['model_name']} ({first_line(error)})."
+        refusal = f"--init-weights {file}: not weights of {arguments['model_name']} ({named(error)})."
         raise UsageError(_misfit(file, arguments, found, expected) or refusal) from error
     if notes:
         raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
@@ -93,7 +93,7 @@ def _read(file: Path) -> State:
         state = load_state_dict(str(file))
     except Exception as error:  # each format and kind of damage has its own exception
         raise UsageError(
-            f"--init-weights {file}: not a whole .safetensors or .pth file of weights ({first_line(error)})."
+            f"--init-weights {file}: not a whole .safetensors or .pth file of weights ({named(error)})."
         ) from error
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"--init-weights {file}: it holds no weights (its keys: {_some(list(state))}).")
