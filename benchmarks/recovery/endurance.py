@@ -1,11 +1,9 @@
-"""R13: a thousand saves leave nothing behind in the process, and neither saving nor resuming costs much.
+"""R13: a thousand saves leave nothing behind in the process, and resuming costs little more than starting.
 
     python -m benchmarks.recovery.endurance --trials 1000 [--pairs 5] [--json FILE]
 
 * `--trials` saves of a tiny training in one process: open descriptors, resident memory, threads and children after a
   twentieth of them and at the end.
-* a save of 50 MiB against a bare write of the same bytes into as many files with the same fsyncs (each file, its
-  folder, a rename, the folder above), in turn, `--pairs` times three each: the ratio of the medians.
 * a real `python train.py` (resnet18_cifar on digits) from its start to its first logged step: cold, and resumed,
   `--pairs` of each in turn: the ratio of the medians.
 * a stream of 1.2 million rows without files behind it: from nothing to the batch after 10^6 samples.
@@ -14,9 +12,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.recovery.common import Failures, Small, begin, campaign, checkpoints_of
+from benchmarks.recovery.common import Failures, Small, begin, campaign
 from benchmarks.recovery.jobs import Job
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
@@ -36,7 +32,7 @@ from cifar_dist.data.stream import StreamSet
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.stream_batches import StreamBatches
 
-MIB, WIDTH = 2**20, 2048  # three matrices of 2048 x 2048 (weights, average, momentum): 48 MiB
+MIB = 2**20
 REAL = shlex.split(
     "--dataset digits --model resnet18_cifar --batch-size 16 --epochs 1 --wandb disabled --log-every 1 --val-fraction 0"
     " --resume auto"
@@ -75,53 +71,6 @@ def many_saves(trials: int, folder: Path, failures: Failures) -> dict[str, Any]:
         "found": f"{shown}, resident {grown['resident'] / MIB:+.1f} MiB",
         "allowed": "+0, +8 MiB",
         "ok": not failures,
-    }
-
-
-def bare_write(contents: dict[str, bytes], folder: Path) -> float:
-    """Seconds of writing files as durably as a save does."""
-    began, aside = time.perf_counter(), folder / "aside"
-    aside.mkdir()
-
-    def sync(path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-    for name, content in contents.items():
-        (aside / name).write_bytes(content)
-        sync(aside / name)
-    sync(aside)
-    aside.rename(folder / "bare")
-    sync(folder)
-    seconds = time.perf_counter() - began
-    shutil.rmtree(folder / "bare")
-    return seconds
-
-
-def save_against_write(pairs: int, folder: Path, failures: Failures) -> dict[str, Any]:
-    """Saves and bare writes in turn; a row with the ratio of their medians."""
-    small = Small(folder, WIDTH)
-    small.save(1, best=True)
-    small.save(2)
-    saves, writes, size = list[float](), list[float](), 0
-    for step in range(3, 3 + 3 * pairs):
-        contents = {path.name: path.read_bytes() for path in checkpoints_of(folder)[-1].iterdir()}
-        size = sum(map(len, contents.values()))
-        writes.append(bare_write(contents, folder))
-        began = time.perf_counter()
-        small.save(step)
-        saves.append(time.perf_counter() - began)
-    save, write = statistics.median(saves), statistics.median(writes)
-    if save > 1.3 * write:
-        failures.add(f"a save takes {save / write:.2f} times the bare write")
-    return {
-        "figure": f"save of {size / MIB:.0f} MiB against a bare write (medians of {len(saves)})",
-        "found": f"{save:.3f} s / {write:.3f} s = {save / write:.2f}",
-        "allowed": "1.30",
-        "ok": save <= 1.3 * write,
-        "saves": saves,
-        "writes": writes,
     }
 
 
@@ -195,13 +144,12 @@ def skip_a_million(seed: int, failures: Failures) -> dict[str, Any]:
 
 
 def run(trials: int, seed: int, folder: Path, pairs: int = 5) -> dict[str, Any]:
-    """All four; rows of a table, and failures. The seed is of the order of the stream's rows alone."""
+    """All three; rows of a table, and failures. The seed is of the order of the stream's rows alone."""
     begin(folder)
     failures = Failures()
     rows = [many_saves(trials, folder / "many", failures), skip_a_million(seed, failures)]
-    rows += [save_against_write(pairs, folder / "large", failures)] if pairs else []
     rows += [resume_against_start(pairs, folder, failures)] if pairs else []
-    numbers = {name: row.pop(name) for row in rows for name in ("saves", "writes", "cold", "resumed") if name in row}
+    numbers = {name: row.pop(name) for row in rows for name in ("cold", "resumed") if name in row}
     return {"rows": rows, "failures": failures, "all_seconds": numbers}
 
 
