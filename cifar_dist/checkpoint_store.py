@@ -251,11 +251,13 @@ def set_aside(folder: Path) -> Path:
 
 
 def find(root: Path, which: str) -> Stored:
-    """The newest sound checkpoint for ``last``, or the best one as of then; changes nothing.
+    """The newest sound checkpoint for ``last``, the best one as of then for ``best``, or a folder; changes nothing.
 
     Raises:
-        UsageError: there is none, or the best one is damaged.
+        UsageError: there is none, or it is damaged.
     """
+    if which not in ("last", "best"):
+        return _verified(Path(which).resolve())  # a link such as last/ has no step in its name
     last, wrong = choose(root)
     if last is None:
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in sorted(wrong.items()))
@@ -267,8 +269,13 @@ def find(root: Path, which: str) -> Stored:
     best = next((stored for stored in committed(root) if stored.step == last.best_step), None)
     if best is None:
         raise UsageError(f"{root.parent} has no checkpoint '{which}'; name another with --checkpoint.")
+    return _verified(best.folder)
+
+
+def _verified(folder: Path) -> Stored:
     try:
-        best.verify()
+        stored = read_manifest(folder)
+        stored.verify()
     except Damaged as error:
-        raise UsageError(f"{best.folder} is damaged ({error}); name another with --checkpoint.") from None
-    return best
+        raise UsageError(f"{folder} is no sound checkpoint ({error}); name another with --checkpoint.") from None
+    return stored

@@ -178,7 +178,9 @@ class Evaluator:
     batch_size: int
     precision: str
 
-    def _scored(self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool]) -> Iterator[Scored]:
+    def _scored(
+        self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool, mirrored: bool = False
+    ) -> Iterator[Scored]:
         """This process's batches of a split: as many on every process, each row real exactly once."""
         model.eval()
         accelerator, device = self.accelerator, self.accelerator.device
@@ -191,7 +193,8 @@ class Evaluator:
                 raise Stopped
             positions = start + offsets
             rows = positions.clamp(max=len(split) - 1)
-            images = self.preprocess(split.images[rows])
+            images = split.images[rows]
+            images = self.preprocess(images.flip(2) if mirrored else images)
             with autocast(accelerator, self.precision):
                 logits = model(images).float()
             yield Scored(rows, positions < len(split), logits)
@@ -218,11 +221,11 @@ class Evaluator:
         return {"loss": loss / count, "top1": correct_rows / count}
 
     @torch.no_grad()
-    def logits(self, model: torch.nn.Module, split: ResidentSet) -> torch.Tensor:
-        """Logits of every row of `split`.
+    def logits(self, model: torch.nn.Module, split: ResidentSet, mirrored: bool = False) -> torch.Tensor:
+        """Logits of every row of `split`, or of its mirror image.
 
         Returns:
             float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
         """
-        parts = self._scored(model, split, bool)
+        parts = self._scored(model, split, mirrored=mirrored)
         return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]

@@ -1,15 +1,41 @@
-"""Saved predictions: the one thing a report needs that takes a model to make."""
+"""Saved predictions: the one thing a report's numbers need that takes a model to make."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
+
+
+@dataclass(frozen=True)
+class About:
+    """What was scored, and by what.
+
+    Attributes:
+        dataset: name of the data set.
+        split: test or val.
+        fingerprint: of the data that was scored.
+        checkpoint: best, last, or a checkpoint's folder.
+        step: optimizer steps the checkpoint has seen.
+        digest: sha256 of the checkpoint's manifest.
+        tta: none; flip: probabilities are the mean over the image and its mirror image.
+        precision: fp32, bf16 or fp16.
+    """
+
+    dataset: str
+    split: str
+    fingerprint: str
+    checkpoint: str
+    step: int
+    digest: str
+    tta: str = "none"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -19,54 +45,71 @@ class Scored:
     Attributes:
         ids: int64 (N,), row number in the source's split.
         labels: int64 (N,).
-        probabilities: float32 (N, K).
+        logits: float32 (N, K); with test-time augmentation log-probabilities.
         class_names: K names.
-        dataset: name of the data set.
-        fingerprint: of the data that was scored.
-        checkpoint: best or last.
-        step: optimizer steps the checkpoint has seen.
+        about: what was scored, and by what.
     """
 
     ids: np.ndarray
     labels: np.ndarray
-    probabilities: np.ndarray
+    logits: np.ndarray
     class_names: tuple[str, ...]
-    dataset: str
-    fingerprint: str
-    checkpoint: str
-    step: int
+    about: About
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """float32 (N, K): softmax of the logits."""
+        exponents = self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True)
+        weights = np.exp(exponents)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """int64 (N,): the class with the highest logit."""
+        return self.logits.argmax(axis=1)
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """Bool (N,)."""
+        return self.predicted == self.labels
 
 
-def save_predictions(run_dir: Path, scored: Scored) -> None:
-    """Write ``report/predictions.parquet``: id, label, prediction, probabilities; the rest as its metadata.
+def predictions_file(folder: Path, split: str) -> Path:
+    """Where the predictions of a split are in a report's folder."""
+    return folder / ("predictions.parquet" if split == "test" else f"predictions_{split}.parquet")
+
+
+def save_predictions(folder: Path, scored: Scored) -> None:
+    """Write id, label, prediction, confidence (its probability) and logits as a parquet table; the rest as metadata.
 
     Raises:
-        UsageError: the report's folder cannot be written.
+        UsageError: the folder cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    facts = {name: getattr(scored, name) for name in ("class_names", "dataset", "fingerprint", "checkpoint", "step")}
-    flat = pa.array(np.ascontiguousarray(scored.probabilities, dtype=np.float32).ravel())
+    facts = {"class_names": scored.class_names, **asdict(scored.about)}
+    flat = pa.array(np.ascontiguousarray(scored.logits, dtype=np.float32).ravel())
     table = pa.table(
         {
             "id": pa.array(scored.ids, pa.int64()),
             "label": pa.array(scored.labels, pa.int64()),
-            "prediction": pa.array(scored.probabilities.argmax(axis=1), pa.int64()),
-            "probabilities": pa.FixedSizeListArray.from_arrays(flat, scored.probabilities.shape[1]),
+            "prediction": pa.array(scored.predicted, pa.int64()),
+            "confidence": pa.array(scored.probabilities.max(axis=1), pa.float32()),
+            "logits": pa.FixedSizeListArray.from_arrays(flat, scored.logits.shape[1]),
         }
     ).replace_schema_metadata({"cifar_dist": json.dumps(facts)})
-    folder = run_dir / "report"
-    aside = folder / ".predictions.parquet"
+    path = predictions_file(folder, scored.about.split)
+    aside = path.with_name(f".{path.name}")
     try:
         folder.mkdir(exist_ok=True)
         pq.write_table(table, aside)
-        os.replace(aside, folder / "predictions.parquet")
+        os.replace(aside, path)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error}).") from None
+        raise UsageError(f"{folder} cannot be written ({first_line(error)}).") from None
 
 
-def load_predictions(run_dir: Path) -> Scored:
+def load_predictions(folder: Path, split: str = "test") -> Scored:
     """Read what `save_predictions` wrote.
 
     Raises:
@@ -75,12 +118,22 @@ def load_predictions(run_dir: Path) -> Scored:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = run_dir / "report" / "predictions.parquet"
+    path = predictions_file(folder, split)
     try:
         table = pq.read_table(path).combine_chunks()
         facts = json.loads(table.schema.metadata[b"cifar_dist"])
+        names = tuple(facts.pop("class_names"))
+        logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), len(names))
+        return Scored(table["id"].to_numpy(), table["label"].to_numpy(), logits, names, About(**facts))
     except (OSError, pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); make it with python evaluate.py {run_dir}.") from None
-    names = tuple(facts.pop("class_names"))
-    probabilities = table["probabilities"].combine_chunks().flatten().to_numpy().reshape(len(table), len(names))
-    return Scored(table["id"].to_numpy(), table["label"].to_numpy(), probabilities, names, **facts)
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); make it with python evaluate.py {folder.parent}."
+        ) from None
+
+
+def saved_by(folder: Path) -> About | None:
+    """What made the test predictions in a report's folder, or None if there are none that can be read."""
+    try:
+        return load_predictions(folder).about
+    except UsageError:
+        return None

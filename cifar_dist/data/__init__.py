@@ -7,7 +7,10 @@ else. A set that does not fit in memory is streamed (`stream`).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.resident import ResidentSet, load_resident
@@ -111,3 +114,47 @@ def load_test_data(config: DataConfig) -> TestData:
     """
     source = open_source(config)
     return TestData(load_resident(source, "test", config), source.class_names, source.name, source.fingerprint)
+
+
+def load_val_data(config: DataConfig) -> ResidentSet | None:
+    """Load the images that training set apart to choose by; None where it chose by test, or had none.
+
+    Raises:
+        UsageError: the data cannot be used; the message names the flag and the cure.
+    """
+    if config.select_on == "test" or not config.val_fraction:
+        return None
+    source = open_source(config)
+    train = open_stream(source, "train", config) if config.data_mode == "stream" else None
+    labels = (train or load_resident(source, "train", config)).labels
+    chosen = stratified_split(labels.numpy(), config.val_fraction, config.split_seed)[1]
+    return train.take_resident(chosen) if train else load_resident(source, "train", config).take(chosen)
+
+
+def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence[str]) -> TestData:
+    """Load the test split of another set, or a folder of class folders, with labels as numbers of `class_names`.
+
+    Args:
+        dataset: what ``--data`` names.
+        config: of the run, for the images' size and the cache.
+        class_names: of the run; the set may have fewer of them, in any order.
+
+    Raises:
+        UsageError: the set has other classes, or cannot be used.
+    """
+    config = replace(config, dataset=dataset, image_column=None, label_column=None)
+    try:
+        source = open_source(config, ("test",))
+        images = load_resident(source, "test", config)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--dataset", "--data")) from None
+    others = sorted(set(source.class_names) - set(class_names))
+    if others:
+        raise UsageError(
+            f"--data {dataset} has the classes {', '.join(others[:5])}{', …' if len(others) > 5 else ''}, which the run"
+            f" has not (it has {', '.join(class_names[:10])}{', …' if len(class_names) > 10 else ''}); rename or"
+            " remove them."
+        )
+    numbers = torch.tensor([list(class_names).index(name) for name in source.class_names])
+    images = replace(images, labels=numbers[images.labels])
+    return TestData(images, tuple(class_names), source.name, source.fingerprint)

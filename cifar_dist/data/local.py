@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,12 @@ class Local:
     stamp: str = ""
 
 
-def open_local(path: Path) -> Local:
+def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
     """Recognise and open the data set at `path`; no image is decoded.
+
+    Args:
+        path: a folder, or a tar file.
+        splits: which it must have. Where that is test alone, a folder of classes without splits is it too.
 
     Raises:
         UsageError: no form is recognised, a split is missing, or a file is damaged.
@@ -57,26 +61,28 @@ def open_local(path: Path) -> Local:
     if path.is_file():
         raise UsageError(f"--dataset {path}: a tar file without CIFAR's pickles in it; give {LOCAL_FORMS}.")
     if (path / "dataset_dict.json").is_file():
-        return _open_saved(path)
+        return _open_saved(path, splits)
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         raise UsageError(f"--dataset {path}: one saved Dataset; save a DatasetDict with train and test.")
     parquet = _parquet_files(path)
     if parquet:
-        return _open_parquet(path, parquet)
-    images = {split: _image_files(path / split) for split in SPLITS}
+        return _open_parquet(path, parquet, splits)
+    images = {split: _image_files(path / split) for split in splits}
+    if splits == ("test",) and not images["test"]:
+        images = {"test": _image_files(path)}
     if any(images.values()):
         return _open_images(path, images)
     raise UsageError(f"--dataset {path}: {_contents(path)}, which is no form known here; give {LOCAL_FORMS}.")
 
 
-def require_splits(path: Path, present: Iterable[str]) -> None:
-    """Raise `UsageError` naming the first of train and test that is not among `present`, and what is there."""
+def require_splits(path: Path, present: Iterable[str], splits: Sequence[str] = SPLITS) -> None:
+    """Raise `UsageError` naming the first of `splits` that is not among `present`, and what is there."""
     present = list(present)
-    for split in SPLITS:
+    for split in splits:
         if split not in present:
             raise UsageError(
                 f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {_contents(path)}); "
-                "a data set needs train and test."
+                f"it needs {' and '.join(splits)}."
             )
 
 
@@ -125,14 +131,14 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
+def _open_parquet(path: Path, files: dict[str, list[Path]], splits: Sequence[str]) -> Local:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import IterableDataset
 
-    require_splits(path, files)
+    require_splits(path, files, splits)
     tables = {}
-    for split in SPLITS:
+    for split in splits:
         sizes = {}
         for file in files[split]:
             try:
@@ -146,7 +152,7 @@ def _open_parquet(path: Path, files: dict[str, list[Path]]) -> Local:
         stream, only = (partial(how, [str(file) for file in filled]) for how in (IterableDataset.from_parquet, _column))
         named = tuple((file.name, sizes[file]) for file in filled)
         tables[split] = Table(stream(), sum(sizes.values()), named, only)
-    return _opened(tables, path, path, [file for split in SPLITS for file in files[split]])
+    return _opened(tables, path, path, [file for split in splits for file in files[split]])
 
 
 def _column(files: list[str], name: str) -> IterableDataset:
@@ -176,7 +182,7 @@ def _image_rows(chunks: list[tuple[tuple[int, str], ...]]) -> Iterator[dict[str,
 def _open_images(path: Path, images: dict[str, dict[str, list[Path]]]) -> Local:
     from datasets import ClassLabel, Features, Image, IterableDataset
 
-    require_splits(path, [split for split in SPLITS if images[split]])
+    require_splits(path, [split for split in images if images[split]], list(images))
     tables = {}
     for split, classes in images.items():
         features = Features({"image": Image(), "label": ClassLabel(names=list(classes))})
@@ -188,7 +194,7 @@ def _open_images(path: Path, images: dict[str, dict[str, list[Path]]]) -> Local:
     return _opened(tables, path, path, every)
 
 
-def _open_saved(path: Path) -> Local:
+def _open_saved(path: Path, splits: Sequence[str]) -> Local:
     import datasets
 
     try:
@@ -196,11 +202,11 @@ def _open_saved(path: Path) -> Local:
     except Exception as error:  # a damaged folder can fail in any way
         reason = str(error).splitlines()[0]
         raise UsageError(f"--dataset {path}: cannot be loaded by datasets ({reason}); save it again.") from None
-    require_splits(path, saved)
+    require_splits(path, saved, splits)
     tables = {}
-    for split in SPLITS:
+    for split in splits:
         rows = saved[split].num_rows
         shards = max(1, min(_MOST_SHARDS, rows // _IMAGES_A_SHARD))
         tables[split] = Table(saved[split].to_iterable_dataset(num_shards=shards), rows)
-    files = [Path(root) / name for split in SPLITS for root, _, names in os.walk(path / split) for name in names]
+    files = [Path(root) / name for split in splits for root, _, names in os.walk(path / split) for name in names]
     return _opened(tables, path, path, files)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,8 +146,8 @@ def _open_image(content: bytes) -> Image.Image:
     return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION) is not None else image
 
 
-def open_source(config: DataConfig) -> Source:
-    """Open the data set that ``--dataset`` names; nothing is decoded.
+def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
+    """Open the data set that ``--dataset`` names, which must have `splits`; nothing is decoded.
 
     Raises:
         UsageError: the name or path is unknown, the Hub cannot be reached, a split or column is missing, or a file is
@@ -161,8 +161,8 @@ def open_source(config: DataConfig) -> Source:
         raise UsageError(f"--dataset is empty; name one of {', '.join(NAMES)}, or a local path: {LOCAL_FORMS}.")
     else:
         path = _local_path(config.dataset)
-        name, found = path.resolve().name, open_local(path)
-    for split in SPLITS:
+        name, found = path.resolve().name, open_local(path, splits)
+    for split in splits:
         if found.tables[split].num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
     return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)

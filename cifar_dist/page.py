@@ -1,0 +1,129 @@
+"""A page of a report as blocks, written twice: as Markdown, and as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIME = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a strong one is the page's headline or a warning."""
+
+    words: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column names the row, `strong` are the numbers of rows to stress."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file in or below the page's folder, and what it shows."""
+
+    path: Path
+    shows: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to type."""
+
+    lines: str
+
+
+@dataclass(frozen=True)
+class Files:
+    """Further files beside the page, by what they hold."""
+
+    paths: dict[str, Path]
+
+
+Block = Text | Table | Picture | Code | Files
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a title."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A titled page: blocks at its head, then sections; sections without blocks are left out."""
+
+    title: str
+    head: Sequence[Block]
+    sections: Sequence[Section] = field(default_factory=list)
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write ``name.md`` and ``name.html`` into `folder`.
+
+        Raises:
+            OSError: the folder cannot be written, or a picture not read.
+        """
+        (folder / f"{name}.md").write_text(self.markdown(folder), encoding="utf-8")
+        (folder / f"{name}.html").write_text(self.html(folder), encoding="utf-8")
+
+    def markdown(self, folder: Path) -> str:
+        """The page as Markdown, with paths relative to `folder`."""
+        parts = [f"# {_plain(self.title)}", *(_markdown(block, folder) for block in self.head)]
+        for section in self._filled():
+            parts += [f"## {_plain(section.title)}", *(_markdown(block, folder) for block in section.blocks)]
+        return "\n\n".join(parts) + "\n"
+
+    def html(self, folder: Path) -> str:
+        """The page as HTML, its pictures inside; other files are linked relative to `folder`."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        loader = PackageLoader("cifar_dist")
+        environment = Environment(
+            loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters |= {"inside": _data_address, "kind": lambda block: type(block).__name__}
+        environment.filters["beside"] = lambda path: path.relative_to(folder).as_posix()
+        environment.tests["number"] = lambda cell: bool(re.fullmatch(r"[-+±]?[\d.,]+( ?[%a-zA-Z×/]+)?|–", cell))
+        page = environment.get_template("page.html.j2")
+        return page.render(title=self.title, head=self.head, sections=self._filled())
+
+    def _filled(self) -> list[Section]:
+        return [section for section in self.sections if section.blocks]
+
+
+def _data_address(path: Path) -> str:
+    """A file's content as an address, so that a page needs no file beside it."""
+    return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is, in a table too."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown(block: Block, folder: Path) -> str:
+    if isinstance(block, Text):
+        return f"**{_plain(block.words)}**" if block.strong else _plain(block.words)
+    if isinstance(block, Picture):
+        return f"![{_plain(block.shows)}]({block.path.relative_to(folder).as_posix()})"
+    if isinstance(block, Code):
+        return f"```sh\n{block.lines}\n```"
+    if isinstance(block, Files):
+        return "; ".join(f"{_plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
+    rows = [[_plain(cell) for cell in row] for row in block.rows]
+    for number in block.strong:
+        rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]
+    lines = [[_plain(name) for name in block.header], ["---"] * len(block.header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,70 @@
+"""Which runs of a study are repeats of one another, and what to call them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar_dist.config import Config
+from cifar_dist.report.tables import NOT_SETTINGS
+
+_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "max_steps", "data_mode"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same settings but the seed.
+
+    Attributes:
+        name: the settings in which it differs from the other groups.
+        members: numbers of its runs.
+        settings: those settings, by name.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    settings: dict[str, Any]
+
+
+def group_runs(configs: Sequence[Config], folders: Sequence[str]) -> list[Group]:
+    """Put runs that differ in their seed alone together, in the order in which they were given.
+
+    Runs with the same settings and the same seed are repeats too. A group is named by its model and by the settings in
+    which the groups differ; groups that would have one name take the names of their run folders.
+    """
+    kept = [{key: value for key, value in config.flat().items() if key not in _ELSEWHERE} for config in configs]
+    members: dict[str, list[int]] = {}
+    for number, settings in enumerate(kept):
+        members.setdefault(repr({**settings, "seed": None}), []).append(number)
+    first = [kept[numbers[0]] for numbers in members.values()]
+    differing = [key for key in first[0] if key != "seed" and len({repr(settings[key]) for settings in first}) > 1]
+    groups = []
+    for settings, numbers in zip(first, members.values(), strict=True):
+        own = {key: settings[key] for key in differing}
+        groups.append(Group(_name(settings, own), tuple(numbers), own))
+    names = [group.name for group in groups]
+    if len(set(names)) < len(names):
+        groups = [Group(folders[group.members[0]], group.members, group.settings) for group in groups]
+    return groups
+
+
+def _name(settings: dict[str, Any], own: dict[str, Any]) -> str:
+    words = [str(settings["model"])]
+    for key, value in own.items():
+        if key != "model" and value not in (None, False):
+            words.append(key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {_short(value)}")
+    return ", ".join(words) if len(words) <= 5 else f"{', '.join(words[:5])}, …"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def grid_axes(groups: Sequence[Group]) -> tuple[str, str] | None:
+    """The two settings of a grid, such as batch size and epochs, if these alone tell the groups apart."""
+    if len(groups) < 3 or len(groups[0].settings) != 2:
+        return None
+    rows, columns = groups[0].settings
+    values = {name: {repr(group.settings[name]) for group in groups} for name in (rows, columns)}
+    return (rows, columns) if all(len(found) > 1 for found in values.values()) else None

@@ -1,0 +1,67 @@
+"""The runs of a study, each with the numbers that a comparison shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cifar_dist.evidence import Evidence
+from cifar_dist.predictions import Scored
+from cifar_dist.report.grouping import Group
+from cifar_dist.run_record import Run
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a study with what its report's folder holds."""
+
+    run: Run
+    scored: Scored
+    metrics: dict[str, Any]
+    evidence: Evidence | None
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.run.folder.resolve().name
+
+
+def spread(members: Sequence[Member], group: Group) -> dict[str, Any]:
+    """Mean and standard deviation of a group's test accuracies."""
+    found = [members[number].metrics["top1"] for number in group.members]
+    return {"mean_top1": float(np.mean(found)), "std_top1": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+
+
+def row_of(member: Member, group: str) -> dict[str, Any]:
+    """A run as a row of ``comparison.csv``."""
+    metrics, cost = member.metrics, member.metrics["cost"]
+    inference, training = cost.get("inference", {}), cost.get("training", {})
+    return {
+        "run": member.name,
+        "group": group,
+        "seed": member.run.config.run.seed,
+        "top1": metrics["top1"],
+        "top1_low": metrics["top1_interval"][0],
+        "top1_high": metrics["top1_interval"][1],
+        "error_rate": metrics["error_rate"],
+        "top3": metrics["top3"],
+        "top5": metrics["top5"],
+        "macro_f1": metrics["macro_avg"]["f1"],
+        "loss": metrics["loss"],
+        "ece": metrics["calibration"]["before"]["ece"],
+        "parameters": cost.get("parameters"),
+        "gflops": cost.get("gflops"),
+        "gmacs": cost.get("gmacs"),
+        "gmacs_without_attention": cost.get("gmacs_without_attention"),
+        "latency_seconds": inference.get("latency_median_seconds"),
+        "images_per_second": inference.get("images_per_second"),
+        "inference_peak_memory_bytes": inference.get("peak_memory_bytes"),
+        "device": inference.get("device"),
+        "training_seconds": training.get("seconds"),
+        "training_peak_memory_bytes": training.get("peak_memory_bytes"),
+        "checkpoint": metrics["checkpoint"]["which"],
+        "selected_on": metrics["selected_on"],
+    }

@@ -1,0 +1,137 @@
+"""Every number of a run's report: ``metrics.json``. Accuracies are fractions, losses in nats, sizes in units' names."""
+
+from __future__ import annotations
+
+import statistics as plain
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+from cifar_dist.calibration import apply_temperature, fit_temperature
+from cifar_dist.evidence import Chosen
+from cifar_dist.flops import Flops, Peak, mfu
+from cifar_dist.predictions import Scored
+from cifar_dist.run_record import Run
+from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
+
+LEVEL = 0.95
+TEST_SELECTED = (
+    "The run was watched, and its best checkpoint picked, on the test split, so these numbers are optimistic:"
+    " no unseen data was left to test on."
+)
+
+
+def compute_metrics(scored: Scored) -> dict[str, Any]:
+    """Every number of the predictions, by the project's `evaluate` modules."""
+    import evaluate
+    from cifar_dist.metrics.calibration_error import CalibrationError
+    from cifar_dist.metrics.classification_report import ClassificationReport
+    from cifar_dist.metrics.confusion_matrix import ConfusionMatrix
+    from cifar_dist.metrics.cross_entropy import CrossEntropy
+    from cifar_dist.metrics.top_k_accuracy import TopKAccuracy
+
+    return _computed(
+        scored, evaluate, [TopKAccuracy, CrossEntropy, ClassificationReport, ConfusionMatrix, CalibrationError]
+    )
+
+
+def _computed(scored: Scored, evaluate: Any, modules: list[Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as cache:  # else each leaves an empty folder in the user's home
+        combined = evaluate.combine([module(keep_in_memory=True, cache_dir=cache) for module in modules])
+        return combined.compute(predictions=scored.probabilities, references=scored.labels)
+
+
+def metrics_of(run: Run, scored: Scored, val: Scored | None, chosen: Chosen, cost: dict[str, Any]) -> dict[str, Any]:
+    """The metrics in reading order, with what they were measured on and what to be wary of."""
+    found, about = compute_metrics(scored), scored.about
+    classes = zip(scored.class_names, found["classes"], strict=True)
+    count = len(scored.labels)
+    selected_on = _selected_on(run, scored)
+    return {
+        "top1": found["top1"],
+        "top1_interval": wilson_interval(int(scored.correct.sum()), count, LEVEL),
+        "top3": found["top3"],
+        "top5": found["top5"],
+        "error_rate": 1 - found["top1"],
+        "loss": found["loss"],
+        "balanced_accuracy": found["balanced_accuracy"],
+        "macro_f1_interval": bootstrap_macro_f1(scored.labels, scored.predicted, len(scored.class_names), seed=0),
+        "num_samples": count,
+        "macro_avg": found["macro_avg"],
+        "weighted_avg": found["weighted_avg"],
+        "classes": [{"name": name, **numbers} for name, numbers in classes],
+        "confusion_matrix": found["confusion_matrix"],
+        "calibration": _calibration(scored, val, found),
+        "suspected_label_errors": chosen.num_suspects,
+        "cost": _cost(run, cost),
+        "dataset": {"name": about.dataset, "split": about.split, "fingerprint": about.fingerprint},
+        "checkpoint": {"which": about.checkpoint, "step": about.step, "digest": about.digest},
+        "precision": about.precision,
+        "tta": about.tta,
+        "selected_on": selected_on,
+        "warnings": _warnings(run, scored, selected_on),
+    }
+
+
+def _selected_on(run: Run, scored: Scored) -> str:
+    """The split by which the checkpoint was picked or the run ended: val, test, or none."""
+    picked = scored.about.checkpoint == "best" or run.config.run.patience is not None or run.evaluation_split == "test"
+    return run.evaluation_split if picked and run.series("val/top1")[0] else "none"
+
+
+def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
+    warnings, trained_on = [], run.environment.get("data_fingerprint")
+    own_data = scored.about.dataset == _name_of(run)
+    if selected_on == "test" and own_data:
+        warnings.append(TEST_SELECTED)
+    if own_data and trained_on not in (None, scored.about.fingerprint):
+        warnings.append(
+            f"The data set has changed since training (fingerprint {trained_on}, now {scored.about.fingerprint})."
+        )
+    return warnings
+
+
+def _name_of(run: Run) -> str:
+    """The last part of the data set's path, which is its name, or its name."""
+    return run.config.data.dataset.rstrip("/").rpartition("/")[2]
+
+
+def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> dict[str, Any]:
+    """How far confidences can be trusted, as they are and at a temperature fitted on val."""
+    numbers = {"ece": found["ece"], "brier": found["brier"], "nll": found["loss"]}
+    if val is None:
+        return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
+    temperature = fit_temperature(val.logits, val.labels)
+    after = compute_metrics(cooled(scored, temperature))
+    return {
+        "before": numbers,
+        "temperature": temperature,
+        "fitted_on": "val",
+        "after": {"ece": after["ece"], "brier": after["brier"], "nll": after["loss"]},
+    }
+
+
+def cooled(scored: Scored, temperature: float) -> Scored:
+    """The same predictions with logits divided by the temperature."""
+    return replace(scored, logits=apply_temperature(scored.logits, temperature).astype("float32"))
+
+
+def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
+    """What `scoring.measure_cost` found, and what training took by the log; MFU where the machine's peak is known."""
+    if not cost:
+        return {}
+    rates, memory, seconds = (run.series(name)[1] for name in ("images_per_second", "peak_memory_bytes", "seconds"))
+    rate = plain.median(rates) if rates else None
+    processes, environment = run.environment.get("num_processes", 1), run.environment
+    flops, peak = Flops(**cost["flops"]), Peak(**cost["peak"])
+    here = cost["inference"]["device"] in (environment.get("device"), environment.get("processor"))
+    training = {
+        "images_per_second": rate,
+        "peak_memory_bytes": max(memory) if memory else None,
+        "seconds": seconds[-1] if seconds else None,
+        "mfu": mfu(flops, rate, processes, peak) if rate and here else None,
+        "num_processes": processes,
+    }
+    counted = {"gflops": flops.forward / 1e9, "gmacs": flops.macs / 1e9}
+    counted["gmacs_without_attention"] = flops.macs_without_attention / 1e9
+    return {**cost, **counted, "training": training}

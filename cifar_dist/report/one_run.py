@@ -1,0 +1,203 @@
+"""One run's report, made from files alone: saved predictions, evidence and costs, log, configuration and environment.
+
+Scoring ends with what `scoring` saves; `write_report` does the rest, so a report can be made again in seconds, without
+the model or the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cifar_dist import figures
+from cifar_dist.calibration import reliability_bins
+from cifar_dist.errors import UsageError
+from cifar_dist.evidence import Chosen, Evidence, choose, load_evidence
+from cifar_dist.page import Code, Files, Page, Picture, Section, Text
+from cifar_dist.predictions import Scored, load_predictions, predictions_file
+from cifar_dist.report import sheets, tables
+from cifar_dist.report.numbers import cooled, metrics_of
+from cifar_dist.run_folder import read_json
+from cifar_dist.run_record import Run
+
+MOST_CONFUSIONS = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: `metrics` as in ``metrics.json``, `pictures` by name."""
+
+    metrics: dict[str, Any]
+    pictures: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a run whose report is to be written."""
+
+    run: Run
+    scored: Scored
+    val: Scored | None
+    chosen: Chosen
+    evidence: Evidence
+    metrics: dict[str, Any]
+
+
+def report_folder(run_dir: Path, other: str | None = None) -> Path:
+    """Where a run's report is: on its own test set, or on another one."""
+    return run_dir / ("report" if other is None else f"report-{Path(other).resolve().name}")
+
+
+def write_report(run: Run, folder: Path) -> Report:
+    """Make all of a report but what `scoring` has saved in its folder.
+
+    Raises:
+        UsageError: a file of it is missing or damaged.
+    """
+    found = _gather(run, folder)
+    _write_confusions(found, folder)
+    pictures = _write_pictures(found, folder)
+    _page(found, pictures, folder).write(folder, "report")
+    metrics = json.dumps(found.metrics, indent=1, allow_nan=False) + "\n"
+    (folder / "metrics.json").write_text(metrics, encoding="utf-8")
+    return Report(found.metrics, pictures)
+
+
+def _gather(run: Run, folder: Path) -> Found:
+    scored, evidence = load_predictions(folder), load_evidence(folder)
+    val = load_predictions(folder, "val") if predictions_file(folder, "val").exists() else None
+    cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
+    chosen = choose(scored)
+    if evidence is None or not evidence.holds(scored.ids[chosen.shown].tolist()):
+        raise UsageError(
+            f"{folder}/evidence.npz is missing, damaged or of other predictions; remove"
+            f" {folder}/predictions.parquet and run evaluate.py again."
+        )
+    return Found(run, scored, val, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
+
+
+def _write_confusions(found: Found, folder: Path) -> None:
+    names = found.scored.class_names
+    with (folder / "confusion_matrix.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["true \\ predicted", *names])
+        counts = found.metrics["confusion_matrix"]
+        rows.writerows([name, *row] for name, row in zip(names, counts, strict=True))
+
+
+def _write_pictures(found: Found, folder: Path) -> dict[str, Path]:
+    """Draw what there is; a quantity that was never logged, or an image that is missing, has no picture."""
+    drawn = _curves(found) | _of_classes(found) | sheets.of_images(found.scored, found.chosen, found.evidence)
+    pictures = {name: folder / f"{name}.png" for name, figure in drawn.items() if figure is not None}
+    for name, path in pictures.items():
+        figures.save(drawn[name], path)
+    return pictures
+
+
+def _curves(found: Found) -> dict[str, Figure | None]:
+    run, axis = found.run, figures.StepAxis(found.run.plan["steps_per_epoch"], found.scored.about.step)
+
+    def curves(name: str) -> list[figures.Curve]:
+        both = [
+            figures.Curve("train", *run.series(f"train/{name}"), figures.TRAIN),
+            figures.Curve(run.evaluation_split, *run.series(f"val/{name}"), figures.EVALUATION),
+        ]
+        return [curve for curve in both if curve.steps]
+
+    steps, rates = run.series("lr")
+    return {
+        "loss": figures.loss_curves(curves("loss"), axis),
+        "accuracy": figures.accuracy_curves(curves("top1"), axis),
+        "lr": figures.lr_curve(figures.Curve("learning rate", [1, *steps], [run.plan["lr_first"], *rates]), axis),
+    }
+
+
+def _of_classes(found: Found) -> dict[str, Figure | None]:
+    names, metrics = found.scored.class_names, found.metrics
+    matrix = np.array(metrics["confusion_matrix"])
+    recalls = [values["recall"] for values in metrics["classes"]]
+    off = matrix - np.diag(np.diag(matrix))
+    most = [divmod(int(cell), len(names)) for cell in np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]]
+    pairs = [(names[true], names[guess], int(off[true, guess])) for true, guess in most if off[true, guess]]
+    calibration, scored = metrics["calibration"], found.scored
+    panels = [_reliability(scored, "as trained", calibration["before"]["ece"])]
+    if calibration["after"]:
+        temperature = calibration["temperature"]
+        title = f"temperature {temperature:.2f}, fitted on val"
+        panels.append(_reliability(cooled(scored, temperature), title, calibration["after"]["ece"]))
+    return {
+        "confusion_matrix": figures.confusion_matrix(matrix, names),
+        "confusion_shares": figures.normalized_confusion_matrix(matrix, names),
+        "class_accuracy": figures.class_bars(names, recalls, metrics["top1"]),
+        "confusions": figures.top_confusions(pairs) if pairs else None,
+        "reliability": figures.reliability_diagram(panels),
+    }
+
+
+def _reliability(scored: Scored, title: str, ece: float) -> figures.Reliability:
+    bins = reliability_bins(scored.probabilities, scored.labels)
+    return figures.Reliability(title, bins.confidence, bins.accuracy, bins.count, ece)
+
+
+def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
+    """The report for people: the result first, then how it came about."""
+    run, scored, metrics = found.run, found.scored, found.metrics
+    about, epoch = scored.about, scored.about.step / run.plan["steps_per_epoch"]
+    mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
+
+    def shown(*names: str) -> list[Picture]:
+        return [Picture(pictures[name], sheets.CAPTIONS[name]) for name in names if name in pictures]
+
+    head = [
+        Text(
+            f"Test accuracy {tables.percent(metrics['top1'])} (95 % interval"
+            f" {tables.interval(metrics['top1_interval'])})",
+            strong=True,
+        ),
+        Text(
+            f"On {metrics['num_samples']:,} images of {about.dataset}{mirrored}, with checkpoint {about.checkpoint} of"
+            f" step {about.step:,} (epoch {epoch:.4g}), selected on {metrics['selected_on']}."
+        ),
+        *(Text(warning, strong=True) for warning in metrics["warnings"]),
+    ]
+    files = {
+        "Counts": folder / "confusion_matrix.csv",
+        "Every prediction": folder / "predictions.parquet",
+        "All numbers": folder / "metrics.json",
+    }
+    return Page(
+        run.folder.resolve().name,
+        head,
+        [
+            Section("Results", [tables.results(metrics), tables.splits(run, scored, metrics)]),
+            Section("Curves", [Text(_curve_words(run)), *shown("loss", "accuracy", "lr")]),
+            Section(
+                "Classes",
+                [
+                    tables.per_class(metrics),
+                    *shown("class_accuracy", "confusion_matrix", "confusion_shares", "confusions"),
+                    Files(files),
+                ],
+            ),
+            Section("Calibration", [tables.calibration(metrics), *shown("reliability")]),
+            Section("Mistakes", [Text(sheets.mistake_words(metrics)), *shown("mistakes", "label_errors")]),
+            Section("What the model looks at", [Text(sheets.map_words(found.evidence)), *shown("grad_cam", "rollout")]),
+            Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
+            Section("Settings", [tables.settings(run.config)]),
+            Section("Environment", [tables.environment(run, scored)]),
+            Section("To reproduce", [Code(tables.commands(run))]),
+        ],
+    )
+
+
+def _curve_words(run: Run) -> str:
+    return (
+        f"Train numbers are taken while training, on augmented images{tables.softened(run.config)}, so they may lie on"
+        f" either side of {run.evaluation_split}'s. The dotted line is the checkpoint that was scored."
+    )

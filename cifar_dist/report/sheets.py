@@ -1,0 +1,94 @@
+"""The pictures of a report that show images, and words about all of its pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cifar_dist import figures
+from cifar_dist.evidence import Chosen, Evidence
+from cifar_dist.predictions import Scored
+
+CAPTIONS = {
+    "loss": "Loss against steps",
+    "accuracy": "Top-1 accuracy against steps",
+    "lr": "Learning rate against steps",
+    "class_accuracy": "Accuracy of each class; the dashed line is the mean over all images",
+    "confusion_matrix": "Confusion matrix: number of images",
+    "confusion_shares": "Confusion matrix: percent of the true class",
+    "confusions": "The most frequent confusions",
+    "reliability": "Reliability: accuracy against confidence, and how often each confidence occurs",
+    "mistakes": "The wrong predictions the model is surest of: true class, predicted class, confidence",
+    "label_errors": "Images whose label may be wrong: label, what the model says instead, confidence",
+    "grad_cam": "Grad-CAM of what was predicted, for one right and one wrong prediction of each class",
+    "rollout": "Attention rollout for the same images",
+}
+
+
+def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, Figure | None]:
+    """Galleries of mistakes and suspected label errors, and a sheet for each kind of map."""
+    sheets: dict[str, Figure | None] = {
+        "mistakes": _gallery(scored, evidence, chosen.mistakes),
+        "label_errors": _gallery(scored, evidence, chosen.suspects),
+    }
+    return sheets | {method: _sheet(scored, chosen, evidence, method) for method in evidence.maps}
+
+
+def _gallery(scored: Scored, evidence: Evidence, rows: list[int]) -> Figure | None:
+    if not rows:
+        return None
+    images = np.stack([evidence.image(int(scored.ids[row])) for row in rows])
+    return figures.image_gallery(images, [caption(scored, row) for row in rows])
+
+
+def caption(scored: Scored, row: int) -> str:
+    """``cat → dog 98 %``: the true class, the predicted one where it is another, and its confidence."""
+    true, guess = scored.class_names[scored.labels[row]], scored.class_names[scored.predicted[row]]
+    what = true if true == guess else f"{true} → {guess}"
+    return f"{what} {100 * scored.probabilities[row].max():.0f} %"
+
+
+def _sheet(scored: Scored, chosen: Chosen, evidence: Evidence, method: str) -> Figure:
+    def explained(row: int | None) -> figures.Explained | None:
+        map = None if row is None else evidence.map(method, int(scored.ids[row]))
+        if row is None or map is None:
+            return None
+        image = as_seen(evidence.image(int(scored.ids[row])), len(map))
+        return figures.Explained(image, map, caption(scored, row))
+
+    classes = zip(chosen.classes, chosen.right, chosen.wrong, strict=True)
+    names = scored.class_names
+    return figures.cam_sheet(
+        [figures.ClassRow(names[k], explained(right), explained(wrong)) for k, right, wrong in classes]
+    )
+
+
+def as_seen(image: np.ndarray, size: int) -> np.ndarray:
+    """An image uint8 (S,S,3), or a map float32 (S,S), at the size a model sees it."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def mistake_words(metrics: dict[str, Any]) -> str:
+    """How many images are wrong, and how many labels look wrong."""
+    wrong = round(metrics["error_rate"] * metrics["num_samples"])
+    return (
+        f"{wrong:,} of {metrics['num_samples']:,} images are given another class than their label."
+        f" {metrics['suspected_label_errors']:,} labels are suspected to be wrong themselves by confident learning"
+        " (Northcutt et al., 2021): the model finds another class at least as likely as it usually finds that class."
+    )
+
+
+def map_words(evidence: Evidence) -> str:
+    """How the maps were made, or why there are none."""
+    if evidence.unexplained:
+        return f"There are no Grad-CAM maps: {evidence.unexplained}"
+    rollout = (
+        " Attention rollout (Abnar and Zuidema, 2020) follows attention from the class token back to the patches,"
+        " whatever the class."
+        if "rollout" in evidence.maps
+        else ""
+    )
+    return f"Grad-CAM (Selvaraju et al., 2017) at layer {evidence.layer}, for the predicted class.{rollout}"

@@ -1,0 +1,166 @@
+"""Several runs on one test set, compared: ``comparison.html``, ``.md``, ``.json`` and ``.csv`` from their reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_dist import statistics
+from cifar_dist.errors import UsageError
+from cifar_dist.evidence import load_evidence
+from cifar_dist.predictions import load_predictions
+from cifar_dist.report import study_figures
+from cifar_dist.report.grouping import Group, group_runs
+from cifar_dist.report.members import Member, row_of, spread
+from cifar_dist.report.study_page import study_page
+from cifar_dist.run_folder import read_json
+from cifar_dist.run_record import Run
+from cifar_dist.statistics import agreement, compare, compare_groups, corrected, verdict
+
+NAME = "comparison"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was written.
+
+    Attributes:
+        title: what is compared.
+        verdicts: a sentence for each pair.
+        markdown: the page.
+        summary: as in ``comparison.json``.
+        page: the HTML page's path.
+    """
+
+    title: str
+    verdicts: list[str]
+    markdown: str
+    summary: dict[str, Any]
+    page: Path
+
+
+def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path) -> Comparison:
+    """Compare runs whose reports have been written.
+
+    Args:
+        runs: in the order in which they are to be shown.
+        folders: their reports'.
+        output: the folder for the comparison.
+
+    Raises:
+        UsageError: the runs were not scored on the same images in the same way, or a file is missing.
+    """
+    members = [
+        Member(run, load_predictions(folder), read_json(folder / "metrics.json"), load_evidence(folder))
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+    _check_comparable(members)
+    groups = group_runs([run.config for run in runs], [member.name for member in members])
+    pairs = _pairs(members, groups)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        summary = _summary(members, groups, pairs)
+        (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        _write_rows(summary["runs"], output / f"{NAME}.csv")
+        pictures = study_figures.write(members, groups, output)
+        files = {"Table": output / f"{NAME}.csv", "All numbers": output / f"{NAME}.json"}
+        page = study_page(members, groups, pairs, pictures, files)
+        page.write(output, NAME)
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
+    verdicts = [pair["verdict"] for pair in pairs]
+    return Comparison(page.title, verdicts, page.markdown(output), summary, output / f"{NAME}.html")
+
+
+def _check_comparable(members: Sequence[Member]) -> None:
+    """Refuse runs that were scored on other images, or otherwise, than the first."""
+    first = members[0].scored
+    for member in members[1:]:
+        other, both = member.scored, f"{members[0].run.folder} and {member.run.folder}"
+        if other.class_names != first.class_names:
+            raise UsageError(f"RUN_DIR {both} have other classes; compare runs on the same ones.")
+        if not np.array_equal(other.ids, first.ids) or not np.array_equal(other.labels, first.labels):
+            raise UsageError(
+                f"RUN_DIR {both} were scored on other test images ({len(first.ids):,} of {first.about.dataset} and"
+                f" {len(other.ids):,} of {other.about.dataset}); compare runs on the same test set."
+            )
+        if other.about.fingerprint != first.about.fingerprint:
+            raise UsageError(
+                f"RUN_DIR {both} were scored on data with other fingerprints ({first.about.fingerprint[:12]} and"
+                f" {other.about.fingerprint[:12]}); score both on the same files."
+            )
+        if other.about.tta != first.about.tta:
+            raise UsageError(f"RUN_DIR {both} were scored with other --tta; score them alike.")
+
+
+def _pairs(members: Sequence[Member], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The test of each pair of groups, corrected for their number, and how far their predictions agree."""
+    both = list(combinations(groups, 2))
+    tests = corrected([_test(*(_correct(members, group) for group in pair)) for pair in both])
+    return [_pair(a, b, test, members) for (a, b), test in zip(both, tests, strict=True)]
+
+
+def _correct(members: Sequence[Member], group: Group) -> np.ndarray:
+    return np.stack([members[number].scored.correct for number in group.members])
+
+
+def _test(a: np.ndarray, b: np.ndarray) -> statistics.Comparison:
+    """Of two runs on the images they share, or of two groups on images and seeds."""
+    return compare(a[0], b[0]) if len(a) == len(b) == 1 else compare_groups(a, b)
+
+
+def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Member]) -> dict[str, Any]:
+    first, second = (members[group.members[0]].scored for group in (a, b))
+    agree, kappa = agreement(first.predicted, second.predicted)
+    return {
+        "a": a.name,
+        "b": b.name,
+        "difference": test.difference,
+        "interval": [test.low, test.high],
+        "p": test.p_value,
+        "p_corrected": test.p_corrected,
+        "test": test.test,
+        "agreement": agree,
+        "kappa": kappa,
+        "only_a_right": int((first.correct & ~second.correct).sum()),
+        "only_b_right": int((second.correct & ~first.correct).sum()),
+        "verdict": verdict(a.name, b.name, test),
+    }
+
+
+def _summary(members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All numbers of the comparison."""
+    correct = np.stack([member.scored.correct for member in members])
+    ids = members[0].scored.ids
+    only = correct & (correct.sum(axis=0) == 1)
+    about = members[0].scored.about
+    return {
+        "dataset": {"name": about.dataset, "fingerprint": about.fingerprint, "num_samples": len(ids), "tta": about.tta},
+        "runs": [row_of(member, _group_of(groups, number)) for number, member in enumerate(members)],
+        "groups": [
+            {"name": group.name, "runs": [members[number].name for number in group.members]} | spread(members, group)
+            for group in groups
+        ],
+        "pairs": pairs,
+        "all_right": int(correct.all(axis=0).sum()),
+        "none_right": int((~correct).all(axis=0).sum()),
+        "only_right": {member.name: ids[row].tolist() for member, row in zip(members, only, strict=True)},
+    }
+
+
+def _group_of(groups: Sequence[Group], number: int) -> str:
+    return next(group.name for group in groups if number in group.members)
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,144 @@
+"""The pictures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cifar_dist import figures
+from cifar_dist.evidence import choose
+from cifar_dist.report.grouping import Group, grid_axes
+from cifar_dist.report.members import Member
+from cifar_dist.report.sheets import as_seen, caption
+
+CAPTIONS = {
+    "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
+    "grid": "Test accuracy over the two settings that differ",
+    "gflops": "Accuracy against arithmetic",
+    "latency": "Accuracy against latency",
+    "parameters": "Accuracy against size",
+    "training_time": "Accuracy against training time",
+    "agreement": "Share of test images that two runs give the same class",
+    "only_right": "Images that only one run gets right, and what another one, which is sure of it, says",
+    "grad_cam": "Grad-CAM of the same test images for every run, each for the class it predicts",
+}
+MOST_ALONE = 16
+_COSTS = {
+    "gflops": ("GFLOPs per image", lambda cost: cost["gflops"]),
+    "latency": ("latency of one image (ms)", lambda cost: 1e3 * cost["inference"]["latency_median_seconds"]),
+    "parameters": ("parameters (M)", lambda cost: cost["parameters"] / 1e6),
+    "training_time": ("training time (min)", lambda cost: cost["training"]["seconds"] / 60),
+}
+
+
+def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> dict[str, Path]:
+    """Draw and save what there is; pictures by name."""
+    labels = [next(group.name for group in groups if number in group.members) for number in range(len(members))]
+    drawn: dict[str, Figure | None] = {
+        "curves": _curves(members, labels),
+        "grid": _grid(members, groups),
+        "agreement": _agreement(members),
+        "only_right": _only_right(members),
+        "grad_cam": _same_images(members),
+    }
+    drawn |= {name: _against(members, labels, name) for name in _COSTS}
+    pictures = {name: output / f"{name}.png" for name, figure in drawn.items() if figure is not None}
+    for name, path in pictures.items():
+        figures.save(drawn[name], path)
+    return pictures
+
+
+def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
+    def points(member: Member, key: str) -> tuple[list[float], list[float]]:
+        steps, values = member.run.series(key)
+        return [step / member.run.plan["steps_per_epoch"] for step in steps], values
+
+    curves = [
+        figures.RunCurves(label, *(points(member, key) for key in ("train/loss", "val/loss", "train/top1", "val/top1")))
+        for member, label in zip(members, labels, strict=True)
+    ]
+    return figures.run_curves(curves, members[0].run.evaluation_split)
+
+
+def _against(members: Sequence[Member], labels: Sequence[str], name: str) -> Figure:
+    x_label, cost_of = _COSTS[name]
+    metrics = [member.metrics for member in members]
+
+    def cost(found: dict) -> float:
+        try:
+            return float(cost_of(found["cost"]))
+        except (KeyError, TypeError):
+            return float("nan")
+
+    intervals = np.array([found["top1_interval"] for found in metrics])
+    return figures.accuracy_against(
+        [cost(found) for found in metrics], labels, [found["top1"] for found in metrics], intervals, x_label
+    )
+
+
+def _grid(members: Sequence[Member], groups: Sequence[Group]) -> Figure | None:
+    axes = grid_axes(groups)
+    if axes is None:
+        return None
+    rows, columns = (
+        sorted({group.settings[name] for group in groups}, key=lambda v: (str(type(v)), v)) for name in axes
+    )
+    values = np.full((len(rows), len(columns)), np.nan)
+    for group in groups:
+        place = rows.index(group.settings[axes[0]]), columns.index(group.settings[axes[1]])
+        values[place] = np.mean([members[number].metrics["top1"] for number in group.members])
+    names = [name.replace("_", " ") for name in axes]
+    return figures.value_grid(
+        values, [str(row) for row in rows], [str(column) for column in columns], (names[0], names[1], "test accuracy")
+    )
+
+
+def _agreement(members: Sequence[Member]) -> Figure:
+    predicted = np.stack([member.scored.predicted for member in members])
+    matrix = (predicted[:, None] == predicted[None]).mean(axis=2)
+    return figures.agreement_matrix([member.name for member in members], matrix)
+
+
+def _only_right(members: Sequence[Member]) -> Figure | None:
+    """Images that one run alone gets right, as far as some report holds their pixels."""
+    correct = np.stack([member.scored.correct for member in members])
+    images, captions = [], []
+    for position in np.flatnonzero(correct.sum(axis=0) == 1):
+        sample_id = int(members[0].scored.ids[position])
+        right = members[int(correct[:, position].argmax())]
+        wrong = max((m for m in members if m is not right), key=lambda m: float(m.scored.probabilities[position].max()))
+        holders = [m.evidence for m in members if m.evidence is not None and m.evidence.holds([sample_id])]
+        if holders and len(images) < MOST_ALONE:
+            images.append(holders[0].image(sample_id))
+            captions.append(f"{right.name}\n{caption(wrong.scored, int(position))}")
+    return figures.image_gallery(images, captions) if images else None
+
+
+def _same_images(members: Sequence[Member]) -> Figure | None:
+    """The first image of each class as every run sees it; runs without maps are left out."""
+    first = members[0].scored
+    rows = choose(first).shared
+    ids = [int(first.ids[row]) for row in rows]
+    able = [
+        m for m in members if m.evidence is not None and all(m.evidence.map("grad_cam", i) is not None for i in ids)
+    ]
+    if not able:
+        return None
+    size = max(len(member.evidence.map("grad_cam", ids[0])) for member in able)
+    images = [as_seen(able[0].evidence.image(sample_id), size) for sample_id in ids]
+    seen = [
+        [
+            figures.Seen(
+                as_seen(member.evidence.map("grad_cam", sample_id), size).clip(0, 1),
+                first.class_names[member.scored.predicted[row]],
+                bool(member.scored.correct[row]),
+            )
+            for row, sample_id in zip(rows, ids, strict=True)
+        ]
+        for member in able
+    ]
+    true = [first.class_names[first.labels[row]] for row in rows]
+    return figures.cam_grid(images, true, [member.name for member in able], seen)

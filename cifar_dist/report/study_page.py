@@ -1,0 +1,132 @@
+"""The page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_dist.page import Files, Page, Picture, Section, Table, Text
+from cifar_dist.report import study_figures
+from cifar_dist.report.grouping import Group
+from cifar_dist.report.members import Member, row_of, spread
+from cifar_dist.report.tables import MIB, interval, percent
+
+
+def study_page(
+    members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]], pictures: dict[str, Path],
+    files: dict[str, Path],
+) -> Page:  # fmt: skip
+    """The comparison for people: which is better first, then at what cost."""
+    about, count = members[0].scored.about, len(members[0].scored.ids)
+    warnings = {warning for member in members for warning in member.metrics["warnings"]}
+
+    def shown(*names: str) -> list[Picture]:
+        return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
+
+    best = max(groups, key=lambda group: spread(members, group)["mean_top1"])
+    words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} does best."
+    return Page(
+        " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared",
+        [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
+        [
+            Section("Accuracy", [_accuracies(members, groups), *shown("grid", "curves")]),
+            Section("Which is better", _verdicts(pairs)),
+            Section("Cost", [_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
+            Section("Where they differ", [_only(members), *shown("agreement", "only_right", "grad_cam")]),
+            Section("Files", [Files(files)]),
+        ],
+    )
+
+
+def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
+    rows = []
+    for group in groups:
+        found = spread(members, group)
+        if len(group.members) > 1:
+            mean = f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
+            rows.append((group.name, f"mean of {len(group.members)} runs", mean, "", "", "", "", ""))
+        for number in group.members:
+            metrics = members[number].metrics
+            rows.append(
+                (
+                    group.name,
+                    members[number].name,
+                    percent(metrics["top1"]),
+                    interval(metrics["top1_interval"]),
+                    percent(metrics["error_rate"]),
+                    f"{metrics['macro_avg']['f1']:.4f}",
+                    f"{metrics['loss']:.4f}",
+                    f"{metrics['calibration']['before']['ece']:.4f}",
+                )
+            )
+    strong = [number for number, row in enumerate(rows) if not row[3]]
+    header = ("settings", "run", "top-1", "95 % interval", "error", "macro F1", "loss (nats)", "ECE")
+    return Table(header, rows, strong)
+
+
+def _verdicts(pairs: list[dict[str, Any]]) -> list[Text | Table]:
+    if not pairs:
+        return [Text("All runs have the same settings but the seed: there is nothing to compare.")]
+    rows = [
+        (
+            f"{pair['a']} / {pair['b']}",
+            f"{100 * pair['difference']:+.2f}",
+            f"{100 * pair['interval'][0]:+.2f} to {100 * pair['interval'][1]:+.2f}",
+            f"{pair['p']:.2g}",
+            f"{pair['p_corrected']:.2g}",
+            percent(pair["agreement"]),
+            pair["test"],
+        )
+        for pair in pairs
+    ]
+    header = ("pair", "difference (points)", "95 % interval", "p", "p, corrected", "same prediction", "test")
+    corrected = f" p is corrected for {len(pairs)} pairs (Holm, 1979)." if len(pairs) > 1 else ""
+    return [
+        *(Text(pair["verdict"], strong=True) for pair in pairs),
+        Table(header, rows),
+        Text(f"Tests are paired: they look at the same images.{corrected}"),
+    ]
+
+
+def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
+    """One run of each group, with the columns of the studies' tables."""
+    rows = []
+    for group in groups:
+        row = row_of(members[group.members[0]], group.name)
+
+        def cell(name: str, factor: float = 1, digits: int = 2, row: dict[str, Any] = row) -> str:
+            return "–" if row[name] is None else f"{row[name] * factor:,.{digits}f}"
+
+        rows.append(
+            (
+                group.name,
+                cell("parameters", 1e-6),
+                cell("gflops"),
+                cell("gmacs"),
+                cell("gmacs_without_attention"),
+                cell("latency_seconds", 1e3),
+                cell("images_per_second", 1, 0),
+                cell("inference_peak_memory_bytes", 1 / MIB, 0),
+                cell("training_peak_memory_bytes", 1 / MIB, 0),
+                cell("training_seconds", 1 / 60, 1),
+            )
+        )
+    return Table(
+        (
+            "settings", "parameters (M)", "GFLOPs", "GMACs", "GMACs without attention", "latency (ms)", "images/s",
+            "memory, inference (MiB)", "memory, training (MiB)", "training (min)",
+        ),
+        rows,
+    )  # fmt: skip
+
+
+def _only(members: Sequence[Member]) -> Table:
+    """How many images only one run gets right."""
+    correct = np.stack([member.scored.correct for member in members])
+    alone = correct & (correct.sum(axis=0) == 1)
+    rows = [(member.name, f"{row.sum():,}") for member, row in zip(members, alone, strict=True)]
+    rows += [("all of them", f"{correct.all(axis=0).sum():,}"), ("none", f"{(~correct).all(axis=0).sum():,}")]
+    return Table(("right is only", "images"), rows)

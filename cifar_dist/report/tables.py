@@ -1,0 +1,207 @@
+"""The tables of a run's report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from cifar_dist.config import Config
+from cifar_dist.page import Table
+from cifar_dist.predictions import Scored
+from cifar_dist.run_record import Run
+
+SHOWN_SETTINGS = [
+    "model",
+    "dataset",
+    "pretrained",
+    "init_weights",
+    "epochs",
+    "batch_size",
+    "opt",
+    "lr",
+    "weight_decay",
+    "sched",
+    "warmup_epochs",
+    "crop_padding",
+    "hflip",
+    "smoothing",
+    "val_fraction",
+    "select_on",
+    "precision",
+    "seed",
+]
+NOT_SETTINGS = [
+    "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
+    "time_limit",
+]  # fmt: skip
+MIB = 2**20
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A fraction in percent."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def interval(pair: Sequence[float], digits: int = 2) -> str:
+    """An interval of fractions, in percent."""
+    return f"{100 * pair[0]:.{digits}f} to {100 * pair[1]:.{digits}f} %"
+
+
+def results(metrics: dict[str, Any]) -> Table:
+    """The headline's numbers."""
+    low, high = metrics["macro_f1_interval"]
+    return Table(
+        ("measure", "value", "95 % interval"),
+        [
+            ("top-1 accuracy", percent(metrics["top1"]), interval(metrics["top1_interval"])),
+            ("top-3 accuracy", percent(metrics["top3"]), ""),
+            ("top-5 accuracy", percent(metrics["top5"]), ""),
+            ("top-1 error", percent(metrics["error_rate"]), ""),
+            ("balanced accuracy", percent(metrics["balanced_accuracy"]), ""),
+            ("macro F1", f"{metrics['macro_avg']['f1']:.4f}", f"{low:.4f} to {high:.4f}"),
+            ("loss (nats)", f"{metrics['loss']:.4f}", ""),
+            ("images", f"{metrics['num_samples']:,}", ""),
+        ],
+        strong=[0],
+    )
+
+
+def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
+    """Train, val and test side by side, at the checkpoint's step."""
+    rows, step = [], scored.about.step
+    for split, key, how in (
+        ("train", "train", f"while training, on augmented images{softened(run.config)}, up to the checkpoint"),
+        (run.evaluation_split, "val", "at the checkpoint, while training"),
+    ):
+        top1, loss = run.value_at(f"{key}/top1", step), run.value_at(f"{key}/loss", step)
+        if top1 is not None and loss is not None:
+            rows.append((split, percent(top1), f"{loss:.4f}", how))
+    rows.append(("test", percent(metrics["top1"]), f"{metrics['loss']:.4f}", "afterwards, each image once"))
+    return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
+
+
+def softened(config: Config) -> str:
+    """How the training loss differs from the plain cross-entropy of the other splits."""
+    augment = config.augment
+    used = [name for name, on in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if on]
+    used += [f"label smoothing {augment.smoothing:g}"] if augment.smoothing else []
+    return f" with {' and '.join(used)}" if used else ""
+
+
+def per_class(metrics: dict[str, Any]) -> Table:
+    """Precision, recall, F1 and support of each class, with their means."""
+
+    def row(name: str, values: dict[str, Any], support: int) -> tuple[str, ...]:
+        return (name, *(f"{values[key]:.4f}" for key in ("precision", "recall", "f1")), f"{support:,}")
+
+    rows = [row(values["name"], values, values["support"]) for values in metrics["classes"]]
+    for name, key in (("macro mean", "macro_avg"), ("weighted mean", "weighted_avg")):
+        rows.append(row(name, metrics[key], metrics["num_samples"]))
+    return Table(("class", "precision", "recall", "F1", "support"), rows, strong=[len(rows) - 2, len(rows) - 1])
+
+
+def calibration(metrics: dict[str, Any]) -> Table:
+    """ECE, Brier score and NLL, before and after temperature scaling."""
+    numbers = metrics["calibration"]
+    rows = [("as trained", "1", *(f"{numbers['before'][name]:.4f}" for name in ("ece", "brier", "nll")))]
+    if numbers["after"]:
+        scaled = (f"{numbers['after'][name]:.4f}" for name in ("ece", "brier", "nll"))
+        rows.append(("temperature fitted on val", f"{numbers['temperature']:.3f}", *scaled))
+    return Table(("confidences", "temperature", "ECE (15 bins)", "Brier score", "NLL (nats)"), rows)
+
+
+def cost(metrics: dict[str, Any]) -> Table:
+    """Size, arithmetic, time and memory."""
+    found = metrics["cost"]
+    trained = f"{found['trained_parameters'] / 1e6:.2f} M trained"
+    rows = [("parameters", f"{found['parameters'] / 1e6:.2f} M", trained)]
+    return Table(("what", "value", "how"), [*rows, *_arithmetic(found), *_inference(found), *_training(found)])
+
+
+def _arithmetic(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        ("GFLOPs", f"{found['gflops']:.2f}", f"one image of {found['img_size']} pixels, two per multiply-add"),
+        ("GMACs", f"{found['gmacs']:.2f}", "multiply-adds, the half of that"),
+        (
+            "GMACs without attention",
+            f"{found['gmacs_without_attention']:.2f}",
+            "without the products of queries, keys and values, as counters do that miss fused attention; what papers"
+            " often call GFLOPs",
+        ),
+    ]
+
+
+def _inference(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    speed = found["inference"]
+    where, energy = f"{speed['device']}, {speed['precision']}", speed["energy_joules_per_image"]
+    tail = f"95th percentile {1e3 * speed['latency_p95_seconds']:.2f} ms"
+    rows = [
+        (
+            "latency",
+            f"{1e3 * speed['latency_median_seconds']:.2f} ms",
+            f"one image, median of {speed['runs']}; {tail}; {where}",
+        ),
+        ("throughput", f"{speed['images_per_second']:,.0f} images/s", f"batches of {speed['batch_size']}; {where}"),
+        ("memory, inference", f"{speed['peak_memory_bytes'] / MIB:,.0f} MiB", "the most held at that batch"),
+    ]
+    return rows + ([("energy", f"{energy:.3g} J/image", "by the GPU's own meter")] if energy else [])
+
+
+def _training(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is known of the training: what was never logged, or not on this machine, is left out."""
+    training, peak, rows = found["training"], found["peak"], []
+    if training["peak_memory_bytes"] is not None:
+        rows.append(("memory, training", f"{training['peak_memory_bytes'] / MIB:,.0f} MiB", "the most of one process"))
+    if training["seconds"] is not None:
+        rows.append(("training time", str(timedelta(seconds=round(training["seconds"]))), "by the log"))
+    if training["images_per_second"] is not None:
+        rows.append(("training speed", f"{training['images_per_second']:,.0f} images/s", "median of the log"))
+    if training["mfu"] is not None:
+        most = f"{peak['flops_per_second'] / 1e12:.2f} TFLOP/s a process ({peak['source']})"
+        rows.append(("MFU in training", percent(training["mfu"]), f"of {most}; a step counts as three forward passes"))
+    return rows
+
+
+def settings(config: Config) -> Table:
+    """The settings that say what the run is, and all others that differ from the defaults."""
+    values, defaults = config.flat(), Config().flat()
+    others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
+    names = [*SHOWN_SETTINGS, *(name for name in others if name not in SHOWN_SETTINGS)]
+    return Table(("setting", "value"), [(name, str(values[name])) for name in names if values[name] is not None])
+
+
+def environment(run: Run, scored: Scored) -> Table:
+    """Where and with what the run was trained, as its folder tells."""
+    elsewhere = ("versions", "class_names", "restarts")
+    facts = {name: value for name, value in run.environment.items() if name not in elsewhere}
+    versions = run.environment.get("versions", {})
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    facts["interruptions"] = interruptions(run.environment.get("restarts", []))
+    facts["steps"] = f"{run.series('train/loss')[0][-1]:,} of {run.plan['schedule_steps']:,} scheduled"
+    facts["test data fingerprint"] = scored.about.fingerprint
+    rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
+    return Table(("what", "value"), rows)
+
+
+def interruptions(restarts: Sequence[dict[str, Any]]) -> str:
+    """How often the run was started again, and what had to be done twice."""
+    steps, seconds = (sum(start.get(name, 0) for start in restarts) for name in ("steps_redone", "seconds_lost"))
+    again = f" ({steps:,} steps done again, {timedelta(seconds=round(seconds))} lost)" if restarts else ""
+    return f"{len(restarts)}{again}"
+
+
+def commands(run: Run) -> str:
+    """What to type to train the same again and score it."""
+    processes, again = run.environment.get("num_processes", 1), f"{run.folder}-again"
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    config = run.folder / "config.yaml"
+    train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
+    return f"{train}\npython evaluate.py {shlex.quote(again)}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """``a, b and c``."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

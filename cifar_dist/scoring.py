@@ -1,0 +1,181 @@
+"""What takes the model: predictions of a split, the maps that explain some of them, and what the model costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from cifar_dist import checkpoint
+from cifar_dist.checkpoint_store import Stored
+from cifar_dist.config import InputConfig
+from cifar_dist.data import TestData, load_other_test_data, load_test_data, load_val_data
+from cifar_dist.data.augment import Preprocess
+from cifar_dist.data.resident import ResidentSet
+from cifar_dist.engine import Evaluator
+from cifar_dist.errors import UsageError
+from cifar_dist.evidence import Evidence, choose
+from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
+from cifar_dist.flops import count_flops, device_peak
+from cifar_dist.models import build_model, count_parameters, input_config
+from cifar_dist.predictions import About, Scored, save_predictions
+from cifar_dist.run_record import Run
+from cifar_dist.speed import measure_speed
+
+COST_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's model with the weights of one of its checkpoints, on its device.
+
+    Attributes:
+        run: what was trained.
+        stored: the checkpoint.
+        which: best, last, or the checkpoint's folder.
+        model: in evaluation mode.
+        input: what it expects of images.
+        accelerator: of this process.
+        precision: of the forward pass.
+    """
+
+    run: Run
+    stored: Stored
+    which: str
+    model: torch.nn.Module
+    input: InputConfig
+    accelerator: Accelerator
+    precision: str
+
+
+def load_subject(run: Run, which: str, accelerator: Accelerator, precision: str) -> Subject:
+    """Build the run's model and give it the checkpoint's weights (their moving average if the run kept one).
+
+    Raises:
+        UsageError: there is no such checkpoint, or it is damaged or of another model.
+    """
+    stored = checkpoint.find(run.folder, which)
+    config = replace(run.config.model, pretrained=False, init_weights=None)
+    model = build_model(config, len(run.environment["class_names"]))
+    try:
+        model.load_state_dict(checkpoint.load_weights(stored))
+    except RuntimeError:
+        raise UsageError(f"{run.folder}: checkpoint {which} does not fit the model of its config.yaml.") from None
+    inputs = input_config(model, run.config.model)
+    return Subject(run, stored, which, model.to(accelerator.device).eval(), inputs, accelerator, precision)
+
+
+def test_data(run: Run, other: str | None) -> TestData:
+    """The run's own test split, or that of another set with the same classes.
+
+    Raises:
+        UsageError: the data cannot be used, or their classes are not the run's.
+    """
+    if other is not None:
+        return load_other_test_data(other, run.config.data, run.environment["class_names"])
+    data = load_test_data(run.config.data)
+    run.check_classes(data.class_names, data.name)
+    return data
+
+
+def score_test(subject: Subject, data: TestData, tta: str) -> Scored:
+    """Predictions for the test split."""
+    return _score(subject, data.test, _about(subject, data.name, "test", data.fingerprint, tta))
+
+
+def score_val(subject: Subject, tta: str) -> Scored | None:
+    """Predictions for the split that the run set apart to choose by, or None if it had none."""
+    config, environment = subject.run.config.data, subject.run.environment
+    val = load_val_data(config)
+    if val is None:
+        return None
+    about = _about(subject, config.dataset, "val", str(environment.get("data_fingerprint")), tta)
+    return _score(subject, val, about)
+
+
+def _about(subject: Subject, dataset: str, split: str, fingerprint: str, tta: str) -> About:
+    stored = subject.stored
+    return About(
+        dataset, split, fingerprint, subject.which, stored.step, stored.digest, tta=tta, precision=subject.precision
+    )
+
+
+def _score(subject: Subject, split: ResidentSet, about: About) -> Scored:
+    """Logits of every image, each once, whatever the number of processes."""
+    preprocess = Preprocess(subject.input, subject.accelerator.device, torch.float32)
+    batch = subject.run.plan["micro_batch_size"]
+    evaluator = Evaluator(subject.accelerator, preprocess, batch, subject.precision)
+    images = split.to(subject.accelerator.device)
+    logits = evaluator.logits(subject.model, images)
+    if about.tta == "flip":
+        both = torch.stack([logits, evaluator.logits(subject.model, images, mirrored=True)])
+        logits = both.double().softmax(dim=2).mean(dim=0).log().float()
+    if not logits.isfinite().all():
+        raise UsageError(
+            f"{subject.run.folder}: checkpoint {about.checkpoint} (step {about.step}) predicts NaN; the run diverged."
+        )
+    names = tuple(subject.run.environment["class_names"])
+    return Scored(split.ids.numpy(), split.labels.numpy(), logits.numpy(), names, about)
+
+
+def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evidence:
+    """Pixels of the images that a report shows, with Grad-CAM and attention rollout of what was predicted for some."""
+    chosen = choose(scored)
+    explained, shown = torch.tensor(chosen.explained), torch.tensor(chosen.shown)
+    found = Evidence(scored.ids[shown], test.images[shown].cpu().numpy(), scored.ids[explained])
+    device = subject.accelerator.device
+    images = Preprocess(subject.input, device, torch.float32)(test.images[explained].to(device))
+    classes = torch.from_numpy(scored.predicted[explained]).to(device)
+    try:
+        maps = {"grad_cam": grad_cam(subject.model, images, classes)}
+        if (rollout := attention_rollout(subject.model, images)) is not None:
+            maps["rollout"] = rollout
+        layer = target_of(subject.model).name
+    except Unexplained as error:
+        return replace(found, unexplained=str(error))
+    return replace(found, layer=layer, maps={name: _bytes(map) for name, map in maps.items()})
+
+
+def _bytes(maps: torch.Tensor) -> np.ndarray:
+    return (maps * 255).round().to(torch.uint8).numpy()
+
+
+def measure_cost(subject: Subject) -> dict[str, Any]:
+    """What the model takes: parameters, FLOPs, and the time and memory of inference on this machine."""
+    parameters, trained = count_parameters(subject.model)
+    flops = count_flops(subject.model, subject.input.img_size)
+    speed = measure_speed(subject.model, subject.input, subject.accelerator.device, subject.precision)
+    peak = device_peak(subject.accelerator.device, subject.run.config.run.precision)
+    return {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "img_size": subject.input.img_size,
+        "flops": asdict(flops),
+        "inference": asdict(speed),
+        "peak": asdict(peak),
+    }
+
+
+def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: TestData, folder: Path) -> None:
+    """Make and save what a report needs besides the test predictions: maps and pixels, val's predictions, costs."""
+    try:
+        folder.mkdir(exist_ok=True)
+        gather_evidence(subject, scored, data.test).save(folder)
+        cost = json.dumps(measure_cost(subject), indent=1)
+        (folder / COST_FILE).write_text(cost + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); free or restore it.") from None
+    if val is not None:
+        save_predictions(folder, val)
+
+
+def precisions(runs: Sequence[Run]) -> list[str]:
+    """How each run is scored: as it was trained, but fp16 on a GPU only."""
+    on_cpu = not torch.accelerator.is_available()
+    return ["fp32" if on_cpu and run.config.run.precision == "fp16" else run.config.run.precision for run in runs]

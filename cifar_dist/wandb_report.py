@@ -1,0 +1,87 @@
+"""A W&B report that compares runs, through wandb-workspaces: on the server, or as its specification in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError, first_line
+from cifar_dist.wandb_run import wandb_mode
+
+SPECIFICATION = "wandb_report.json"
+_CURVES = {"Validation accuracy": "val/top1", "Validation loss": "val/loss", "Training loss": "train/loss"}
+_PICTURES = ["report/confusion_matrix", "report/grad_cam", "report/mistakes"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the report is to say: a title, the comparison in Markdown, and whose runs to draw."""
+
+    title: str
+    markdown: str
+    run_ids: Sequence[str]
+    project: str
+
+
+def run_ids(folders: Sequence[Path]) -> list[str]:
+    """The W&B ids of runs.
+
+    Raises:
+        UsageError: a run has none.
+    """
+    missing = [str(folder) for folder in folders if not (folder / "wandb_id").exists()]
+    if missing:
+        raise UsageError(f"--wandb-report: {missing[0]} has no W&B run (it was trained with --wandb disabled).")
+    return [(folder / "wandb_id").read_text().strip() for folder in folders]
+
+
+def build_report(study: Study, entity: str) -> Any:
+    """A `wandb_workspaces.reports.v2.Report`: the table, the curves of the runs side by side, and their pictures.
+
+    Raises:
+        UsageError: wandb-workspaces is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError:
+        raise UsageError("--wandb-report needs wandb-workspaces: pip install wandb-workspaces.") from None
+    chosen = f"ID in {list(study.run_ids)!r}"
+    runs = wr.Runset(entity=entity, project=study.project, name="runs", filters=chosen)
+    curves = [wr.LinePlot(title=title, x="Step", y=[key]) for title, key in _CURVES.items()]
+    return wr.Report(
+        entity=entity,
+        project=study.project,
+        title=study.title[:128],
+        blocks=[
+            wr.MarkdownBlock(study.markdown),
+            wr.H1("Curves"),
+            wr.PanelGrid(runsets=[runs], panels=curves),
+            wr.H1("Pictures"),
+            wr.PanelGrid(runsets=[runs], panels=[wr.MediaBrowser(media_keys=_PICTURES)]),
+        ],
+    )
+
+
+def publish(study: Study, config: Config, folder: Path) -> str:
+    """Save the report on the server, or where there is none its specification in `folder`; a line that says where."""
+    reason = "no server"
+    if wandb_mode(config) == "online":
+        try:
+            import wandb
+
+            report = build_report(study, wandb.Api().default_entity or "")
+            report.save()
+            return f"W&B report  {report.url}"
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the client raises when the server does not take it
+            reason = first_line(error)
+    report = build_report(study, "entity")
+    (folder / SPECIFICATION).write_text(report._to_model().model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return (
+        f"W&B report  not sent ({reason}): its specification is {folder / SPECIFICATION}; send the runs"
+        " with wandb sync, then give the same command where you are logged in."
+    )
