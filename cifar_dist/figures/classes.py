@@ -20,7 +20,7 @@ _SHOWN_CONFUSIONS = 10
 def class_bars(class_names: Sequence[str], accuracies: Sequence[float], mean: float) -> Figure:
     """Accuracy per class as bars, the lowest first, and the mean as a dashed line.
 
-    Up to 20 classes the bars carry their values; more stand in columns, and of more than 100 classes the 100
+    Up to 20 classes the values stand beside the bars; more stand in columns, and of more than 100 classes the 100
     lowest are shown.
 
     Args:
@@ -32,22 +32,24 @@ def class_bars(class_names: Sequence[str], accuracies: Sequence[float], mean: fl
     order = np.argsort(values, kind="stable")[:MOST_BARS]
     count = len(order)
     columns = 1 if count <= MOST_BARS // 2 else -(-count // _COLUMN)
-    rows = -(-count // columns) if count else 1
+    rows = -(-count // columns)
     few = count <= MOST_VALUED_BARS
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(7 if columns == 1 else 11, 1.6 + (0.32 if few else 0.17) * rows), layout="constrained")
         for column, axes in enumerate(figure.subplots(1, columns, sharex=True, squeeze=False)[0]):
             shown = order[column * rows : (column + 1) * rows]
-            bars = axes.barh(range(len(shown)), values[shown], color=TRAIN, height=0.75)
+            axes.barh(range(len(shown)), values[shown], color=TRAIN, height=0.75)
             names = [shortened(class_names[number]) for number in shown]
             axes.set_yticks(range(len(shown)), names, fontsize=10 if few else 7)
-            axes.set(xlim=(0, 1.1 if few else 1), ylim=(rows - 0.4, -0.6))
+            axes.set(xlim=(0, 1), ylim=(rows - 0.4, -0.6))
             axes.set_xticks(np.linspace(0, 1, 6))
             axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
             axes.tick_params(axis="y", length=0)
-            if few:
-                texts = ["no images" if np.isnan(value) else f"{value:.1%}" for value in values[shown]]
-                axes.bar_label(bars, texts, padding=3, fontsize=9)
+            for row, value in enumerate(values[shown]):
+                if np.isnan(value):
+                    axes.text(0.01, row, "no images", va="center", fontsize=7)
+                elif few:
+                    axes.text(1.02, row, f"{value:.1%}", va="center", fontsize=9)
             line = axes.axvline(mean, color=EVALUATION, linestyle="--", linewidth=1.5, label=f"mean {mean:.2%}")
         lowest = f", lowest {count} of {len(values):,} classes" if len(values) > count else ""
         figure.supxlabel(f"accuracy of a class{lowest}", fontsize=10)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic
+from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, say
 
 LOSS, ACCURACY = "cross-entropy loss (nats)", "top-1 accuracy"
 
@@ -56,7 +56,7 @@ def loss_curves(curves: Sequence[Curve], axis: StepAxis) -> Figure:
 def accuracy_curves(curves: Sequence[Curve], axis: StepAxis) -> Figure:
     """Top-1 accuracy (fractions in, percent shown) against steps."""
     figure, axes = _step_figure(curves, axis, ACCURACY)
-    scale_accuracies(axes)
+    scale_accuracies(axes, [curve.values for curve in curves])
     return figure
 
 
@@ -107,16 +107,18 @@ def scale_losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
     values = np.concatenate([np.asarray(curve, dtype=float) for curve in [*curves, []]])
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
-        return
-    if len(finite) == len(values) and finite.min() > 0 and finite.max() > 100 * finite.min():
+        say(axes, "no loss that is finite")
+    elif len(finite) == len(values) and finite.min() > 0 and finite.max() > 100 * finite.min():
         axes.set_yscale("log")
         logarithmic(axes.yaxis)
     else:
         axes.set_ylim(0, 1.05 * finite.max() or 1)
 
 
-def scale_accuracies(axes: Axes) -> None:
+def scale_accuracies(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
     """Percent, up to little more than 100."""
+    if not any(len(curve) for curve in curves):
+        say(axes, "no accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
     low, high = axes.get_ylim()
     axes.set_ylim(top=min(high, 1 + 0.02 * (1 - low)))

@@ -16,6 +16,7 @@ from cifar_dist.figures.style import STYLE, figure_with_axes, shortened, text_co
 
 MOST_NUMBERED_CLASSES = 20
 MOST_NAMED_CLASSES = 40
+_MOST_LETTERS = 40  # of a run's name
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
@@ -34,7 +35,9 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
 def normalized_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     """As `confusion_matrix`, but the cells show what percentage of the true class they are."""
     cells = np.vectorize(lambda share: f"{100 * share:.1f}", otypes=[object])(_shares(matrix))
-    return _confusions(matrix, class_names, cells, " in %")
+    return _confusions(
+        matrix, class_names, cells, " (numbers in %)" if len(class_names) <= MOST_NUMBERED_CLASSES else ""
+    )
 
 
 def _shares(matrix: np.ndarray) -> np.ndarray:
@@ -79,7 +82,8 @@ def value_grid(
         titles: of the rows, of the columns, and of the values.
     """
     rows, columns = values.shape
-    width, height = 2.5 + max(0.75 * columns, 2), 1.5 + max(0.45 * rows, 1.5)
+    long, below = (min(max(map(len, labels), default=0), _MOST_LETTERS) for labels in (row_labels, column_labels))
+    width, height = 2 + max(0.75 * columns, 2) + 0.08 * long, 1.2 + max(0.45 * rows, 1.5) + 0.06 * below
     with matplotlib.rc_context(STYLE):
         figure, axes = figure_with_axes(width, height)
         image = axes.imshow(values, cmap="cividis", interpolation="nearest", aspect="auto")
@@ -87,10 +91,10 @@ def value_grid(
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        _name_axes(axes, row_labels, column_labels, 10)
+        _name_axes(axes, row_labels, column_labels, 10, _MOST_LETTERS)
         cells = np.vectorize(lambda value: "" if np.isnan(value) else f"{value:.2%}", otypes=[object])(values)
         _write_cells(axes, image.to_rgba(values), cells, 9)
-        if np.isfinite(values).any():
+        if len(np.unique(values[np.isfinite(values)])) > 1:
             figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1), label=titles[2])
     return figure
 
@@ -105,14 +109,14 @@ def agreement_matrix(names: Sequence[str], matrix: np.ndarray) -> Figure:
     return value_grid(matrix, names, names, ("", "", "same prediction"))
 
 
-def _name_axes(axes: Axes, rows: Sequence[str], columns: Sequence[str], size: int) -> None:
+def _name_axes(axes: Axes, rows: Sequence[str], columns: Sequence[str], size: int, most: int = 24) -> None:
     """Names of rows and columns, those of the columns turned where they are long."""
-    below = [shortened(name) for name in columns]
+    below = [shortened(name, most) for name in columns]
     turned: dict[str, Any] = (
         {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, below), default=0) > 5 else {}
     )
     axes.set_xticks(range(len(below)), below, fontsize=size, **turned)
-    axes.set_yticks(range(len(rows)), [shortened(name) for name in rows], fontsize=size)
+    axes.set_yticks(range(len(rows)), [shortened(name, most) for name in rows], fontsize=size)
 
 
 def _write_cells(axes: Axes, colors: np.ndarray, cells: np.ndarray, size: int) -> None:

@@ -55,7 +55,8 @@ def reliability_diagram(panels: Sequence[Reliability]) -> Figure:
             below.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         grid[0, 0].set_ylabel("accuracy")
         grid[1, 0].set_ylabel("predictions")
-        grid[0, 0].legend(loc="upper left")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_losses
 from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
 
+_MOST_WITH_TRAIN = 6
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -39,17 +40,17 @@ class RunCurves:
 
 
 def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figure:
-    """Loss and accuracy of all runs against epochs, val solid and train dashed; repeated seeds share a colour.
+    """Loss and accuracy of all runs against epochs; repeated seeds are thinner lines of one colour.
+
+    Val is solid. Train, dashed, is left out of a picture of more than 6 labels.
 
     Args:
         runs: of about 12 labels at most.
         evaluation_split: what the solid lines are called.
     """
     styles, seeds = setting_styles(run.label for run in runs), Counter(run.label for run in runs)
-    keys = [
-        Line2D([], [], color=OTHER, label=evaluation_split),
-        Line2D([], [], color=OTHER, linestyle="--", linewidth=1, label="train"),
-    ]
+    if len(styles) > _MOST_WITH_TRAIN:
+        runs = [replace(run, train_loss=((), ()), train_top1=((), ())) for run in runs]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.5 + 0.1 * len(styles)), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -60,9 +61,14 @@ def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figu
             _draw_pair(left, (run.train_loss, run.val_loss), styles[run.label], width)
             _draw_pair(right, (run.train_top1, run.val_top1), styles[run.label], width)
         scale_losses(left, [points[1] for run in runs for points in (run.train_loss, run.val_loss)])
-        scale_accuracies(right)
+        scale_accuracies(right, [points[1] for run in runs for points in (run.train_top1, run.val_top1)])
         for axes in (left, right):
             axes.set_xlim(left=0)
+        kinds = [Line2D([], [], color=OTHER, label=evaluation_split)]
+        if len(styles) <= _MOST_WITH_TRAIN:
+            kinds.append(Line2D([], [], color=OTHER, linestyle="--", linewidth=1, label="train"))
+        left.legend(handles=kinds, loc="upper right")
+        keys = []
         for label, (color, marker) in styles.items():
             times = f" ({seeds[label]} seeds)" if seeds[label] > 1 else ""
             keys.append(Line2D([], [], color=color, marker=marker, markersize=5, label=shortened(label, 60) + times))
@@ -73,7 +79,9 @@ def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figu
 def _draw_pair(axes: Axes, pair: tuple[Points, Points], style: tuple[str, str], width: float) -> None:
     """A run's train, dashed and fainter, and val with some ten markers."""
     (train, val), (color, marker) = pair, style
-    axes.plot(*train, color=color, linestyle="--", linewidth=0.6 * width, alpha=0.7)
+    axes.plot(
+        *train, color=color, linestyle="--", linewidth=0.6 * width, alpha=0.7, marker="." if len(train[0]) < 3 else None
+    )
     every = max(1, len(val[0]) // 10)
     axes.plot(*val, color=color, linewidth=width, marker=marker, markersize=2 + 1.5 * width, markevery=every)
 

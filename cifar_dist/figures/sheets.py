@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from cifar_dist.figures.style import OTHER, RIGHT, STYLE, WRONG, shortened
 
 _TILE, _GAP, _LINE = 1.3, 0.1, 0.16  # inches: a side of an image, between images, a line of text
 _SIZE = 8  # points
-_MOST_LETTERS = 21  # that fit below an image
-_NAMES = 1.2  # inches, for the names of rows
+_MOST_LETTERS = 19  # that fit below an image
+_NAMES = 1.5  # inches, for the names of rows
 _OPACITY = 0.5
 HEAT = "inferno"  # perceptually uniform, and as bright as it is hot for every kind of colour vision
 
@@ -139,7 +140,7 @@ def cam_sheet(rows: Sequence[ClassRow]) -> Figure:
             sheet.text(left + column * across + _TILE / 2, 0.08 + 1.3 * _LINE, what)
     for number, row in enumerate(rows):
         y = top + number * down
-        sheet.text(_NAMES - _GAP, y + _TILE / 2, shortened(row.class_name, 18), ha="right", va="center")
+        sheet.text(_NAMES - _GAP, y + _TILE / 2, shortened(row.class_name, _MOST_LETTERS), ha="right", va="center")
         for left, shown, word in zip(halves, (row.right, row.wrong), ("none right", "none wrong"), strict=True):
             if shown is None:
                 sheet.empty(left, y, word)
@@ -161,11 +162,12 @@ def cam_grid(
         run_names: M names.
         seen: what run m made of image r at [m][r].
     """
-    across, down, top = _TILE + _GAP, _TILE + _LINE + _GAP, _GAP + 2 * _LINE
+    across, down, top = _TILE + _GAP, _TILE + _LINE + _GAP, _GAP + 3 * _LINE
     sheet = _Sheet(_GAP + (1 + len(run_names)) * across, top + len(images) * down)
     for column, name in enumerate(["image", *run_names]):
         middle = _GAP + column * across + _TILE / 2
-        sheet.text(middle, top - 0.04, shortened(name, _MOST_LETTERS), va="bottom")
+        title = textwrap.fill(shortened(name, 2 * _MOST_LETTERS), _MOST_LETTERS)
+        sheet.text(middle, top - 0.04, title, va="bottom")
     for row, (image, true) in enumerate(zip(images, class_names, strict=True)):
         y = top + row * down
         sheet.image(_GAP, y, image)
