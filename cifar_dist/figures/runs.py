@@ -1,0 +1,123 @@
+"""Several runs in one picture: their curves, and their accuracy against what they cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_losses
+from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
+
+_MOST_WITH_TRAIN = 6
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What one run of a comparison logged: epochs, ascending, and values; both empty where it logged nothing.
+
+    Attributes:
+        label: the run's settings; runs of one label are repeated seeds.
+        train_loss: nats.
+        val_loss: nats.
+        train_top1: fractions.
+        val_top1: fractions.
+    """
+
+    label: str
+    train_loss: Points = ((), ())
+    val_loss: Points = ((), ())
+    train_top1: Points = ((), ())
+    val_top1: Points = ((), ())
+
+
+def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figure:
+    """Loss and accuracy of all runs against epochs; repeated seeds are thinner lines of one colour.
+
+    Val is solid. Train, dashed, is left out of a picture of more than 6 labels.
+
+    Args:
+        runs: of about 12 labels at most.
+        evaluation_split: what the solid lines are called.
+    """
+    styles, seeds = setting_styles(run.label for run in runs), Counter(run.label for run in runs)
+    if len(styles) > _MOST_WITH_TRAIN:
+        runs = [replace(run, train_loss=((), ()), train_top1=((), ())) for run in runs]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.5 + 0.1 * len(styles)), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, label in ((left, LOSS), (right, ACCURACY)):
+            axes.set(xlabel="epoch", ylabel=label)
+        for run in runs:
+            width = 1.6 if seeds[run.label] == 1 else 0.9
+            _draw_pair(left, (run.train_loss, run.val_loss), styles[run.label], width)
+            _draw_pair(right, (run.train_top1, run.val_top1), styles[run.label], width)
+        scale_losses(left, [points[1] for run in runs for points in (run.train_loss, run.val_loss)])
+        scale_accuracies(right, [points[1] for run in runs for points in (run.train_top1, run.val_top1)])
+        for axes in (left, right):
+            axes.set_xlim(left=0)
+        kinds = [Line2D([], [], color=OTHER, label=evaluation_split)]
+        if len(styles) <= _MOST_WITH_TRAIN:
+            kinds.append(Line2D([], [], color=OTHER, linestyle="--", linewidth=1, label="train"))
+        left.legend(handles=kinds, loc="upper right")
+        keys = []
+        for label, (color, marker) in styles.items():
+            times = f" ({seeds[label]} seeds)" if seeds[label] > 1 else ""
+            keys.append(Line2D([], [], color=color, marker=marker, markersize=5, label=shortened(label, 60) + times))
+        figure.legend(handles=keys, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_pair(axes: Axes, pair: tuple[Points, Points], style: tuple[str, str], width: float) -> None:
+    """A run's train, dashed and fainter, and val with some ten markers."""
+    (train, val), (color, marker) = pair, style
+    axes.plot(
+        *train, color=color, linestyle="--", linewidth=0.6 * width, alpha=0.7, marker="." if len(train[0]) < 3 else None
+    )
+    every = max(1, len(val[0]) // 10)
+    axes.plot(*val, color=color, linewidth=width, marker=marker, markersize=2 + 1.5 * width, markevery=every)
+
+
+def accuracy_against(
+    x: Sequence[float], labels: Sequence[str], accuracies: Sequence[float], intervals: np.ndarray, x_label: str
+) -> Figure:
+    """Accuracy with its interval against a cost such as GFLOPs or latency, a colour and marker per label.
+
+    The axis of costs is logarithmic where they differ by more than a factor of 10.
+
+    Args:
+        x: costs of N runs, at least 0; NaN where unknown, then the legend says so.
+        labels: N names, about 12 different ones at most; runs of one label are repeated seeds.
+        accuracies: N fractions.
+        intervals: low and high ends, fractions (N, 2).
+        x_label: what the costs are, with their unit.
+    """
+    costs, ends, middle = np.asarray(x, dtype=float), np.asarray(intervals, dtype=float), np.asarray(accuracies)
+    styles = setting_styles(labels)
+    figure, axes = figure_with_axes(8, 4 + 0.1 * len(styles))
+    with matplotlib.rc_context(STYLE):
+        for label, (color, marker) in styles.items():
+            rows = np.flatnonzero([other == label for other in labels])
+            errors = np.abs(ends[rows].T - middle[rows])
+            known = "" if np.isfinite(costs[rows]).any() else " (not measured)"
+            axes.errorbar(
+                costs[rows], middle[rows], yerr=errors, color=color, marker=marker, linestyle="none",
+                markersize=7, capsize=3, linewidth=1.2, label=shortened(label, 48) + known,
+            )  # fmt: skip
+        finite = costs[np.isfinite(costs)]
+        if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
+            axes.set_xscale("log")
+            logarithmic(axes.xaxis)
+        axes.margins(x=0.08)
+        axes.set(xlabel=x_label, ylabel=ACCURACY)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure

@@ -1,0 +1,90 @@
+"""One style for all pictures: colour-blind safe (Okabe and Ito's palette), made through matplotlib's objects.
+
+pyplot is not used, so nothing is shared between figures and no display is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter
+
+TRAIN, EVALUATION, OTHER = "#0072B2", "#D55E00", "#000000"
+RIGHT, WRONG = TRAIN, EVALUATION
+_SETTINGS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000"]
+_MARKERS = ["o", "s", "^", "D", "v"]
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.parse_math": False,  # a $ in a name is a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cifar-dist",
+}
+
+
+def figure_with_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes, in inches."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def setting_styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each different label in order, the same in every figure of a comparison."""
+    different = list(dict.fromkeys(labels))
+    return {
+        label: (_SETTINGS[number % len(_SETTINGS)], _MARKERS[number // len(_SETTINGS) % len(_MARKERS)])
+        for number, label in enumerate(different)
+    }
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A name on one line of at most `most` characters, its middle left out."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
+
+
+def text_color(background: np.ndarray) -> str:
+    """Black or white, whichever is read better on a colour (3,) of fractions (relative luminance, WCAG 2)."""
+    channels = np.asarray(background)
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
+
+
+def logarithmic(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of each decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def say(axes: Axes, words: str) -> None:
+    """Words in place of data."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=12, color="#555555")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure to `path`, a PNG, and beside it as SVG with its text as text; one with photographs as PNG only.
+
+    The same figure gives the same bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="png")
+        if not any(np.asarray(image.get_array()).ndim == 3 for image in figure.findobj(AxesImage)):
+            figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None})
