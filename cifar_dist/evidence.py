@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from cifar_dist.errors import UsageError
 from cifar_dist.label_errors import label_issues
 from cifar_dist.predictions import Scored
 
@@ -112,16 +115,31 @@ class Evidence:
     def save(self, folder: Path) -> None:
         """Write ``evidence.npz``."""
         words = json.dumps({"layer": self.layer, "unexplained": self.unexplained})
-        arrays = {"ids": self.ids, "images": self.images, "explained": self.explained, "words": np.array(words)}
-        np.savez_compressed(folder / FILE, **arrays, **{f"map_{name}": maps for name, maps in self.maps.items()})
+        arrays: dict[str, Any] = {f"map_{name}": maps for name, maps in self.maps.items()}
+        arrays |= {"ids": self.ids, "images": self.images, "explained": self.explained, "words": np.array(words)}
+        np.savez_compressed(folder / FILE, **arrays)
 
 
-def load_evidence(folder: Path) -> Evidence | None:
-    """What `Evidence.save` wrote, or None if there is none that can be read."""
+def load_evidence(folder: Path, shown: Iterable[int]) -> Evidence:
+    """What `Evidence.save` wrote.
+
+    Args:
+        folder: of a report.
+        shown: sample ids whose pixels it must hold.
+
+    Raises:
+        UsageError: it is missing, damaged, or of other images.
+    """
     try:
         with np.load(folder / FILE, allow_pickle=False) as found:
             maps = {name.removeprefix("map_"): found[name] for name in found.files if name.startswith("map_")}
             words = json.loads(str(found["words"]))
-            return Evidence(found["ids"], found["images"], found["explained"], maps, **words)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
+            evidence = Evidence(found["ids"], found["images"], found["explained"], maps, **words)
+        if evidence.holds(shown):
+            return evidence
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        pass
+    raise UsageError(
+        f"{folder / FILE} is missing, damaged or of other predictions; remove {folder}/predictions.parquet and run"
+        " evaluate.py again."
+    )

@@ -50,7 +50,7 @@ def build_report(study: Study, entity: str) -> Any:
         raise UsageError("--wandb-report needs wandb-workspaces: pip install wandb-workspaces.") from None
     chosen = f"ID in {list(study.run_ids)!r}"
     runs = wr.Runset(entity=entity, project=study.project, name="runs", filters=chosen)
-    curves = [wr.LinePlot(title=title, x="Step", y=[key]) for title, key in _CURVES.items()]
+    curves: list[Any] = [wr.LinePlot(title=title, x="Step", y=[key]) for title, key in _CURVES.items()]
     return wr.Report(
         entity=entity,
         project=study.project,

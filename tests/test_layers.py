@@ -11,14 +11,20 @@ from tests.conftest import ROOT
 LAYERS = [
     {"peers"},
     {"errors", "policy_string", "stop_request"},
-    {"config", "ordering", "durable"},
+    {"config", "ordering", "durable", "page"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
-    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
-    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
+    {
+        *("distributed", "models", "optim", "data", "wandb_run", "predictions", "run_folder", "train_state"),
+        *("metrics", "statistics", "calibration", "label_errors", "flops", "explain"),
+    },
+    {
+        *("control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"),
+        *("evidence", "speed", "wandb_report"),
+    },
     {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "saver", "stream_batches"},
-    {"preview"},
+    {"preview", "scoring", "export"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 

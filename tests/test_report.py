@@ -59,9 +59,7 @@ def test_metrics_agree_with_scikit_learn_and_statsmodels(run):
     assert found["top1_interval"] == pytest.approx(proportion_confint(right, 300, method="wilson"))
     low, high = found["macro_f1_interval"]
     assert low < f1_score(labels, predicted, average="macro") < high
-    assert found["calibration"]["before"]["brier"] == pytest.approx(
-        ((exact - np.eye(6)[labels]) ** 2).sum(1).mean()
-    )
+    assert found["calibration"]["before"]["brier"] == pytest.approx(((exact - np.eye(6)[labels]) ** 2).sum(1).mean())
     assert found["num_samples"] == 300
     assert found["dataset"] == {"name": "pets", "split": "test", "fingerprint": "aa"}
     assert (found["checkpoint"]["which"], found["checkpoint"]["step"], found["selected_on"]) == ("best", 20, "val")

@@ -15,7 +15,7 @@ from cifar_dist.figures.sheets import (
     image_pairs,
     overlay,
 )
-from cifar_dist.figures.style import EVALUATION, OTHER, TRAIN, save
+from cifar_dist.figures.style import EVALUATION, OTHER, TRAIN, save, save_all
 
 __all__ = [
     "EVALUATION",
@@ -44,6 +44,7 @@ __all__ = [
     "reliability_diagram",
     "run_curves",
     "save",
+    "save_all",
     "top_confusions",
     "value_grid",
 ]

@@ -5,7 +5,7 @@ pyplot is not used, so nothing is shared between figures and no display is neede
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +88,11 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png")
         if not any(np.asarray(image.get_array()).ndim == 3 for image in figure.findobj(AxesImage)):
             figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None})
+
+
+def save_all(drawn: Mapping[str, Figure | None], folder: Path) -> dict[str, Path]:
+    """Write the figures there are into a folder, each as its name; their PNG files by name."""
+    found = {name: figure for name, figure in drawn.items() if figure is not None}
+    for name, figure in found.items():
+        save(figure, folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in found}

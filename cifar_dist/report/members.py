@@ -21,7 +21,7 @@ class Member:
     run: Run
     scored: Scored
     metrics: dict[str, Any]
-    evidence: Evidence | None
+    evidence: Evidence
 
     @property
     def name(self) -> str:

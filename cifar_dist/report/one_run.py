@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 from cifar_dist import figures
 from cifar_dist.calibration import reliability_bins
-from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.page import Code, Files, Page, Picture, Section, Text
 from cifar_dist.predictions import Scored, load_predictions, predictions_file
@@ -70,15 +69,11 @@ def write_report(run: Run, folder: Path) -> Report:
 
 
 def _gather(run: Run, folder: Path) -> Found:
-    scored, evidence = load_predictions(folder), load_evidence(folder)
+    scored = load_predictions(folder)
     val = load_predictions(folder, "val") if predictions_file(folder, "val").exists() else None
     cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     chosen = choose(scored)
-    if evidence is None or not evidence.holds(scored.ids[chosen.shown].tolist()):
-        raise UsageError(
-            f"{folder}/evidence.npz is missing, damaged or of other predictions; remove"
-            f" {folder}/predictions.parquet and run evaluate.py again."
-        )
+    evidence = load_evidence(folder, scored.ids[chosen.shown].tolist())
     return Found(run, scored, val, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
 
 
@@ -94,10 +89,7 @@ def _write_confusions(found: Found, folder: Path) -> None:
 def _write_pictures(found: Found, folder: Path) -> dict[str, Path]:
     """Draw what there is; a quantity that was never logged, or an image that is missing, has no picture."""
     drawn = _curves(found) | _of_classes(found) | sheets.of_images(found.scored, found.chosen, found.evidence)
-    pictures = {name: folder / f"{name}.png" for name, figure in drawn.items() if figure is not None}
-    for name, path in pictures.items():
-        figures.save(drawn[name], path)
-    return pictures
+    return figures.save_all(drawn, folder)
 
 
 def _curves(found: Found) -> dict[str, Figure | None]:

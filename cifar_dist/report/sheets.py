@@ -40,7 +40,7 @@ def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, F
 def _gallery(scored: Scored, evidence: Evidence, rows: list[int]) -> Figure | None:
     if not rows:
         return None
-    images = np.stack([evidence.image(int(scored.ids[row])) for row in rows])
+    images = [evidence.image(int(scored.ids[row])) for row in rows]
     return figures.image_gallery(images, [caption(scored, row) for row in rows])
 
 

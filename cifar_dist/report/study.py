@@ -58,7 +58,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         UsageError: the runs were not scored on the same images in the same way, or a file is missing.
     """
     members = [
-        Member(run, load_predictions(folder), read_json(folder / "metrics.json"), load_evidence(folder))
+        Member(run, load_predictions(folder), read_json(folder / "metrics.json"), load_evidence(folder, ()))
         for run, folder in zip(runs, folders, strict=True)
     ]
     _check_comparable(members)

@@ -45,10 +45,7 @@ def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> d
         "grad_cam": _same_images(members),
     }
     drawn |= {name: _against(members, labels, name) for name in _COSTS}
-    pictures = {name: output / f"{name}.png" for name, figure in drawn.items() if figure is not None}
-    for name, path in pictures.items():
-        figures.save(drawn[name], path)
-    return pictures
+    return figures.save_all(drawn, output)
 
 
 def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
@@ -105,12 +102,13 @@ def _agreement(members: Sequence[Member]) -> Figure:
 def _only_right(members: Sequence[Member]) -> Figure | None:
     """Images that one run alone gets right, as far as some report holds their pixels."""
     correct = np.stack([member.scored.correct for member in members])
-    images, captions = [], []
+    images: list[np.ndarray] = []
+    captions: list[str] = []
     for position in np.flatnonzero(correct.sum(axis=0) == 1):
         sample_id = int(members[0].scored.ids[position])
         right = members[int(correct[:, position].argmax())]
         wrong = max((m for m in members if m is not right), key=lambda m: float(m.scored.probabilities[position].max()))
-        holders = [m.evidence for m in members if m.evidence is not None and m.evidence.holds([sample_id])]
+        holders = [m.evidence for m in members if m.evidence.holds([sample_id])]
         if holders and len(images) < MOST_ALONE:
             images.append(holders[0].image(sample_id))
             captions.append(f"{right.name}\n{caption(wrong.scored, int(position))}")
@@ -122,23 +120,22 @@ def _same_images(members: Sequence[Member]) -> Figure | None:
     first = members[0].scored
     rows = choose(first).shared
     ids = [int(first.ids[row]) for row in rows]
-    able = [
-        m for m in members if m.evidence is not None and all(m.evidence.map("grad_cam", i) is not None for i in ids)
-    ]
+    maps = [[map for i in ids if (map := member.evidence.map("grad_cam", i)) is not None] for member in members]
+    able = [(member, found) for member, found in zip(members, maps, strict=True) if len(found) == len(ids)]
     if not able:
         return None
-    size = max(len(member.evidence.map("grad_cam", ids[0])) for member in able)
-    images = [as_seen(able[0].evidence.image(sample_id), size) for sample_id in ids]
+    size = max(len(found[0]) for _, found in able)
     seen = [
         [
             figures.Seen(
-                as_seen(member.evidence.map("grad_cam", sample_id), size).clip(0, 1),
+                as_seen(map, size).clip(0, 1),
                 first.class_names[member.scored.predicted[row]],
                 bool(member.scored.correct[row]),
             )
-            for row, sample_id in zip(rows, ids, strict=True)
+            for map, row in zip(found, rows, strict=True)
         ]
-        for member in able
+        for member, found in able
     ]
+    images = [as_seen(members[0].evidence.image(sample_id), size) for sample_id in ids]
     true = [first.class_names[first.labels[row]] for row in rows]
-    return figures.cam_grid(images, true, [member.name for member in able], seen)
+    return figures.cam_grid(images, true, [member.name for member, _ in able], seen)

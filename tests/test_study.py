@@ -1,0 +1,172 @@
+"""Comparisons of made-up runs: what is told apart, what is refused, and that the numbers are the runs' own."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+from cifar_dist.report import report_folder, write_comparison, write_report
+from cifar_dist.report.grouping import grid_axes, group_runs
+from cifar_dist.run_record import open_run
+from tests.made_up import make_run, make_scored, save_report, with_class_names
+
+
+def make(tmp_path, name, scored=None, maps=True, **settings):
+    folder = make_run(tmp_path / name, **settings)
+    save_report(folder, scored, maps=maps)
+    run = open_run(folder)
+    write_report(run, report_folder(folder))
+    return run
+
+
+def compared(tmp_path, *runs):
+    found = write_comparison(runs, [report_folder(run.folder) for run in runs], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found.summary
+    return found
+
+
+@pytest.fixture
+def three(tmp_path):
+    """One clearly better than two that are alike."""
+    return [
+        make(tmp_path, "sharp", make_scored(seed=1, sharpness=3.0), model="cnn4"),
+        make(tmp_path, "dull", make_scored(seed=2), model="resnet18_cifar"),
+        make(tmp_path, "blunt", make_scored(seed=3), model="vit_small_cifar"),
+    ]
+
+
+def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
+    found = compared(tmp_path, *three)
+    scored = [make_scored(seed=1, sharpness=3.0), make_scored(seed=2), make_scored(seed=3)]
+    right = [s.logits.argmax(1) == s.labels for s in scored]
+    raw = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        table = [[(right[a] & right[b]).sum(), (right[a] & ~right[b]).sum()],
+                 [(~right[a] & right[b]).sum(), (~right[a] & ~right[b]).sum()]]  # fmt: skip
+        raw.append(mcnemar(table, exact=min(table[0][1] + table[1][0], 25) < 25).pvalue)
+    pairs = found.summary["pairs"]
+    assert [pair["p"] for pair in pairs] == pytest.approx(raw)
+    assert [pair["p_corrected"] for pair in pairs] == pytest.approx(multipletests(raw, method="holm")[1])
+    assert [pair["difference"] for pair in pairs] == pytest.approx(
+        [right[a].mean() - right[b].mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    )
+    assert pairs[0]["agreement"] == pytest.approx((scored[0].predicted == scored[1].predicted).mean())
+    assert found.verdicts[0].startswith("cnn4 is better than resnet18_cifar by ")
+    assert "can't be told apart" in found.verdicts[2]
+
+
+def test_images_that_only_one_run_gets_right(tmp_path, three):
+    summary = compared(tmp_path, *three).summary
+    right = np.stack([s.correct for s in (make_scored(1, 3.0), make_scored(2), make_scored(3))])
+    expected = [i for i in range(300) if right[:, i].tolist() == [False, True, False]]
+    assert summary["only_right"]["dull"] == expected
+    assert summary["all_right"] == int(right.all(0).sum())
+    assert summary["none_right"] == int((~right).all(0).sum())
+
+
+def test_everything_is_written(tmp_path, three):
+    compared(tmp_path, *three)
+    out = tmp_path / "out"
+    with (out / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    metrics = [json.loads((run.folder / "report" / "metrics.json").read_text()) for run in three]
+    assert [float(row["top1"]) for row in rows] == [m["top1"] for m in metrics]
+    assert [float(row["gflops"]) for row in rows] == [4.0, 4.0, 4.0]
+    page = (out / "comparison.html").read_text()
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    assert pictures == [
+        "agreement.png", "curves.png", "gflops.png", "grad_cam.png", "latency.png", "only_right.png", "parameters.png",
+        "training_time.png",
+    ]  # fmt: skip
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.search(r'src="(?!data:)', page)
+    for name in pictures:
+        with Image.open(out / name) as image:
+            image.verify()
+    markdown = (out / "comparison.md").read_text()
+    assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
+
+
+def test_seeds_are_repeats_of_one_setting(tmp_path):
+    runs = [make(tmp_path, f"a{s}", make_scored(seed=s, sharpness=3), model="cnn4", seed=s) for s in range(3)]
+    runs += [make(tmp_path, f"b{s}", make_scored(seed=10 + s), model="cnn4", lr=0.1, seed=s) for s in range(3)]
+    found = compared(tmp_path, *runs)
+    groups = found.summary["groups"]
+    assert [group["runs"] for group in groups] == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+    assert [group["name"] for group in groups] == ["cnn4, lr 0.001", "cnn4, lr 0.1"]
+    accuracies = [make_scored(seed=s, sharpness=3).correct.mean() for s in range(3)]
+    assert groups[0]["mean_top1"] == pytest.approx(np.mean(accuracies))
+    assert groups[0]["std_top1"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert len(found.verdicts) == 1
+    assert "is better than" in found.verdicts[0]
+
+
+def test_repeats_alone_have_no_verdict(tmp_path):
+    runs = [make(tmp_path, f"a{s}", make_scored(seed=s), seed=s) for s in range(2)]
+    found = compared(tmp_path, *runs)
+    assert found.verdicts == []
+    assert "there is nothing to compare" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_a_grid_of_two_settings(tmp_path):
+    runs = [
+        make(tmp_path, f"{batch}-{epochs}", make_scored(seed=batch + epochs), batch_size=batch, epochs=epochs)
+        for batch in (64, 128) for epochs in (20, 50)
+    ]  # fmt: skip
+    compared(tmp_path, *runs)
+    text = (tmp_path / "out" / "grid.svg").read_text()
+    for run in runs:
+        metrics = json.loads((run.folder / "report" / "metrics.json").read_text())
+        assert f"{metrics['top1']:.2%}" in text
+    assert "batch size" in text
+    assert "epochs" in text
+
+
+def test_names_of_groups():
+    def groups(*settings):
+        configs = [Config.from_flat(each) for each in settings]
+        return group_runs(configs, [f"run{n}" for n in range(len(configs))])
+
+    assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b"})] == ["a", "b"]
+    assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
+    # where it ran and what it was called are no settings
+    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y"})) == 1
+    assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (
+        "lr", "epochs"
+    )  # fmt: skip
+    assert grid_axes(groups({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3})) is None
+
+
+def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):
+    runs = [make(tmp_path, "a", model="cnn4"), make(tmp_path, "b", make_scored(seed=4), maps=False, model="vit")]
+    compared(tmp_path, *runs)
+    assert (tmp_path / "out" / "grad_cam.png").exists()
+
+
+SCORED = make_scored(seed=4)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (with_class_names(SCORED, ["cow", "dog", "a|b", "ship", "truck", "frog"]), "have other classes"),
+        (dataclasses.replace(SCORED, ids=SCORED.ids + 1), "scored on other test images"),
+        (dataclasses.replace(SCORED, labels=(SCORED.labels + 1) % 6), "scored on other test images"),
+        (make_scored(seed=4, fingerprint="bb"), "data with other fingerprints"),
+        (make_scored(seed=4, tta="flip"), "with other --tta"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, other, said):
+    runs = [make(tmp_path, "a"), make(tmp_path, "b", other, lr=0.5)]
+    with pytest.raises(UsageError, match=said) as error:
+        compared(tmp_path, *runs)
+    assert "\n" not in str(error.value)
+    assert f"{runs[0].folder} and {runs[1].folder}" in str(error.value)
