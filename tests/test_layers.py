@@ -15,9 +15,9 @@ LAYERS = [
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
-    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
+    {"control", "engine_choice", "parallel", "cost", "flops", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
-    {"engine", "report", "saver", "stream_batches"},
+    {"engine", "report", "saver", "speed", "stream_batches"},
     {"preview"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
