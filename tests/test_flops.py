@@ -1,0 +1,195 @@
+"""FLOPs against hand counts and the figures that papers quote, peaks against what the chips are made of."""
+
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch import nn
+
+from cifar_dist import flops
+from cifar_dist.flops import Flops, Peak, count_flops, device_peak, mfu
+
+VIT, SWIN = "vit_base_patch16_224", "swin_base_patch4_window7_224"
+CUDA = torch.device("cuda")
+MEASURED = Peak(1.0, "measured here")
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=10)
+
+
+def test_convolutions_and_linear_layers_by_hand():
+    """Strides, padding and groups; what has no products counts nothing."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 5, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10), nn.Softmax(1),
+    )  # fmt: skip
+    macs = 8 * 3 * 9 * 16 * 16 + 12 * 2 * 25 * 12 * 12 + 12 * 10
+    assert count_flops(model, 32) == Flops(2 * macs, 0)
+    assert count_flops(model, 32).macs == count_flops(model, 32).macs_without_attention == macs
+
+
+@pytest.fixture(params=["fused", "unfused"])
+def attention(request):
+    set_fused_attn(request.param == "fused", experimental=True)
+    yield
+    set_fused_attn(True)
+
+
+def test_vit_by_hand_with_fused_and_unfused_attention(attention):
+    tokens, width, blocks = 14 * 14 + 1, 768, 12
+    patches = 14 * 14 * (3 * 16 * 16) * width
+    block = tokens * (width * 3 * width + width * width + 2 * width * 4 * width)
+    products = 2 * tokens * tokens * width
+    found = count_flops(on_meta(VIT), 224)
+    assert found.attention == 2 * blocks * products
+    assert found.macs_without_attention == patches + blocks * block + width * 10
+    assert found.macs == found.macs_without_attention + blocks * products
+
+
+def test_windows_of_swin_by_hand_with_fused_and_unfused_attention(attention):
+    """Each of a window's 49 tokens attends to 49."""
+    stages = [(56, 128, 2), (28, 256, 2), (14, 512, 18), (7, 1024, 2)]
+    products = sum(blocks * side * side * 49 * 2 * width for side, width, blocks in stages)
+    assert count_flops(on_meta(SWIN), 224).attention == 2 * products
+
+
+def quoted(model):
+    """Multiply-adds as thop has them: 4 more for an element of a LayerNorm, and 3 n - 1 for a Softmax module's row."""
+    more = 0
+
+    def count(module, inputs, output):
+        nonlocal more
+        if isinstance(module, nn.LayerNorm):
+            more += 4 * output.numel()
+        elif isinstance(module, nn.Softmax):
+            more += 3 * output.numel() - output.numel() // output.shape[-1]
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    return more
+
+
+@pytest.mark.parametrize("name, parameters, giga", [(VIT, "85.81", "16.86"), (SWIN, "86.75", "15.17")])
+def test_the_figures_that_papers_quote(name, parameters, giga):
+    model = on_meta(name)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}" == parameters
+    found = count_flops(model, 224)
+    assert f"{(found.macs_without_attention + quoted(model)) / 1e9:.2f}" == giga
+    assert f"{found.macs_without_attention / 1e9:.2f}" in Flops.__doc__ and f"{found.macs / 1e9:.2f}" in Flops.__doc__
+
+
+class Awkward(nn.Module):
+    """A frozen layer without bias on a tensor that is not contiguous, and a parameter that is a module's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, 3))
+        self.norm, self.linear = nn.LayerNorm(3), nn.Linear(3, 5, bias=False).requires_grad_(False)
+
+    def forward(self, images):
+        return self.linear(images.permute(0, 2, 3, 1)).sum((1, 2)) + self.norm(self.query).sum()
+
+
+def test_a_linear_layer_is_never_taken_for_attention():
+    assert count_flops(Awkward(), 8) == Flops(2 * 8 * 8 * 3 * 5, 0)
+
+
+def test_the_model_stays_as_it_is():
+    model = timm.create_model("test_vit", num_classes=10, img_size=32).train()
+    model.patch_embed.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    count_flops(model, 32)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert trained == [parameter.requires_grad for parameter in model.parameters()]
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Says what the GPU is called; one that no sheet names is measured."""
+    monkeypatch.setattr(flops, "_measured_peak", lambda device, precision: MEASURED)
+    return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+
+# Streaming multiprocessors, boost clock (GHz), and fp16 operations that the tensor cores of one do in a clock.
+CHIPS = {
+    "Tesla V100-SXM2-32GB": (80, 1.53, 1024),
+    "Tesla V100-PCIE-16GB": (80, 1.38, 1024),
+    "Tesla T4": (40, 1.59, 1024),
+    "NVIDIA A10": (72, 1.695, 1024),
+    "NVIDIA A100-SXM4-80GB": (108, 1.41, 2048),
+    "NVIDIA A100 80GB PCIe": (108, 1.41, 2048),
+    "NVIDIA L4": (58, 2.04, 1024),
+    "NVIDIA L40S": (142, 2.52, 1024),
+    "NVIDIA H100 80GB HBM3": (132, 1.83, 4096),
+    "NVIDIA H100 PCIe": (114, 1.62, 4096),
+    "NVIDIA H200": (132, 1.83, 4096),
+    "NVIDIA GeForce RTX 3090": (82, 1.695, 512),
+    "NVIDIA GeForce RTX 4090": (128, 2.52, 512),
+}
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_stated_peaks_are_what_the_chips_can_do(name, gpu):
+    gpu(name)
+    processors, gigahertz, operations = CHIPS[name]
+    peak = device_peak(CUDA, "fp16")
+    assert peak.flops_per_second == pytest.approx(processors * gigahertz * 1e9 * operations, rel=0.02)
+    assert name in peak.source and "fp16" in peak.source
+
+
+@pytest.mark.parametrize("name", [name for name in CHIPS if "V100" not in name and "T4" not in name])
+def test_bf16_is_as_fast_as_fp16_and_tf32_half_of_that(name, gpu, monkeypatch):
+    gpu(name)
+    half = device_peak(CUDA, "fp16").flops_per_second
+    assert device_peak(CUDA, "bf16").flops_per_second == half
+    assert device_peak(CUDA, "fp32").flops_per_second == pytest.approx(half / 2, rel=0.02)
+    assert "tf32" in device_peak(CUDA, "fp32").source
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert device_peak(CUDA, "fp32").flops_per_second <= 1.01 * half / 2
+    assert "fp32" in device_peak(CUDA, "fp32").source
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA A10G", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40"],
+)
+def test_a_gpu_of_a_similar_name_is_measured(name, gpu):
+    gpu(name)
+    assert device_peak(CUDA, "fp16") == MEASURED
+
+
+def test_what_is_not_stated_is_measured(gpu):
+    gpu("Tesla V100-SXM2-16GB")
+    assert device_peak(CUDA, "bf16") == MEASURED
+    assert device_peak(CUDA, "fp32").flops_per_second == 15.7e12
+    assert device_peak(torch.device("cpu"), "fp32") == MEASURED
+
+
+def test_a_measured_peak_is_of_the_best_product(monkeypatch):
+    class Timed:
+        def __init__(self, statement, globals, num_threads):
+            eval(statement, globals)
+            seconds = {512: [0.5], 1024: [2.0, 1.0, 4.0], 2048: [99.0]}[len(globals["matrix"])]
+            self.blocked_autorange = lambda min_run_time: SimpleNamespace(times=seconds)
+
+    monkeypatch.setattr(flops, "Timer", Timed)
+    peak = device_peak(torch.device("cpu"), "bf16")
+    assert peak.flops_per_second == 2 * 1024**3
+    assert "measured" in peak.source and "bf16" in peak.source
+
+
+def test_products_are_really_measured(monkeypatch):
+    assert flops._measured_peak(torch.device("cpu"), "fp32", seconds=0.01).flops_per_second > 0
+
+
+def test_mfu_by_hand():
+    """Two devices of 3 kFLOP/s; 100 images/s of 10 FLOPs forward and 20 backward."""
+    assert mfu(Flops(10, 4), 100, 2, Peak(3000, "")) == pytest.approx(100 * 30 / 6000)
