@@ -14,7 +14,8 @@ LAYERS = [
     {"config", "ordering", "durable"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
-    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
+    {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"}
+    | {"calibration", "label_errors", "statistics"},
     {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "saver", "stream_batches"},
