@@ -20,8 +20,6 @@ class CrossEntropy(evaluate.Metric):
         return inputs.describe(DESCRIPTION)
 
     def _compute(self, predictions: Sequence[Sequence[float]], references: Sequence[int]) -> dict[str, float]:
-        probabilities, labels = inputs.checked(predictions, references)
-        if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-            raise ValueError("every row of predictions must be probabilities that sum to 1; apply softmax to logits")
+        probabilities, labels = inputs.checked_probabilities(predictions, references)
         own = probabilities[np.arange(len(labels)), labels]
         return {"loss": float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())}

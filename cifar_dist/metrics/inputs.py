@@ -11,7 +11,8 @@ import evaluate
 
 INPUTS = """
 Args:
-    predictions: N rows of K scores, the highest naming the predicted class; probabilities for the cross-entropy.
+    predictions: N rows of K scores, the highest naming the predicted class; probabilities for the cross-entropy and the
+        calibration.
     references: N class numbers from 0 to K - 1.
 """
 
@@ -44,3 +45,17 @@ def checked(predictions: Sequence[Sequence[float]], references: Sequence[int]) -
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(f"references must be class numbers from 0 to {scores.shape[1] - 1}")
     return scores, labels
+
+
+def checked_probabilities(
+    predictions: Sequence[Sequence[float]], references: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs as `checked`, where scores have to be probabilities.
+
+    Raises:
+        ValueError: as `checked`, or a row is negative somewhere or doesn't sum to 1.
+    """
+    probabilities, labels = checked(predictions, references)
+    if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
+        raise ValueError("every row of predictions must be probabilities that sum to 1; apply softmax to logits")
+    return probabilities, labels

@@ -1,0 +1,35 @@
+"""Images whose label is probably wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def label_issues(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Suspected label errors by confident learning (Northcutt et al. 2021), the most suspicious first.
+
+    A class's threshold is the mean probability that images labelled so have of it. An image is suspected where, of
+    the classes at or above their thresholds, the most probable one isn't its label. The order is that of the
+    normalised margin: the label's probability less the highest other one's.
+
+    A mean is a high threshold: images that the model is less sure of than usual aren't suspected, so wrong labels among
+    them are missed. The model must not have been trained on the images: it would have learnt the wrong labels too.
+
+    Args:
+        probabilities: (N, K).
+        labels: int (N,). A class without images is never suggested.
+
+    Returns:
+        Row numbers, int64, between none and N of them.
+    """
+    scores, given = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    rows, classes = np.arange(len(given)), scores.shape[1]
+    own, counts = scores[rows, given], np.bincount(given, minlength=classes)
+    sums = np.bincount(given, weights=own, minlength=classes)
+    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
+    confident = np.where(scores >= thresholds, scores, -np.inf)
+    suspected = (confident.max(axis=1) > -np.inf) & (confident.argmax(axis=1) != given)
+    others = scores.copy()
+    others[rows, given] = -np.inf
+    margin = own - others.max(axis=1)
+    return rows[suspected][margin[suspected].argsort(kind="stable")]
