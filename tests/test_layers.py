@@ -18,7 +18,7 @@ LAYERS = [
     {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "saver", "stream_batches"},
-    {"preview"},
+    {"preview", "export"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 
