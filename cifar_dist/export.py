@@ -24,7 +24,7 @@ from cifar_dist.data.sources import HUB_IDS
 from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.models import NATIVE, input_config
-from cifar_dist.report import NOT_SETTINGS, SHOWN_SETTINGS
+from cifar_dist.report.tables import NOT_SETTINGS, SHOWN_SETTINGS
 from cifar_dist.run_record import Run
 
 WEIGHTS, CONFIG, CARD, ONNX = FILES = ("model.safetensors", "config.json", "README.md", "model.onnx")

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from cifar_dist.calibration import apply_temperature, fit_temperature
+from cifar_dist import calibration
 from cifar_dist.evidence import Chosen
 from cifar_dist.flops import Flops, Peak, mfu
 from cifar_dist.predictions import Scored
@@ -24,18 +24,14 @@ TEST_SELECTED = (
 def compute_metrics(scored: Scored) -> dict[str, Any]:
     """Every number of the predictions, by the project's `evaluate` modules."""
     import evaluate
-    from cifar_dist.metrics.calibration_error import CalibrationError
+    from cifar_dist.metrics.balanced_accuracy import BalancedAccuracy
+    from cifar_dist.metrics.calibration import Calibration
     from cifar_dist.metrics.classification_report import ClassificationReport
     from cifar_dist.metrics.confusion_matrix import ConfusionMatrix
     from cifar_dist.metrics.cross_entropy import CrossEntropy
     from cifar_dist.metrics.top_k_accuracy import TopKAccuracy
 
-    return _computed(
-        scored, evaluate, [TopKAccuracy, CrossEntropy, ClassificationReport, ConfusionMatrix, CalibrationError]
-    )
-
-
-def _computed(scored: Scored, evaluate: Any, modules: list[Any]) -> dict[str, Any]:
+    modules = (TopKAccuracy, CrossEntropy, ClassificationReport, BalancedAccuracy, ConfusionMatrix, Calibration)
     with tempfile.TemporaryDirectory() as cache:  # else each leaves an empty folder in the user's home
         combined = evaluate.combine([module(keep_in_memory=True, cache_dir=cache) for module in modules])
         return combined.compute(predictions=scored.probabilities, references=scored.labels)
@@ -101,7 +97,7 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
     numbers = {"ece": found["ece"], "brier": found["brier"], "nll": found["loss"]}
     if val is None:
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
-    temperature = fit_temperature(val.logits, val.labels)
+    temperature = calibration.fit_temperature(val.logits, val.labels)
     after = compute_metrics(cooled(scored, temperature))
     return {
         "before": numbers,
@@ -113,7 +109,7 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
 
 def cooled(scored: Scored, temperature: float) -> Scored:
     """The same predictions with logits divided by the temperature."""
-    return replace(scored, logits=apply_temperature(scored.logits, temperature).astype("float32"))
+    return replace(scored, logits=calibration.apply(scored.logits, temperature).astype("float32"))
 
 
 def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cifar_dist import figures
-from cifar_dist.calibration import reliability_bins
 from cifar_dist.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.page import Code, Files, Page, Picture, Section, Text
 from cifar_dist.predictions import Scored, load_predictions, predictions_file
@@ -133,8 +132,10 @@ def _of_classes(found: Found) -> dict[str, Figure | None]:
 
 
 def _reliability(scored: Scored, title: str, ece: float) -> figures.Reliability:
-    bins = reliability_bins(scored.probabilities, scored.labels)
-    return figures.Reliability(title, bins.confidence, bins.accuracy, bins.count, ece)
+    from cifar_dist.metrics.calibration import reliability
+
+    bins = reliability(scored.probabilities, scored.labels)
+    return figures.Reliability(title, bins.confidences, bins.accuracies, bins.counts, ece)
 
 
 def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
