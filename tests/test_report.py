@@ -39,8 +39,16 @@ def write(folder):
     return write_report(open_run(folder), report_folder(folder))
 
 
-def test_metrics_agree_with_scikit_learn_and_statsmodels(run):
-    write(run)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run's folder with its report, only to be looked at, and what `write_report` returned."""
+    folder = make_run(tmp_path_factory.mktemp("written") / "run")
+    save_report(folder)
+    return folder, write(folder)
+
+
+def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
+    run, _ = written
     found, scored = json.loads((run / "report" / "metrics.json").read_text()), make_scored()
     labels, predicted = scored.labels, scored.logits.argmax(1)
     exact = scored.probabilities.astype(np.float64)
@@ -66,8 +74,9 @@ def test_metrics_agree_with_scikit_learn_and_statsmodels(run):
     assert found["warnings"] == []
 
 
-def test_cost_is_counted_by_hand(run):
-    cost = write(run).metrics["cost"]
+def test_cost_is_counted_by_hand(written):
+    run, report = written
+    cost = report.metrics["cost"]
     assert (cost["gflops"], cost["gmacs"], cost["gmacs_without_attention"]) == (4.0, 2.0, 1.5)
     assert cost["training"]["seconds"] == 122.0
     assert cost["training"]["peak_memory_bytes"] == 5 * 2**20
@@ -78,12 +87,20 @@ def test_cost_is_counted_by_hand(run):
     assert "| latency | 2.00 ms | one image, median of 50; 95th percentile 4.00 ms; a processor, fp32 |" in page
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of a report's time."""
+    monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_mfu_is_left_out_where_the_machine_was_another(tmp_path):
     folder = make_run(tmp_path / "run")
     save_report(folder, cost={**COST, "inference": {**COST["inference"], "device": "another processor"}})
     assert write(folder).metrics["cost"]["training"]["mfu"] is None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_temperature_is_fitted_on_val_alone(run):
     confident = make_scored(seed=7)
     confident = dataclasses.replace(
@@ -108,7 +125,8 @@ def softmax(logits):
     return weights / weights.sum(1, keepdims=True)
 
 
-def test_predictions_are_a_plain_table(run):
+def test_predictions_are_a_plain_table(written):
+    run, _ = written
     table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), make_scored()
     assert list(table) == ["id", "label", "prediction", "confidence", "logits"]
     assert table["id"].dtype == np.int64
@@ -120,8 +138,8 @@ def test_predictions_are_a_plain_table(run):
         np.testing.assert_array_equal(getattr(back, field.name), getattr(scored, field.name))
 
 
-def test_confusion_matrix_file(run):
-    write(run)
+def test_confusion_matrix_file(written):
+    run, _ = written
     with (run / "report" / "confusion_matrix.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     scored = make_scored()
@@ -136,11 +154,11 @@ PICTURES = [
 ]  # fmt: skip
 
 
-def test_the_page_leads_with_the_result_and_its_pictures_exist(run):
-    written = write(run)
-    page, top1 = (run / "report" / "report.md").read_text(), 100 * written.metrics["top1"]
+def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
+    run, report = written
+    page, top1 = (run / "report" / "report.md").read_text(), 100 * report.metrics["top1"]
     assert page.splitlines()[2].startswith(f"**Test accuracy {top1:.2f} % (95 % interval")
-    assert sorted(written.pictures) == sorted(PICTURES)
+    assert sorted(report.pictures) == sorted(PICTURES)
     for name in PICTURES:
         assert f"]({name}.png)" in page
         with Image.open(run / "report" / f"{name}.png") as image:
@@ -154,8 +172,8 @@ def test_the_page_leads_with_the_result_and_its_pictures_exist(run):
     assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
 
 
-def test_the_html_page_needs_nothing_beside_it(run):
-    write(run)
+def test_the_html_page_needs_nothing_beside_it(written):
+    run, _ = written
     page = (run / "report" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == len(PICTURES)
     assert not re.search(r'(src|href)="(?!data:|#|[\w.]+(csv|parquet|json)")', page)
@@ -164,6 +182,7 @@ def test_the_html_page_needs_nothing_beside_it(run):
     assert '<meta name="viewport"' in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_markup_in_names_stays_text(tmp_path):
     folder = make_run(tmp_path / "<b>run")
     scored = make_scored()
@@ -191,6 +210,7 @@ def test_a_model_that_cannot_be_explained_has_a_report_all_the_same(tmp_path):
     assert "There are no Grad-CAM maps: it has no map." in (folder / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("settings", "checkpoint", "log", "expected"),
     [
@@ -210,6 +230,7 @@ def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected):
     assert bool(metrics["warnings"]) == (expected == "test")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_changed_data_is_said(tmp_path):
     folder = make_run(tmp_path / "run")
     save_report(folder, make_scored(fingerprint="bb"))

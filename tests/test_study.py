@@ -19,6 +19,17 @@ from cifar_dist.run_record import open_run
 from tests.made_up import make_run, make_scored, save_report, with_class_names
 
 
+@pytest.fixture(autouse=True)
+def no_pictures_of_runs(monkeypatch):
+    """Drawing takes most of a report's time, and is another test's."""
+    monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
+
+
 def make(tmp_path, name, scored=None, maps=True, **settings):
     folder = make_run(tmp_path / name, **settings)
     save_report(folder, scored, maps=maps)
@@ -43,6 +54,7 @@ def three(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
     found = compared(tmp_path, *three)
     scored = [make_scored(seed=1, sharpness=3.0), make_scored(seed=2), make_scored(seed=3)]
@@ -63,6 +75,7 @@ def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
     assert "can't be told apart" in found.verdicts[2]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_images_that_only_one_run_gets_right(tmp_path, three):
     summary = compared(tmp_path, *three).summary
     right = np.stack([s.correct for s in (make_scored(1, 3.0), make_scored(2), make_scored(3))])
@@ -95,6 +108,7 @@ def test_everything_is_written(tmp_path, three):
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_seeds_are_repeats_of_one_setting(tmp_path):
     runs = [make(tmp_path, f"a{s}", make_scored(seed=s, sharpness=3), model="cnn4", seed=s) for s in range(3)]
     runs += [make(tmp_path, f"b{s}", make_scored(seed=10 + s), model="cnn4", lr=0.1, seed=s) for s in range(3)]
@@ -109,6 +123,7 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert "is better than" in found.verdicts[0]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_repeats_alone_have_no_verdict(tmp_path):
     runs = [make(tmp_path, f"a{s}", make_scored(seed=s), seed=s) for s in range(2)]
     found = compared(tmp_path, *runs)
