@@ -85,7 +85,7 @@ def count_flops(model: nn.Module, img_size: int) -> Flops:
     pooling, biases, sums, and operators that other libraries add. Nothing is computed, and the model stays as it is.
     """
     twin = _without_values(model).eval()
-    # With gradients, because without them torch makes batched products of some linear layers too.
+    # With gradients: without them torch batches products with weights too, and the counter fails on CaiT.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         twin(torch.empty(1, 3, img_size, img_size, device="meta"))
     counts = counter.get_flop_counts()["Global"]

@@ -84,19 +84,22 @@ def test_the_figures_that_papers_quote(name, parameters, giga):
 
 
 class Awkward(nn.Module):
-    """A frozen layer without bias on a tensor that is not contiguous, and a parameter that is a module's input."""
+    """A frozen layer and table on tensors that are not contiguous, and a parameter that is a module's input."""
 
     def __init__(self):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(1, 1, 3))
+        self.table = nn.Parameter(torch.zeros(8, 7), requires_grad=False)
         self.norm, self.linear = nn.LayerNorm(3), nn.Linear(3, 5, bias=False).requires_grad_(False)
 
     def forward(self, images):
-        return self.linear(images.permute(0, 2, 3, 1)).sum((1, 2)) + self.norm(self.query).sum()
+        positions = (images.permute(0, 3, 1, 2) @ self.table).sum()
+        query = self.norm(self.query.expand(1, -1, -1)).sum()
+        return self.linear(images.permute(0, 2, 3, 1)).sum((1, 2)) + positions + query
 
 
 def test_a_linear_layer_is_never_taken_for_attention():
-    assert count_flops(Awkward(), 8) == Flops(2 * 8 * 8 * 3 * 5, 0)
+    assert count_flops(Awkward(), 8) == Flops(2 * 8 * 8 * 3 * (5 + 7), 0)
 
 
 def test_the_model_stays_as_it_is():
