@@ -75,6 +75,12 @@ def test_a_class_the_model_is_never_sure_of_is_held_to_its_own_threshold():
     assert label_issues(probabilities, np.array([0, 0, 2, 1])).tolist() == [2]  # class 0 is confident, though second
 
 
+def test_a_label_that_is_likeliest_yet_below_its_threshold_ranks_by_the_next_class():
+    """Thresholds 0.767 and 0.25: images 1 and 2 are suspected with margins 0.4 and 0.2."""
+    probabilities = np.array([[1.0, 0.0], [0.7, 0.3], [0.6, 0.4], [0.75, 0.25], [0.75, 0.25]])
+    assert label_issues(probabilities, np.array([0, 0, 0, 1, 1])).tolist() == [2, 1]
+
+
 def test_planted_label_errors_are_found():
     random = np.random.default_rng(3)
     truth = random.integers(0, 10, 5000)
