@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
     except Exception as error:  # the name, the login, the network, the Hub: each with exceptions of its own
         raise UsageError(
             f"--push-to-hub {repository}: not uploaded ({first_line(error)}); the exported folder {folder} is intact: "
-            f"log in with `hf auth login`, then upload it with `hf upload {repository} {folder}`."
+            f"log in with `hf auth login`, then upload it with `hf upload OWNER/NAME {shlex.quote(str(folder))}`."
         ) from error
     return str(address)
 
