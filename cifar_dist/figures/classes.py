@@ -76,7 +76,8 @@ def top_confusions(pairs: Sequence[tuple[str, str, int]]) -> Figure:
         names = [f"{shortened(true)} → {shortened(predicted)}" for true, predicted, _ in found]
         axes.set_yticks(range(len(found)), names)
         axes.set(xlabel="images (true → predicted)", ylim=(len(found) - 0.4, -0.6))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.08)
     return figure

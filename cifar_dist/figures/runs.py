@@ -71,7 +71,7 @@ def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figu
         keys = []
         for label, (color, marker) in styles.items():
             times = f" ({seeds[label]} seeds)" if seeds[label] > 1 else ""
-            keys.append(Line2D([], [], color=color, marker=marker, markersize=5, label=shortened(label, 60) + times))
+            keys.append(Line2D([], [], color=color, marker=marker, markersize=5, label=shortened(label, 44) + times))
         figure.legend(handles=keys, loc="outside lower center", ncols=2)
     return figure
 
@@ -110,7 +110,7 @@ def accuracy_against(
             known = "" if np.isfinite(costs[rows]).any() else " (not measured)"
             axes.errorbar(
                 costs[rows], middle[rows], yerr=errors, color=color, marker=marker, linestyle="none",
-                markersize=7, capsize=3, linewidth=1.2, label=shortened(label, 48) + known,
+                markersize=7, capsize=3, linewidth=1.2, label=shortened(label, 34) + known,
             )  # fmt: skip
         finite = costs[np.isfinite(costs)]
         if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():

@@ -82,7 +82,7 @@ def say(axes: Axes, words: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to `path`, a PNG, and beside it as SVG with its text as text; one with photographs as PNG only.
 
-    The same figure gives the same bytes.
+    A figure made anew from the same data gives the same bytes.
     """
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, format="png")

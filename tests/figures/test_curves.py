@@ -1,0 +1,61 @@
+"""Curves of one run hold the data they were given."""
+
+import numpy as np
+import pytest
+
+from cifar_dist import figures
+from cifar_dist.figures import Curve, StepAxis
+from tests.figures.drawn import assert_nothing_is_cut_off, labels_in
+
+AXIS = StepAxis(steps_per_epoch=10, marked_step=20)
+CURVES = [
+    Curve("train", [5, 10, 15, 20, 25, 30], [2.0, 1.5, 1.2, 1.0, 0.9, 0.8], figures.TRAIN),
+    Curve("val", [10, 20, 30], [1.6, 1.1, 1.0], figures.EVALUATION),
+]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        figures.loss_curves(CURVES, AXIS),
+        figures.accuracy_curves([Curve("val", [10, 20], [0.9, 1.0])], AXIS),
+        figures.lr_curve(Curve("learning rate", [1, 20], [5e-5, 1e-6]), AXIS),
+    ],
+    ids=["loss", "accuracy", "lr"],
+)
+def test_nothing_is_cut_off(figure):
+    assert_nothing_is_cut_off(figure)
+
+
+def test_curves_share_one_figure_with_steps_epochs_and_the_checkpoint():
+    figure = figures.loss_curves(CURVES, AXIS)
+    axes = figure.axes[0]
+    drawn = {line.get_label(): line for line in axes.lines}
+    for curve in CURVES:
+        np.testing.assert_array_equal(drawn[curve.label].get_xdata(), curve.steps)
+        np.testing.assert_array_equal(drawn[curve.label].get_ydata(), curve.values)
+    assert drawn["checkpoint (step 20)"].get_xdata() == [20, 20]
+    assert {"optimizer step", "epoch", "cross-entropy loss (nats)", "train", "val"} <= labels_in(figure)
+    top = axes.child_axes[0]
+    assert top.get_xlim() == pytest.approx(np.array(axes.get_xlim()) / 10)
+    assert axes.get_ylim()[0] == 0
+
+
+def test_a_loss_over_decades_is_logarithmic_in_plain_numbers_and_one_with_nan_is_drawn():
+    wide = figures.loss_curves([Curve("train", [1, 2, 3], [50.0, 1.0, 0.01])], AXIS)
+    assert wide.axes[0].get_yscale() == "log"
+    assert {"0.1", "1", "10"} <= labels_in(wide)
+    diverged = Curve("train", [1, 2], [2.0, float("nan")])
+    assert figures.loss_curves([diverged], AXIS).axes[0].get_yscale() == "linear"
+
+
+def test_a_run_that_diverged_at_once_or_was_never_evaluated_says_so():
+    diverged = Curve("train", [1, 2], [float("nan"), float("inf")])
+    assert "no loss that is finite" in labels_in(figures.loss_curves([diverged], AXIS))
+    assert "no accuracy" in labels_in(figures.accuracy_curves([], AXIS))
+
+
+def test_accuracy_is_shown_in_percent():
+    figure = figures.accuracy_curves([Curve("val", [1, 2], [0.0, 1.0])], AXIS)
+    assert {"0%", "100%"} <= labels_in(figure)
+    assert figure.axes[0].get_ylim()[1] < 1.05
