@@ -22,8 +22,9 @@ from cifar_dist.engine import Evaluator
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Evidence, choose
 from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
-from cifar_dist.flops import count_flops, device_peak
+from cifar_dist.flops import count_flops
 from cifar_dist.models import build_model, count_parameters, input_config
+from cifar_dist.peak import device_peak
 from cifar_dist.predictions import About, Scored, save_predictions
 from cifar_dist.run_record import Run
 from cifar_dist.speed import measure_speed

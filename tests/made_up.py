@@ -15,16 +15,16 @@ PLAN = {
     "num_trainable": 8,
 }  # fmt: skip
 ENVIRONMENT = {
-    "command": "python train.py --model cnn4", "num_processes": 1, "versions": {"torch": "2.0"}, "device": "cpu",
-    "processor": "a processor", "data_fingerprint": "aa", "class_names": NAMES,
+    "command": "python train.py --model cnn4", "num_processes": 1, "versions": {"torch": "2.0"},
+    "device": "cpu", "processor": "a processor", "cpu_threads": 2, "data_fingerprint": "aa", "class_names": NAMES,
 }  # fmt: skip
 COST = {
     "parameters": 2_000_000, "trained_parameters": 1_000_000, "img_size": 32,
     "flops": {"forward": 4_000_000_000, "attention": 1_000_000_000},
     "inference": {
         "latency_median_seconds": 0.002, "latency_p95_seconds": 0.004, "images_per_second": 1234.0, "batch_size": 64,
-        "peak_memory_bytes": 300 * 2**20, "energy_joules_per_image": None, "runs": 50, "device": "a processor",
-        "precision": "fp32",
+        "peak_memory_bytes": 300 * 2**20, "energy_joules_per_image": None, "runs": 50,
+        "device": "a processor (2 threads)", "precision": "fp32",
     },
     "peak": {"flops_per_second": 1e12, "source": "measured"},
 }  # fmt: skip

@@ -1,19 +1,7 @@
 """Maps lie on what decides the class, equal plain PyTorch, and leave the model as it was."""
 
-import pytest
-import timm
 import torch
-from pytorch_grad_cam import GradCAM
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from torch import nn
 from torch.nn import functional as F
-
-from cifar_dist.config import ModelConfig
-from cifar_dist.explain import Target, Unexplained, attention_rollout, grad_cam, target_of
-from cifar_dist.explain import maps as maps_module
-from cifar_dist.models import build_model
-from cifar_dist.models.wide_resnet import WideResNet
 
 SIDE, PATCH = 32, 8
 SWIN = {

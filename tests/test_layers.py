@@ -20,11 +20,12 @@ LAYERS = [
     },
     {
         *("control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"),
-        *("evidence", "speed", "wandb_report"),
+        *("evidence", "wandb_report"),
     },
     {"batches", "checkpoint", "micro_batch"},
-    {"engine", "report", "saver", "stream_batches"},
-    {"preview", "scoring", "export"},
+    {"engine", "report", "saver", "speed", "stream_batches"},
+    {"preview", "export", "peak"},
+    {"scoring"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 

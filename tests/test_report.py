@@ -84,7 +84,10 @@ def test_cost_is_counted_by_hand(written):
     page = (run / "report" / "report.md").read_text()
     assert "| parameters | 2.00 M | 1.00 M trained |" in page
     assert "| GMACs without attention | 1.50 |" in page
-    assert "| latency | 2.00 ms | one image, median of 50; 95th percentile 4.00 ms; a processor, fp32 |" in page
+    assert (
+        "| latency | 2.00 ms | one image, median of 50; 95th percentile 4.00 ms; a processor (2 threads), fp32 |"
+        in page
+    )
 
 
 @pytest.fixture

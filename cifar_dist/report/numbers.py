@@ -95,7 +95,7 @@ def _name_of(run: Run) -> str:
 def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> dict[str, Any]:
     """How far confidences can be trusted, as they are and at a temperature fitted on val."""
     numbers = {"ece": found["ece"], "brier": found["brier"], "nll": found["loss"]}
-    if val is None:
+    if val is None or val.correct.all():  # without a mistake in val any temperature near 0 fits it best
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
     temperature = calibration.fit_temperature(val.logits, val.labels)
     after = compute_metrics(cooled(scored, temperature))
@@ -120,7 +120,8 @@ def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     rate = plain.median(rates) if rates else None
     processes, environment = run.environment.get("num_processes", 1), run.environment
     flops, peak = Flops(**cost["flops"]), Peak(**cost["peak"])
-    here = cost["inference"]["device"] in (environment.get("device"), environment.get("processor"))
+    cpu = f"{environment.get('processor')} ({environment.get('cpu_threads')} threads)"
+    here = cost["inference"]["device"] in (environment.get("device"), cpu)
     training = {
         "images_per_second": rate,
         "peak_memory_bytes": max(memory) if memory else None,

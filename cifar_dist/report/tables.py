@@ -49,6 +49,11 @@ def interval(pair: Sequence[float], digits: int = 2) -> str:
     return f"{100 * pair[0]:.{digits}f} to {100 * pair[1]:.{digits}f} %"
 
 
+def quantity(value: float) -> str:
+    """Two decimals, or of less than 1 three digits."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
 def results(metrics: dict[str, Any]) -> Table:
     """The headline's numbers."""
     low, high = metrics["macro_f1_interval"]
@@ -122,11 +127,11 @@ def cost(metrics: dict[str, Any]) -> Table:
 
 def _arithmetic(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
-        ("GFLOPs", f"{found['gflops']:.2f}", f"one image of {found['img_size']} pixels, two per multiply-add"),
-        ("GMACs", f"{found['gmacs']:.2f}", "multiply-adds, the half of that"),
+        ("GFLOPs", quantity(found["gflops"]), f"one image of {found['img_size']} pixels, two per multiply-add"),
+        ("GMACs", quantity(found["gmacs"]), "multiply-adds, the half of that"),
         (
             "GMACs without attention",
-            f"{found['gmacs_without_attention']:.2f}",
+            quantity(found["gmacs_without_attention"]),
             "without the products of queries, keys and values, as counters do that miss fused attention; what papers"
             " often call GFLOPs",
         ),
