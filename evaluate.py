@@ -45,6 +45,8 @@ def main() -> None:
     """Score each run once, write its report from what was saved, and compare the runs."""
     arguments = parse_arguments()
     runs = [open_run(folder) for folder in arguments.run_dirs]
+    if arguments.wandb_report:
+        wandb_report.run_ids(arguments.run_dirs)  # refused before anything is scored
     precisions = scoring.precisions(runs)
     accelerator = start(precisions[0])
     for run, precision in zip(runs, precisions, strict=True):
@@ -152,13 +154,13 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
 def compare(runs: list[Run], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
     output = arguments.output or runs[0].folder.resolve().parent / "comparison"
-    ids = wandb_report.run_ids([run.folder for run in runs]) if arguments.wandb_report else []
     found = write_comparison(runs, [report_folder(run.folder, arguments.data) for run in runs], output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")
     print(f"comparison  {found.page}", flush=True)
     if arguments.wandb_report:
         config = runs[0].config
+        ids = wandb_report.run_ids(arguments.run_dirs)
         study = wandb_report.Study(found.title, found.markdown, ids, config.run.wandb_project)
         print(wandb_report.publish(study, config, output), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,13 @@ def build_report(study: Study, entity: str) -> Any:
         UsageError: wandb-workspaces is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as wr
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, about the library's own code
+            import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise UsageError("--wandb-report needs wandb-workspaces: pip install wandb-workspaces.") from None
     chosen = f"ID in {list(study.run_ids)!r}"
-    runs = wr.Runset(entity=entity, project=study.project, name="runs", filters=chosen)
+    runs = wr.Runset(name="runs", filters=chosen)  # of the report's own project
     curves: list[Any] = [wr.LinePlot(title=title, x="Step", y=[key]) for title, key in _CURVES.items()]
     return wr.Report(
         entity=entity,

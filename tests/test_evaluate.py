@@ -1,0 +1,315 @@
+"""evaluate.py on the weights of untrained models for the embedded digits: scores, what is scored again, exports."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cifar_dist import checkpoint, checkpoint_store, evidence, scoring
+from cifar_dist.config import Config
+from cifar_dist.data import load_test_data, load_training_data
+from cifar_dist.errors import UsageError
+from cifar_dist.models import build_model
+from cifar_dist.predictions import load_predictions
+from cifar_dist.run_record import open_run
+from tests.conftest import ROOT
+from tests.made_up import COST, ENVIRONMENT, make_run
+
+
+@pytest.fixture(scope="module")
+def script():
+    """evaluate.py as a module, under a name that is not the library's."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """What drawing and timing take is not what is tested here."""
+    monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
+    monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
+    monkeypatch.setattr(scoring, "measure_cost", lambda subject: COST)
+
+
+def commit_weights(folder, weights, best=True, step=20):
+    """A checkpoint with nothing in it but weights."""
+    root = folder / "checkpoints"
+    aside = checkpoint_store.begin(root, step)
+    save_file(weights, aside / "model.safetensors")
+    files = checkpoint_store.settle([aside / "model.safetensors"])
+    return checkpoint_store.commit(root, aside, best, {"step": step, "num_processes": 1, "files": files})
+
+
+def weights_of(config, seed=0):
+    torch.manual_seed(seed)
+    return build_model(config.model, 10).state_dict()
+
+
+def make(folder, seed=0, **settings):
+    """A run folder with a checkpoint of an untrained model for the embedded digits."""
+    settings = {"model": "cnn4", "dataset": "digits", "wandb": "disabled", **settings}
+    data = load_test_data(Config.from_flat(settings).data)
+    facts = {"class_names": data.class_names, "data_fingerprint": data.fingerprint}
+    make_run(folder, environment=ENVIRONMENT | facts, **settings)
+    commit_weights(folder, weights_of(open_run(folder).config, seed))
+    return folder
+
+
+@pytest.fixture
+def digits_run(tmp_path):
+    return make(tmp_path / "run")
+
+
+def run_script(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    script.main()
+
+
+def expected_logits(config, images):
+    """By plain PyTorch."""
+    torch.manual_seed(0)
+    model = build_model(config.model, 10).eval()
+    with torch.no_grad():
+        return model((images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
+
+
+def test_scores_equal_a_plain_pytorch_loop(digits_run, script, monkeypatch, capsys):
+    run_script(script, monkeypatch, digits_run)
+    config = open_run(digits_run).config
+    test, val = load_test_data(config.data).test, load_training_data(config.data, 2**40).val
+    for split, images in (("test", test), ("val", val)):
+        scored = load_predictions(digits_run / "report", split)
+        np.testing.assert_allclose(scored.logits, expected_logits(config, images.images), atol=1e-5)
+        np.testing.assert_array_equal(scored.labels, images.labels)
+        np.testing.assert_array_equal(scored.ids, images.ids)
+    top1 = (expected_logits(config, test.images).argmax(1) == test.labels).float().mean()
+    assert f"top-1 {top1:.2%}" in capsys.readouterr().out
+
+
+def test_flipping_averages_probabilities(digits_run, script, monkeypatch):
+    run_script(script, monkeypatch, digits_run, "--tta", "flip")
+    config = open_run(digits_run).config
+    images = load_test_data(config.data).test.images
+    both = [expected_logits(config, seen).softmax(1) for seen in (images, images.flip(2))]
+    scored = load_predictions(digits_run / "report")
+    np.testing.assert_allclose(scored.probabilities, sum(both) / 2, atol=1e-6)
+    assert json.loads((digits_run / "report" / "metrics.json").read_text())["tta"] == "flip"
+
+
+def test_predictions_are_made_again_only_where_something_changed(digits_run, script, monkeypatch, capsys):
+    def scored_again(*arguments):
+        run_script(script, monkeypatch, digits_run, *arguments)
+        return "saved predictions" not in capsys.readouterr().out
+
+    assert scored_again()
+    before = load_predictions(digits_run / "report")
+    assert not scored_again()
+    assert scored_again("--tta", "flip")
+    assert scored_again()
+    commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
+    assert scored_again()
+    assert not np.array_equal(load_predictions(digits_run / "report").logits, before.logits)
+    shutil.rmtree(digits_run / "checkpoints")  # as in a folder that was copied for its report
+    assert not scored_again()
+
+
+def test_a_checkpoint_by_its_folder(digits_run, script, monkeypatch, capsys):
+    first = checkpoint.find(digits_run, "best").folder
+    commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
+    run_script(script, monkeypatch, digits_run, "--checkpoint", first)
+    assert load_predictions(digits_run / "report").about.step == 20
+    run_script(script, monkeypatch, digits_run, "--checkpoint", "last")
+    assert load_predictions(digits_run / "report").about.step == 30
+
+
+def test_several_processes_score_the_same_images_and_write_once(digits_run, script, monkeypatch):
+    run_script(script, monkeypatch, digits_run)
+    alone = load_predictions(digits_run / "report")
+    shutil.rmtree(digits_run / "report")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "evaluate.py", digits_run], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top-1") == 1
+    together = load_predictions(digits_run / "report")
+    np.testing.assert_array_equal(together.ids, alone.ids)
+    np.testing.assert_allclose(together.logits, alone.logits, atol=1e-5)
+    metrics = json.loads((digits_run / "report" / "metrics.json").read_text())
+    assert metrics["num_samples"] == len(alone.ids)
+    assert metrics["cost"]["gflops"] == pytest.approx(2 * cnn4_macs() / 1e9)
+    assert sorted(path.name for path in (digits_run / "report").glob("*.png"))  # the real thing draws and times
+
+
+def cnn4_macs():
+    """3x3 convolutions on 32, 16, 8 and 4 pixels, and two linear layers."""
+    sizes = [(3, 32, 32), (32, 64, 16), (64, 128, 8), (128, 128, 4)]
+    return sum(9 * i * o * side**2 for i, o, side in sizes) + 512 * 256 + 256 * 10
+
+
+def test_a_run_without_a_best_checkpoint_is_scored_at_its_last(digits_run, script, monkeypatch, capsys):
+    shutil.rmtree(digits_run / "checkpoints")
+    commit_weights(digits_run, weights_of(open_run(digits_run).config), best=False)
+    run_script(script, monkeypatch, digits_run)
+    assert "no best" in capsys.readouterr().out
+    assert load_predictions(digits_run / "report").about.checkpoint == "last"
+
+
+def write_classes(folder, names):
+    """A folder of class folders, without splits: the first test images of each class."""
+    test = load_test_data(Config.from_flat({"dataset": "digits"}).data).test
+    for number, name in names.items():
+        (folder / name).mkdir(parents=True)
+        for row in torch.where(test.labels == number)[0][:4].tolist():
+            Image.fromarray(test.images[row].numpy()).save(folder / name / f"{row}.png")
+    return folder
+
+
+def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, monkeypatch, tmp_path):
+    own = write_classes(tmp_path / "own", {7: "7", 2: "2", 9: "9"})
+    run_script(script, monkeypatch, digits_run, "--data", own)
+    scored = load_predictions(digits_run / "report-own")
+    assert scored.labels.tolist() == [2] * 4 + [7] * 4 + [9] * 4
+    assert len(scored.class_names) == 10
+    config = open_run(digits_run).config
+    files = [file for name in "279" for file in sorted((own / name).iterdir())]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+    np.testing.assert_allclose(scored.logits, expected_logits(config, images), atol=1e-5)
+    assert not (digits_run / "report").exists()
+    write_classes(tmp_path / "other", {7: "seven"})
+    with pytest.raises(UsageError, match=r"--data .*other has the classes seven, which the run has not"):
+        run_script(script, monkeypatch, digits_run, "--data", tmp_path / "other")
+    with pytest.raises(UsageError, match=r"--data nowhere: no such data set or path"):
+        run_script(script, monkeypatch, digits_run, "--data", "nowhere")
+
+
+def test_runs_are_compared(tmp_path, script, monkeypatch, capsys):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", seed=1, lr=0.5)]
+    run_script(script, monkeypatch, *runs)
+    said = capsys.readouterr().out
+    assert said.count("verdict     ") == 1
+    with (tmp_path / "comparison" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, run in zip(rows, runs, strict=True):
+        assert float(row["top1"]) == load_predictions(run / "report").correct.mean()
+    assert str(tmp_path / "comparison" / "comparison.html") in said
+
+
+def test_a_wandb_report_is_specified_without_a_server(tmp_path, script, monkeypatch, capsys):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", lr=0.5)]
+    with pytest.raises(UsageError, match=r"--wandb-report: .*a has no W&B run"):
+        run_script(script, monkeypatch, *runs, "--wandb-report")
+    monkeypatch.setattr(script, "log_report", lambda *_: None)
+    for number, run in enumerate(runs):
+        (run / "wandb_id").write_text(f"id{number}\n")
+    run_script(script, monkeypatch, *runs, "--wandb-report")
+    assert "not sent" in capsys.readouterr().out
+    text = (tmp_path / "comparison" / "wandb_report.json").read_text()
+    blocks = json.loads(text)["spec"]["blocks"]
+    assert any("95 % interval" in str(block.get("content")) for block in blocks)
+    assert '"id0"' in text and '"id1"' in text
+    assert "val/top1" in text
+
+
+def test_an_export_gives_the_same_logits_in_timm(tmp_path, script, monkeypatch):
+    run = make(tmp_path / "run", model="test_efficientnet", img_size=32)
+    run_script(script, monkeypatch, run, "--export", tmp_path / "export")
+    model = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    images = load_test_data(open_run(run).config.data).test.images[:8].permute(0, 3, 1, 2) / 255
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((images - mean) / std)
+    np.testing.assert_allclose(load_predictions(run / "report").logits[:8], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["RUN", "RUN", "--export", "x"], "--export does not go with this command; give one RUN_DIR"),
+        (["RUN", "--onnx"], "--onnx does not go with this command; add --export DIR"),
+        (["RUN", "--push-to-hub", "a/b"], "--push-to-hub does not go"),
+        (["RUN", "--wandb-report"], "give several RUN_DIRs"),
+        (["RUN", "--output", "x"], "give several RUN_DIRs"),
+        (["RUN", "--tta", "rotate"], "invalid choice"),
+        ([], "RUN_DIR"),
+    ],
+)
+def test_flags_that_do_not_go_together(digits_run, script, monkeypatch, arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_script(script, monkeypatch, *[digits_run if word == "RUN" else word for word in arguments])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_has_no_map_is_reported_all_the_same(digits_run, script, monkeypatch):
+    def cannot(*_):
+        raise scoring.Unexplained("it has no layer with a map.")
+
+    monkeypatch.setattr(scoring, "grad_cam", cannot)
+    run_script(script, monkeypatch, digits_run)
+    assert (
+        "There are no Grad-CAM maps: it has no layer with a map." in (digits_run / "report" / "report.md").read_text()
+    )
+
+
+def test_evidence_is_of_the_images_that_it_names(digits_run, script, monkeypatch):
+    run_script(script, monkeypatch, digits_run)
+    scored, folder = load_predictions(digits_run / "report"), digits_run / "report"
+    chosen = evidence.choose(scored)
+    found = evidence.load_evidence(folder, scored.ids[chosen.shown].tolist())
+    test = load_test_data(open_run(digits_run).config.data).test
+    for row in chosen.shown:
+        np.testing.assert_array_equal(found.image(int(scored.ids[row])), test.images[row])
+    assert all(found.map("grad_cam", int(scored.ids[row])).shape == (32, 32) for row in chosen.explained)
+    firsts = [int(np.flatnonzero(scored.labels == k)[0]) for k in range(10)]
+    assert chosen.shared == firsts
+    confidence = scored.probabilities.max(1)
+    wrong = np.flatnonzero(~scored.correct)
+    assert confidence[chosen.mistakes[0]] == confidence[wrong].max()
+    for number, right, mistaken in zip(chosen.classes, chosen.right, chosen.wrong, strict=True):
+        for row, ok in ((right, True), (mistaken, False)):
+            of_class = np.flatnonzero((scored.labels == number) & (scored.correct == ok))
+            assert (row is None) == (len(of_class) == 0)
+            assert row is None or confidence[row] == confidence[of_class].max()
+
+
+def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypatch):
+    facts = json.loads((digits_run / "environment.json").read_text())
+
+    def refused(said, *arguments):
+        with pytest.raises(UsageError, match=said) as error:
+            run_script(script, monkeypatch, digits_run, *arguments)
+        assert "\n" not in str(error.value)
+
+    (digits_run / "environment.json").write_text(json.dumps(facts | {"class_names": [*"012345678", "ten"]}))
+    refused("class 9 was 'ten' in training")
+    (digits_run / "environment.json").write_text(json.dumps(facts | {"class_names": ["a", "b"]}))
+    refused("does not fit the model of its config.yaml")
+    (digits_run / "environment.json").write_text(json.dumps(facts))
+    refused("nowhere is no sound checkpoint", "--checkpoint", "nowhere")
+    broken = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(Config()).items()}
+    config = replace(open_run(digits_run).config)
+    nans = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(config).items()}
+    shutil.rmtree(digits_run / "checkpoints")
+    commit_weights(digits_run, broken)
+    refused("does not fit the model")
+    shutil.rmtree(digits_run / "checkpoints")
+    commit_weights(digits_run, nans)
+    refused("diverged")
+    with (digits_run / "checkpoints" / "step-00000020" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    refused("no sound checkpoint .*model.safetensors has")
+    shutil.rmtree(digits_run / "checkpoints")
+    refused("no sound checkpoint", "--checkpoint", "best")
+    assert not (digits_run / "report" / "predictions.parquet").exists()
