@@ -32,9 +32,8 @@ WEIGHTS, CONFIG, CARD, ONNX = FILES = ("model.safetensors", "config.json", "READ
 MARK = {"exported_by": "cifar-dist"}  # in config.json; without it a folder is never replaced
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 ONNX_TOLERANCE = 1e-4  # of the largest logit
-OF_OTHER_WEIGHTS = (  # what timm records of the pretrained weights that an architecture is usually started from
-    "tag", "license", "description", "origin_url", "notes", "label_names", "label_descriptions",
-)  # fmt: skip
+# What timm records of the weights that an architecture usually starts from, not of those that are exported.
+OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes", "label_descriptions")
 
 
 def export_run(run: Run, model: nn.Module, metrics: dict[str, Any], folder: Path) -> None:

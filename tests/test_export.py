@@ -181,7 +181,10 @@ def test_the_description_says_nothing_of_other_weights(exported):
 
 def test_an_export_is_a_model_to_start_from(exported, metrics, tmp_path):
     """A run on ``local-dir:`` of an earlier export, at another size, exports as what it is."""
-    source = exported / "native-vit" / "out"
+    source = tmp_path / "source"
+    shutil.copytree(exported / "native-vit" / "out", source)
+    described = json.loads((source / "config.json").read_text()) | {"label_descriptions": {"cat": "of the source"}}
+    (source / "config.json").write_text(json.dumps(described))
     settings = {"model": f"local-dir:{source}", "img_size": 48, "dataset": str(tmp_path / "secret" / "pets")}
     run, model = finished(tmp_path / "run", init_weights=str(tmp_path / "secret" / "w.pth"), **settings)
     export_run(run, model, metrics, tmp_path / "out")
@@ -191,7 +194,7 @@ def test_an_export_is_a_model_to_start_from(exported, metrics, tmp_path):
         assert torch.equal(model(images), again(images))
     written = "".join((tmp_path / "out" / name).read_text() for name in ("config.json", "README.md"))
     assert str(tmp_path) not in written and str(exported) not in written and "secret" not in written
-    assert "| init_weights | w.pth |" in written
+    assert "| init_weights | w.pth |" in written and "of the source" not in written
 
 
 def test_the_card_is_measured(metrics, tmp_path):
