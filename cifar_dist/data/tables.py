@@ -57,18 +57,23 @@ class Columns:
 def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     """The only image column and the class-label column with the most classes, unless flags name others.
 
+    Of a set to be scored, which may have no train split and images of one class only, test alone decides.
+
     Raises:
         UsageError: a named column is not there or of another type, none or several would do, train and test differ, or
             there is only one class.
     """
     from datasets import ClassLabel
 
-    features = dict(tables["train"].stream.features or {})
+    main = tables["train" if "train" in tables else "test"]
+    features = dict(main.stream.features or {})
     image = _named(config.image_column, "--image-column", features, "images", _is_image)
     image = image or _only_image(features, config)
     label = _named(config.label_column, "--label-column", features, "labels", _is_label)
     label = label or _main_label(features, config)
-    names = _class_names(tables["train"], label, config)
+    names = _class_names(main, label, config)
+    if "train" not in tables:
+        return Columns(image, label, names)
     in_test = dict(tables["test"].stream.features or {})
     if image not in in_test or label not in in_test:
         raise UsageError(
