@@ -3,8 +3,8 @@
     python -m benchmarks.recovery.exact_resume --trials 1 [--seed 0] [--json FILE]
 
 A trial is all of: one process, DDP and ZeRO-1, 2 and 3 on two; fp32 and bf16; resident and stream; a ViT with dropout
-and stochastic depth, mixup, accumulation, and a moving average where the engine keeps one. Each run is cut at two
-random steps, once by a limit on its steps and once by kill -9, and given the same command again.
+and stochastic depth, mixup, accumulation, and a moving average where the engine keeps one. Each run is cut in two
+random steps, once by SIGTERM and once by kill -9, and given the same command again.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ STEPS = 14
 ENGINES = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 
 
-def under(engine: str, dies_at: int | None, rank: int) -> None:
-    """Ask for the engine, and for a death by kill -9 in a step, as a launcher and a bad day would."""
+def under(engine: str, cut_at: int | None, number: signal.Signals, rank: int) -> None:
+    """Ask for the engine, and for a signal in a step, as a launcher and a bad day would."""
     if engine.startswith("zero"):
         os.environ.update(
             ACCELERATE_USE_DEEPSPEED="true",
             ACCELERATE_DEEPSPEED_CONFIG_FILE=str(ROOT / "ds_configs" / f"{engine}.json"),
             ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
         )
-    if dies_at is not None:
-        replace_everywhere("cifar_dist.engine.train_step", partial(_dying, dies_at))
+    if cut_at is not None:
+        replace_everywhere("cifar_dist.engine.train_step", partial(_cut, cut_at, number))
 
 
-def _dying(at: int, original: Callable[..., Any]) -> Callable[..., Any]:
+def _cut(at: int, number: signal.Signals, original: Callable[..., Any]) -> Callable[..., Any]:
     calls = itertools.count()
 
     def step(*arguments: Any, **named: Any) -> Any:
         if next(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*arguments, **named)
 
     return step
@@ -65,12 +65,11 @@ def run(trials: int, seed: int, folder: Path) -> dict[str, Any]:
         flags += [] if engine == "zero3" else ["--model-ema-decay", "0.9"]
         same, cuts = 0, []
 
-        def start(label: str, *more: str, dies_at: int | None = None) -> list[int] | None:
+        def start(label: str, at: int | None = None, by: signal.Signals = signal.SIGKILL) -> list[int] | None:
             run_dir = folder / f"{name}-{label}"  # noqa: B023  used at once
-            hook = partial(under, engine, dies_at)  # noqa: B023
-            command = [*flags, "--run-dir", str(run_dir), *more]  # noqa: B023
-            job = Job(command, count, folder / f"{name}.txt", hook=hook)  # noqa: B023
-            statuses = job.wait(180 if dies_at is None else 60)
+            hook = partial(under, engine, at, by)  # noqa: B023
+            job = Job([*flags, "--run-dir", str(run_dir)], count, folder / f"{name}.txt", hook=hook)  # noqa: B023
+            statuses = job.wait(60 if by == signal.SIGKILL and at is not None else 180)
             job.end()
             return statuses
 
@@ -78,8 +77,8 @@ def run(trials: int, seed: int, folder: Path) -> dict[str, Any]:
         for trial in range(trials):
             stop, death = sorted(dice.sample(range(1, STEPS), 2))
             cuts.append((stop, death))
-            start(f"cut-{trial}", "--max-steps", str(stop))
-            start(f"cut-{trial}", dies_at=death - stop)
+            start(f"cut-{trial}", stop - 1, signal.SIGTERM)  # in the step that makes `stop`, which it ends
+            start(f"cut-{trial}", death - stop)
             start(f"cut-{trial}")
             try:
                 digests = {final_digest(folder / f"{name}-{label}") for label in ("whole", f"cut-{trial}")}
