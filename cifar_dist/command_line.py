@@ -27,7 +27,10 @@ class OneLineParser(argparse.ArgumentParser):
     source: Path | None = None
 
     def error(self, message: str) -> typing.NoReturn:
-        """Leave with status 2."""
+        """Leave with status 2, naming the nearest flags to one that is not known."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message += "." + did_you_mean(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
         leave(USAGE_STATUS, f"--config {self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
@@ -120,7 +123,7 @@ def _recipe_argv(path: Path) -> list[str]:
     """The command line that a recipe stands for.
 
     Raises:
-        UsageError: see `_read_recipe`; or a switch is neither true nor false.
+        UsageError: see `_read_recipe`; or a switch is neither true nor false, or there are several values for one.
     """
     defaults, argv = Config().flat(), []
     for name, value in _read_recipe(path).items():
@@ -130,6 +133,8 @@ def _recipe_argv(path: Path) -> list[str]:
         if isinstance(value, bool) != isinstance(defaults[name], bool):
             kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
             raise UsageError(f"--config {path}: {name} is {kind}, got {value!r}.")
+        if isinstance(value, list) and not _takes_several(name):
+            raise UsageError(f"--config {path}: {name} takes one value, got {value!r}.")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
@@ -137,6 +142,12 @@ def _recipe_argv(path: Path) -> list[str]:
         else:
             argv.append(f"{flag}={value}")
     return argv
+
+
+def _takes_several(name: str) -> bool:
+    config = Config()
+    sections = (getattr(config, section.name) for section in dataclasses.fields(config))
+    return any(bool(f.metadata["nargs"]) for part in sections for f in dataclasses.fields(part) if f.name == name)
 
 
 def _with_dashes(argument: str) -> str:

@@ -77,6 +77,7 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
         (["--batch", "1"], "unrecognized arguments: --batch"),
+        (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
     ],
 )
@@ -90,6 +91,7 @@ def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
         ("learning_rate: 1\n", "unknown key 'learning_rate'"),
         ("batchsize: 1\n", "Did you mean batch_size"),
         ("lr: [\n", "not valid YAML at line"),
+        ("lr: [1, 2]\n", "lr takes one value, got [1, 2]"),
         ("just words\n", "a recipe is a list"),
         ("plan: true\n", "unknown key 'plan'"),
         ("lr: 1\nepochs: 2\nlr: 2\n", "'lr' is given twice"),
