@@ -41,14 +41,14 @@ def _gallery(scored: Scored, evidence: Evidence, rows: list[int]) -> Figure | No
     if not rows:
         return None
     images = [evidence.image(int(scored.ids[row])) for row in rows]
-    return figures.image_gallery(images, [caption(scored, row) for row in rows])
+    return figures.image_gallery(images, [caption(scored, row, "\n") for row in rows])
 
 
-def caption(scored: Scored, row: int) -> str:
+def caption(scored: Scored, row: int, between: str = " ") -> str:
     """``cat → dog 98 %``: the true class, the predicted one where it is another, and its confidence."""
     true, guess = scored.class_names[scored.labels[row]], scored.class_names[scored.predicted[row]]
     what = true if true == guess else f"{true} → {guess}"
-    return f"{what} {100 * scored.probabilities[row].max():.0f} %"
+    return f"{what}{between}{100 * scored.probabilities[row].max():.0f} %"
 
 
 def _sheet(scored: Scored, chosen: Chosen, evidence: Evidence, method: str) -> Figure:

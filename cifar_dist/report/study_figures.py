@@ -111,7 +111,7 @@ def _only_right(members: Sequence[Member]) -> Figure | None:
         holders = [m.evidence for m in members if m.evidence.holds([sample_id])]
         if holders and len(images) < MOST_ALONE:
             images.append(holders[0].image(sample_id))
-            captions.append(f"{right.name}\n{caption(wrong.scored, int(position))}")
+            captions.append("\n".join((right.name, caption(wrong.scored, int(position), "\n"))))
     return figures.image_gallery(images, captions) if images else None
 
 
