@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,26 @@ class Failures(list[str]):
         self.append(failure)
 
 
+class AtOnce(Executor):
+    """Does what it is given before it goes on, in the same thread."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Its result, which is there already; `work` does not raise."""
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments, **named))
+        return done
+
+
 class Small:
     """A tiny training whose weights, average, momentum and random stream all tell its step, to save and load by itself.
 
     Args:
         run_dir: where checkpoints go.
         width: weights are `width` x `width`.
+        one_thread: write in the thread that saves, so that its system calls are counted in their order.
     """
 
-    def __init__(self, run_dir: Path, width: int = 8):
+    def __init__(self, run_dir: Path, width: int = 8, one_thread: bool = False):
         model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.1))
         self.run_dir, self._ema = run_dir, ModelEmaV3(model)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -128,6 +140,8 @@ class Small:
         accelerator = start("fp32", 60)
         self._trained = Trained(Replicated(accelerator, model, optimizer, None), self._ema)
         self._saver = Saver(run_dir, accelerator, Pace(RunConfig()))
+        if one_thread:
+            self._saver._thread = AtOnce()  # type: ignore[assignment]
 
     def _tensors(self) -> list[torch.Tensor]:
         parallel = self._trained.parallel
