@@ -15,7 +15,7 @@ LAYERS = [
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan"},
     {"distributed", "models", "optim", "data", "wandb_run", "metrics", "predictions", "run_folder", "train_state"},
-    {"control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"},
+    {"control", "engine_choice", "parallel", "cost", "explain", "figures", "tracking", "lost_work", "run_record"},
     {"batches", "checkpoint", "micro_batch"},
     {"engine", "report", "saver", "stream_batches"},
     {"preview"},

@@ -1,0 +1,8 @@
+"""Which parts of an image a classifier looks at: Grad-CAM and attention rollout, for any timm model."""
+
+from __future__ import annotations
+
+from cifar_dist.explain.maps import attention_rollout, grad_cam
+from cifar_dist.explain.target import Target, Unexplained, target_of
+
+__all__ = ["Target", "Unexplained", "attention_rollout", "grad_cam", "target_of"]
