@@ -137,7 +137,7 @@ def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evid
         maps = {"grad_cam": grad_cam(subject.model, images, classes)}
         if (rollout := attention_rollout(subject.model, images)) is not None:
             maps["rollout"] = rollout
-        layer = target_of(subject.model).name
+        layer = target_of(subject.model, subject.input.img_size).name
     except Unexplained as error:
         return replace(found, unexplained=str(error))
     return replace(found, layer=layer, maps={name: _bytes(map) for name, map in maps.items()})

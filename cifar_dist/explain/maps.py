@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ BATCH_SIZE = 32  # images that are held at a time
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391), by the library grad-cam, at the layer of `target_of`.
 
+    Where a class token is classified, read it beside `attention_rollout`: its maps of small ViTs may miss what counts.
     The model is left as it was: its mode, what trains, its gradients and hooks.
 
     Args:
@@ -102,7 +104,8 @@ def _rolled_out(model: nn.Module, images: Tensor) -> Tensor:
     if not attentions or not all(hasattr(attention, "attn_drop") for attention in attentions):
         raise Unexplained(f"The attention of this {type(model).__name__} does not lie open.")
     fused = [(attention, attention.fused_attn) for attention in attentions if hasattr(attention, "fused_attn")]
-    num_tokens = prefix_tokens(model) + getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    grid_of = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", lambda size: (0, 0))
+    num_tokens = prefix_tokens(model) + math.prod(grid_of(images.shape[-2:]))
     seen: list[Tensor] = []
 
     def multiply(module: nn.Module, inputs: Any, output: Tensor) -> None:
