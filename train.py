@@ -233,7 +233,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
     schedule = Schedule(trained.parallel.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
     stepper = Stepper(trained.parallel, config.augment.smoothing)
     speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
-    with closing(batches), closing(speaker) as tracker:
+    with closing(batches), closing(speaker) as tracker, job.saver:
         tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
         meter = Meter(accelerator, plan.batch_size)
         heartbeat = Heartbeat(job.run_dir, writes=accelerator.is_main_process)
@@ -241,7 +241,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
 
         stopped = False
         while not stopped and state.goes_on(plan, run.patience):
-            saves, best = False, False
+            saves, best, written = False, False, True
             if not state.owes_evaluation(plan):  # a run that was stopped within one begins with it
                 lr = schedule.apply(state.step)
                 trained.parallel.model.train()
@@ -252,16 +252,18 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                 else:
                     meter.add(share)
                     trained.average()
-                if not verdict.writing:
-                    job.saver.finish()
                 state.advance(verdict.bad, time.perf_counter() - began)
                 stopped, saves = verdict.stop, verdict.save or pace.saves_at(state.step)
+                written = not verdict.writing
                 tracker.advance(state.step)
                 heartbeat.beat(state)
                 if plan.logs_at(state.step, run.log_every) and meter.steps:
                     tracker.training(state.step, meter.read(batches.take_waits()) | facts(accelerator, state, lr))
             with meter.paused():
-                if not stopped and state.owes_evaluation(plan):
+                evaluates = not stopped and state.owes_evaluation(plan)
+                if written or evaluates:  # an evaluation may take long, and end the run
+                    job.saver.finish()
+                if evaluates:
                     judgement = assess(job, trained, state, evaluator, val, tracker)
                     saves, best, stopped = True, judgement is True, judgement is None
                 if saves or stopped:

@@ -92,9 +92,10 @@ def contents(trained: Trained, state: TrainState) -> Contents:
 
 
 def _copies(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the main process copies of `tensors`, which go one by one: some engines have made them for this."""
     if not accelerator.is_main_process:
         return {}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return {name: tensors.pop(name).detach().to("cpu", copy=True) for name in list(tensors)}
 
 
 def _finite(tensor: torch.Tensor) -> bool:

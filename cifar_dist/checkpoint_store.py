@@ -77,13 +77,19 @@ class Stored:
 
 
 def settle(paths: Iterable[Path]) -> Files:
-    """Make written files durable and tell their sizes and hashes, both at once: what `commit` is to be given."""
+    """Make written files durable and tell their sizes and hashes, both at once: what `commit` is to be given.
+
+    Raises:
+        OSError: one could not be made durable, or is not there any more.
+    """
     paths = list(paths)
     with ThreadPoolExecutor(4) as pool:
         durable = [pool.submit(fsync, path) for path in paths]
         found = dict(zip((path.name for path in paths), pool.map(_measured, paths), strict=True))
         for each in durable:
             each.result()
+    if lost := [name for name, measured in found.items() if measured is None]:
+        raise FileNotFoundError(f"{lost[0]} has vanished")
     return {name: measured for name, measured in found.items() if measured}
 
 

@@ -29,7 +29,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Wish:
-    """What this process would have the others do after the step: stop, save, let it write its checkpoint first."""
+    """What this process tells the others after the step: to stop, to save, that it is still writing a checkpoint."""
 
     stop: bool = False
     save: bool = False

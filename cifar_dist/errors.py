@@ -16,7 +16,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten
 from typing import NoReturn
 
 from cifar_dist import peers
@@ -37,9 +36,9 @@ class Diverged(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says, without its further lines, for the middle of a sentence; its type if it says nothing."""
-    line = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(". ")
-    return shorten(line, 300, placeholder=" …")
+    """What a library says, without its further lines, for the middle of a sentence; its repr if it says nothing."""
+    line = " ".join((str(error).strip().splitlines() or [repr(error)])[0].split()).rstrip(". ")
+    return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def did_you_mean(word: str, known: list[str], count: int = 3) -> str:

@@ -39,9 +39,9 @@ class Pace:
         """The training is being copied: the next checkpoint is due a full interval from now."""
         self._saved = time.monotonic()
 
-    def save_ends(self) -> None:
-        """The checkpoint is committed: the longest so far tells how early to leave."""
-        self._longest_save = max(self._longest_save, time.monotonic() - self._saved)
+    def save_took(self, seconds: float) -> None:
+        """A checkpoint took so long to copy, write and commit: the longest so far tells how early to leave."""
+        self._longest_save = max(self._longest_save, seconds)
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`, by the number of steps."""

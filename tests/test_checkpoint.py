@@ -182,7 +182,7 @@ def test_a_damaged_best_one_is_not_scored_in_silence(tmp_path, accelerator):
         save(tmp_path, whole, TrainState(step=step), best)
     flip(tmp_path / "checkpoints" / "best" / "model.safetensors")
     assert checkpoint.find(tmp_path, "last").step == 3
-    with pytest.raises(UsageError, match=r"step-00000001 is damaged .*model.safetensors.*--checkpoint"):
+    with pytest.raises(UsageError, match=r"step-00000001 is no sound checkpoint .*model.safetensors.*--checkpoint"):
         checkpoint.find(tmp_path, "best")
 
 

@@ -41,7 +41,6 @@ def test_checkpoints_by_steps_and_by_the_clock(clock):
     by_clock.save_begins()
     clock[0] += 20
     assert not by_clock.wants_save
-    by_clock.save_ends()
     clock[0] += 580
     assert by_clock.wants_save
 
@@ -52,9 +51,8 @@ def test_a_run_leaves_in_time_to_save(clock):
     assert run.time_is_up() == ""
     clock[0] = 1000 + 3600 - 59  # no checkpoint was timed yet: a minute
     assert run.time_is_up() == "--time-limit 1h"
-    run.save_begins()
-    clock[0] += 4
-    run.save_ends()
+    run.save_took(4)
+    run.save_took(1)
     with run.step():
         clock[0] += 2
     clock[0] = 1000 + 3600 - 3 * 4 - 2 * 2 - 1

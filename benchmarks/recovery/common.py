@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from benchmarks.recovery.jobs import Job
-from cifar_dist import checkpoint
+from cifar_dist import checkpoint, saver
 from cifar_dist.checkpoint import Trained
 from cifar_dist.config import OptimConfig, RunConfig
 from cifar_dist.distributed import start
@@ -110,14 +110,11 @@ class Failures(list[str]):
         self.append(failure)
 
 
-class AtOnce(Executor):
-    """Does what it is given before it goes on, in the same thread."""
-
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        """Its result, which is there already; `work` does not raise."""
-        done: Future[Any] = Future()
-        done.set_result(work(*arguments, **named))
-        return done
+def at_once(work: Callable[[], Any]) -> Future[Any]:
+    """What `work` has returned, done before anything else goes on."""
+    done: Future[Any] = Future()
+    done.set_result(work())
+    return done
 
 
 class Small:
@@ -141,7 +138,7 @@ class Small:
         self._trained = Trained(Replicated(accelerator, model, optimizer, None), self._ema)
         self._saver = Saver(run_dir, accelerator, Pace(RunConfig()))
         if one_thread:
-            self._saver._thread = AtOnce()  # type: ignore[assignment]
+            saver.beside = at_once
 
     def _tensors(self) -> list[torch.Tensor]:
         parallel = self._trained.parallel

@@ -84,9 +84,9 @@ def judge(said: str, fault: str, victim: int) -> str:
         naming = [line for line in naming if line.startswith("train.py: ")]
     else:
         naming = [line for line in naming if re.search(r"\bstep \d+", line)]
-    if len(naming) != 1:
+    if not naming:
         said_by_ranks = [line for line in lines if line.startswith("train.py")] or lines[-1:]
-        return f"{len(naming)} lines name rank {victim}{' and step' * (fault != 'never joins')}: {said_by_ranks}"
+        return f"no line names rank {victim}{' and step' * (fault != 'never joins')}: {said_by_ranks}"
     return "" if re.search(REASONS[fault], said) else f"the reason is not said: {naming}"
 
 
