@@ -29,9 +29,8 @@ else:
     from cifar_dist import checkpoint, export, scoring, wandb_report
     from cifar_dist.command_line import OneLineParser
     from cifar_dist.distributed import finish, on_main, start
-    from cifar_dist.errors import run_main
-    from cifar_dist.predictions import predictions_file, save_predictions, saved_by
-    from cifar_dist.report import Report, report_folder, write_comparison, write_report
+    from cifar_dist.errors import UsageError, run_main
+    from cifar_dist.report import Report, report_folder, saved_scores, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.wandb_run import log_report
 
@@ -46,13 +45,12 @@ def main() -> None:
     arguments = parse_arguments()
     runs = [open_run(folder) for folder in arguments.run_dirs]
     if arguments.wandb_report:
-        wandb_report.run_ids(arguments.run_dirs)  # refused before anything is scored
+        wandb_report.runs_by_project(runs)  # refused before anything is scored
     precisions = scoring.precisions(runs)
     accelerator = start(precisions[0])
-    for run, precision in zip(runs, precisions, strict=True):
-        report(run, arguments, accelerator, precision)
+    folders = [report(run, arguments, accelerator, how) for run, how in zip(runs, precisions, strict=True)]
     if len(runs) > 1:
-        on_main(accelerator, lambda: compare(runs, arguments))
+        on_main(accelerator, lambda: compare(runs, folders, arguments))
     finish(accelerator)
 
 
@@ -71,12 +69,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--push-to-hub", metavar="NAME/REPO", help="with --export: upload the folder to the Hub")
     parser.add_argument("--wandb-report", action="store_true", help="of several runs: make a W&B report too")
     arguments = parser.parse_args()
-    several = len(arguments.run_dirs) > 1
+    several, plain = len(arguments.run_dirs) > 1, arguments.data is None and arguments.tta == "none"
     for flag, ok, cure in (
         ("--export", not several, "give one RUN_DIR"),
+        ("--export", plain, "its card is of the run's own test set, without --data and --tta"),
         ("--onnx", arguments.export is not None, "add --export DIR"),
         ("--push-to-hub", arguments.export is not None, "add --export DIR"),
         ("--wandb-report", several, "give several RUN_DIRs"),
+        ("--checkpoint", not several or arguments.checkpoint in ("best", "last"), "a folder is of one RUN_DIR"),
         ("--output", several, "give several RUN_DIRs; a run's report is in its folder"),
     ):
         if getattr(arguments, flag[2:].replace("-", "_")) and not ok:
@@ -84,46 +84,58 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, precision: str) -> None:
-    """Score a run, unless the predictions it has are of the same checkpoint, and write and announce its report."""
-    folder = report_folder(run.folder, arguments.data)
-    which = on_main(accelerator, lambda: choose_checkpoint(run.folder, arguments.checkpoint))
-    if arguments.export is None and on_main(accelerator, lambda: is_scored(run, which, folder, arguments.tta)):
-        on_main(accelerator, lambda: publish(run, folder, "saved predictions"))
-        return
-    subject = scoring.load_subject(run, which, accelerator, precision)
-    data = scoring.test_data(run, arguments.data)
-    scored, val = scoring.score_test(subject, data, arguments.tta), scoring.score_val(subject, arguments.tta)
+def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, precision: str) -> Path:
+    """Score a run, unless that has been done, and write and announce its report; the folder it is in."""
+    aim = on_main(accelerator, lambda: choose(run, arguments, precision))
+    if arguments.export is None and on_main(accelerator, lambda: is_done(run, aim)):
+        on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
+        return aim.folder
+    subject = scoring.load_subject(run, aim.which, accelerator, precision)
+    data = scoring.test_data(run, aim.other)
+    scored, val = scoring.score_test(subject, data, aim), scoring.score_val(subject, aim.tta)
 
     def save() -> None:
-        predictions_file(folder, "test").unlink(missing_ok=True)  # it is written last, and tells that all is there
-        scoring.save_findings(subject, scored, val, data, folder)
-        save_predictions(folder, scored)
-        written = publish(run, folder, f"checkpoint {which}, step {scored.about.step}")
+        scoring.save_findings(subject, scored, val, data, aim.folder)
+        written = publish(run, aim.folder, f"checkpoint {aim.which}, step {scored.about.step}")
+        if (run.folder / "wandb_id").exists() and aim.other is None:
+            to_wandb(run, written)
         if arguments.export is not None:
             deliver(subject, written, arguments)
 
     on_main(accelerator, save)
+    return aim.folder
 
 
-def choose_checkpoint(run_dir: Path, wanted: str) -> str:
-    """The checkpoint to score: the wanted one, or the last where a run keeps no best."""
-    if wanted == "best" and checkpoint.exists(run_dir) and not checkpoint.keeps_best(run_dir):
+def choose(run: Run, arguments: argparse.Namespace, precision: str) -> scoring.Aim:
+    """What to score: the wanted checkpoint, or the last where a run keeps no best, on the data that are there now."""
+    which = arguments.checkpoint
+    if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)
-        return "last"
-    return wanted
+        which = "last"
+    elif which not in ("best", "last") and run.folder.resolve() not in Path(which).resolve().parents:
+        raise UsageError(f"--checkpoint {which}: neither best nor last, nor a checkpoint's folder in {run.folder}.")
+    if arguments.export is not None:
+        export.check(arguments.export, arguments.onnx)
+    fingerprint = scoring.fingerprint(run, arguments.data)
+    folder = report_folder(run.folder, arguments.data, fingerprint)
+    return scoring.Aim(which, arguments.data, fingerprint, arguments.tta, precision, folder)
 
 
-def is_scored(run: Run, which: str, folder: Path, tta: str) -> bool:
-    """Whether a report's predictions are of the checkpoint as it is now; one that is gone can't have changed."""
-    found = saved_by(folder)
-    if found is None or (found.checkpoint, found.tta) != (which, tta):
+def is_done(run: Run, aim: scoring.Aim) -> bool:
+    """Whether a report's predictions are what scoring would find now; what is gone cannot have changed."""
+    scored = saved_scores(aim.folder)
+    if scored is None:
         return False
-    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, which).digest == found.digest
+    about = scored.about
+    if (about.checkpoint, about.tta, about.precision) != (aim.which, aim.tta, aim.precision):
+        return False
+    if aim.fingerprint not in (None, about.fingerprint):
+        return False
+    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, aim.which).digest == about.digest
 
 
 def publish(run: Run, folder: Path, how: str) -> Report:
-    """Write and announce the report, and add it to the run's W&B page if it has one."""
+    """Write and announce the report."""
     written = write_report(run, folder)
     metrics = written.metrics
     print(
@@ -133,12 +145,16 @@ def publish(run: Run, folder: Path, how: str) -> Report:
     for warning in metrics["warnings"]:
         print(f"warning     {warning}")
     print(f"report      {folder / 'report.html'}", flush=True)
-    if (run.folder / "wandb_id").exists() and folder.name == "report":
-        numbers = {f"test/{name}": metrics[name] for name in ("top1", "top3", "top5", "error_rate", "loss")}
-        facts = {"test/selected_on": metrics["selected_on"], "test/warnings": "; ".join(metrics["warnings"])}
-        last_step = max(record["step"] for record in run.records)
-        log_report(run.folder, run.config, last_step, numbers | facts, written.pictures)
     return written
+
+
+def to_wandb(run: Run, written: Report) -> None:
+    """Add the report's numbers, tables and pictures to the run's own page."""
+    metrics = written.metrics
+    numbers = {f"test/{name}": metrics[name] for name in ("top1", "top3", "top5", "error_rate", "loss")}
+    facts = {"test/selected_on": metrics["selected_on"], "test/warnings": "; ".join(metrics["warnings"])}
+    last_step = max(record["step"] for record in run.records)
+    log_report(run.folder, run.config, last_step, numbers | facts, written.pictures, written.tables)
 
 
 def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Namespace) -> None:
@@ -151,17 +167,16 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
         print(f"Hub         {export.push_to_hub(arguments.export, arguments.push_to_hub)}", flush=True)
 
 
-def compare(runs: list[Run], arguments: argparse.Namespace) -> None:
+def compare(runs: list[Run], folders: list[Path], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
     output = arguments.output or runs[0].folder.resolve().parent / "comparison"
-    found = write_comparison(runs, [report_folder(run.folder, arguments.data) for run in runs], output)
+    found = write_comparison(runs, folders, output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")
     print(f"comparison  {found.page}", flush=True)
     if arguments.wandb_report:
         config = runs[0].config
-        ids = wandb_report.run_ids(arguments.run_dirs)
-        study = wandb_report.Study(found.title, found.markdown, ids, config.run.wandb_project)
+        study = wandb_report.Study(found.title, found.markdown, wandb_report.runs_by_project(runs))
         print(wandb_report.publish(study, config, output), flush=True)
 
 

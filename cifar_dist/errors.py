@@ -36,8 +36,8 @@ class Diverged(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says, without its further lines, for the middle of a sentence; its repr if it says nothing."""
-    line = " ".join((str(error).strip().splitlines() or [repr(error)])[0].split()).rstrip(". ")
+    """What a library says, without its further lines, for the middle of a sentence; its type if it says nothing."""
+    line = " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split()).rstrip(". ")
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 

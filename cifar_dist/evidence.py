@@ -87,7 +87,7 @@ class Evidence:
         explained: int64 (E,), sample ids of the maps.
         maps: by method (``grad_cam``, ``rollout``) uint8 (E,T,T), 255 for what mattered most in that image.
         layer: the layer that Grad-CAM looked at.
-        unexplained: why there are no maps, or an empty string.
+        unexplained: by method why there are no maps.
     """
 
     ids: np.ndarray
@@ -95,7 +95,7 @@ class Evidence:
     explained: np.ndarray
     maps: dict[str, np.ndarray] = field(default_factory=dict)
     layer: str = ""
-    unexplained: str = ""
+    unexplained: dict[str, str] = field(default_factory=dict)
 
     def image(self, sample_id: int) -> np.ndarray:
         """uint8 (S,S,3)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from cifar_dist.data.sources import HUB_IDS
 from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.models import NATIVE, input_config
+from cifar_dist.page import plain
 from cifar_dist.report.tables import NOT_SETTINGS, SHOWN_SETTINGS
 from cifar_dist.run_record import Run
 
@@ -59,6 +59,22 @@ def export_run(run: Run, model: nn.Module, metrics: dict[str, Any], folder: Path
         _model_card(run, model, inputs, metrics).save(aside / CARD)
 
 
+def check(folder: Path, onnx: bool) -> None:
+    """Refuse, before anything is computed, what `export_run` and `export_onnx` would refuse in the end.
+
+    Raises:
+        UsageError: the folder holds anything but an earlier export, or libraries are missing.
+    """
+    _check_replaceable(folder)
+    if onnx:
+        _check_libraries()
+
+
+def _check_libraries() -> None:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise UsageError(f"--onnx: {missing[0]} is not installed; run pip install -e '.[onnx]'.")
+
+
 def export_onnx(model: nn.Module, input: InputConfig, folder: Path) -> Path:
     """Write ``model.onnx`` into an exported folder: ``images`` float32 (B,3,S,S), normalised, to ``logits`` (B,K).
 
@@ -68,8 +84,7 @@ def export_onnx(model: nn.Module, input: InputConfig, folder: Path) -> Path:
         UsageError: the libraries are missing, torch's exporter refuses the model or its size, the logits differ by
             more than 1e-4 of the largest, or the folder cannot be written.
     """
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise UsageError(f"--onnx: {missing[0]} is not installed; run pip install -e '.[onnx]'.")
+    _check_libraries()
     twin = copy.deepcopy(model).cpu().eval()
     images = torch.randn(5, 3, input.img_size, input.img_size, generator=torch.Generator().manual_seed(0))
     try:
@@ -239,11 +254,11 @@ def _model_card(run: Run, model: nn.Module, inputs: InputConfig, metrics: dict[s
         _header(run, metrics, architecture, base_model and base_model.split("@")[0]),
         template_path=str(TEMPLATE),
         architecture=architecture,
-        dataset=_plain(dataset),
+        dataset=plain(dataset),
         needs_import=_as_timm_builds_it(model)[0] in NATIVE,
         input=inputs,
         metrics=metrics,
-        rows=[{**row, "name": _plain(row["name"])} for row in metrics["classes"]],
+        rows=[{**row, "name": plain(row["name"])} for row in metrics["classes"]],
         settings=_settings(run.config, dataset),
         versions=", ".join(f"{name} {number}" for name, number in run.environment.get("versions", {}).items()),
     )
@@ -284,9 +299,4 @@ def _settings(config: Config, dataset: str) -> dict[str, str]:
     if config.model.model.startswith("local-dir:"):
         values["model"] = f"local-dir:{Path(config.model.model).name}"
     names = dict.fromkeys((*SHOWN_SETTINGS, "data_size", *others))
-    return {name: _plain(values[name]) for name in names if values[name] is not None}
-
-
-def _plain(text: object) -> str:
-    """Text that Markdown leaves as it is, in a table too."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(str(text).split()))
+    return {name: plain(str(values[name])) for name in names if values[name] is not None}

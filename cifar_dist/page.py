@@ -27,6 +27,10 @@ class Table:
     rows: Sequence[Sequence[str]]
     strong: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError(f"a row has other columns than {self.header}")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -78,11 +82,12 @@ class Page:
         (folder / f"{name}.md").write_text(self.markdown(folder), encoding="utf-8")
         (folder / f"{name}.html").write_text(self.html(folder), encoding="utf-8")
 
-    def markdown(self, folder: Path) -> str:
-        """The page as Markdown, with paths relative to `folder`."""
-        parts = [f"# {_plain(self.title)}", *(_markdown(block, folder) for block in self.head)]
+    def markdown(self, folder: Path, alone: bool = False) -> str:
+        """The page as Markdown, with paths relative to `folder`; `alone` leaves out pictures and files."""
+        parts = [f"# {plain(self.title)}", *(_markdown(block, folder) for block in self.head)]
         for section in self._filled():
-            parts += [f"## {_plain(section.title)}", *(_markdown(block, folder) for block in section.blocks)]
+            blocks = [block for block in section.blocks if not (alone and isinstance(block, Picture | Files))]
+            parts += [f"## {plain(section.title)}"] * bool(blocks) + [_markdown(block, folder) for block in blocks]
         return "\n\n".join(parts) + "\n"
 
     def html(self, folder: Path) -> str:
@@ -108,22 +113,22 @@ def _data_address(path: Path) -> str:
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown leaves as it is, in a table too."""
     return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _markdown(block: Block, folder: Path) -> str:
     if isinstance(block, Text):
-        return f"**{_plain(block.words)}**" if block.strong else _plain(block.words)
+        return f"**{plain(block.words)}**" if block.strong else plain(block.words)
     if isinstance(block, Picture):
-        return f"![{_plain(block.shows)}]({block.path.relative_to(folder).as_posix()})"
+        return f"![{plain(block.shows)}]({block.path.relative_to(folder).as_posix()})"
     if isinstance(block, Code):
         return f"```sh\n{block.lines}\n```"
     if isinstance(block, Files):
-        return "; ".join(f"{_plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
-    rows = [[_plain(cell) for cell in row] for row in block.rows]
+        return "; ".join(f"{plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
+    rows = [[plain(cell) for cell in row] for row in block.rows]
     for number in block.strong:
         rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]
-    lines = [[_plain(name) for name in block.header], ["---"] * len(block.header), *rows]
+    lines = [[plain(name) for name in block.header], ["---"] * len(block.header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

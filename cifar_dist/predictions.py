@@ -26,6 +26,7 @@ class About:
         digest: sha256 of the checkpoint's manifest.
         tta: none; flip: probabilities are the mean over the image and its mirror image.
         precision: fp32, bf16 or fp16.
+        own_data: whether it is a split of the data set that the run was trained on.
     """
 
     dataset: str
@@ -36,6 +37,7 @@ class About:
     digest: str
     tta: str = "none"
     precision: str = "fp32"
+    own_data: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,3 @@ def load_predictions(folder: Path, split: str = "test") -> Scored:
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); make it with python evaluate.py {folder.parent}."
         ) from None
-
-
-def saved_by(folder: Path) -> About | None:
-    """What made the test predictions in a report's folder, or None if there are none that can be read."""
-    try:
-        return load_predictions(folder).about
-    except UsageError:
-        return None

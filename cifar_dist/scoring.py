@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ from accelerate import Accelerator
 from cifar_dist import checkpoint
 from cifar_dist.checkpoint_store import Stored
 from cifar_dist.config import InputConfig
-from cifar_dist.data import TestData, load_other_test_data, load_test_data, load_val_data
+from cifar_dist.data import TestData, data_fingerprint, load_other_test_data, load_test_data, load_val_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.engine import Evaluator
-from cifar_dist.errors import UsageError
+from cifar_dist.errors import UsageError, first_line
 from cifar_dist.evidence import Evidence, choose
 from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
 from cifar_dist.flops import count_flops
 from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.peak import device_peak
-from cifar_dist.predictions import About, Scored, save_predictions
+from cifar_dist.predictions import About, Scored, predictions_file, save_predictions
 from cifar_dist.run_record import Run
 from cifar_dist.speed import measure_speed
 
@@ -72,6 +73,41 @@ def load_subject(run: Run, which: str, accelerator: Accelerator, precision: str)
     return Subject(run, stored, which, model.to(accelerator.device).eval(), inputs, accelerator, precision)
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a run is to be scored on, and how.
+
+    Attributes:
+        which: the checkpoint: best, last, or its folder.
+        other: what ``--data`` names; None for the run's own test split.
+        fingerprint: of the data as they are now; None where the run's own are not at hand.
+        tta: none or flip.
+        precision: of the forward pass.
+        folder: of the report.
+    """
+
+    which: str
+    other: str | None
+    fingerprint: str | None
+    tta: str
+    precision: str
+    folder: Path
+
+
+def fingerprint(run: Run, other: str | None) -> str | None:
+    """The fingerprint of the data to score; nothing is decoded. None where the run's own are not at hand.
+
+    Raises:
+        UsageError: another set was named, and cannot be used.
+    """
+    try:
+        return data_fingerprint(run.config.data, other)
+    except UsageError:
+        if other is not None:
+            raise
+        return None
+
+
 def test_data(run: Run, other: str | None) -> TestData:
     """The run's own test split, or that of another set with the same classes.
 
@@ -85,15 +121,21 @@ def test_data(run: Run, other: str | None) -> TestData:
     return data
 
 
-def score_test(subject: Subject, data: TestData, tta: str) -> Scored:
+def score_test(subject: Subject, data: TestData, aim: Aim) -> Scored:
     """Predictions for the test split."""
-    return _score(subject, data.test, _about(subject, data.name, "test", data.fingerprint, tta))
+    about = _about(subject, data.name, "test", data.fingerprint, aim.tta)
+    return _score(subject, data.test, replace(about, own_data=aim.other is None))
 
 
 def score_val(subject: Subject, tta: str) -> Scored | None:
-    """Predictions for the split that the run set apart to choose by, or None if it had none."""
+    """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
     config, environment = subject.run.config.data, subject.run.environment
-    val = load_val_data(config)
+    try:
+        val = load_val_data(config)
+    except UsageError as error:
+        if subject.accelerator.is_main_process:
+            print(f"val         is not at hand, so no temperature is fitted ({error})", flush=True)
+        return None
     if val is None:
         return None
     about = _about(subject, config.dataset, "val", str(environment.get("data_fingerprint")), tta)
@@ -116,7 +158,7 @@ def _score(subject: Subject, split: ResidentSet, about: About) -> Scored:
     logits = evaluator.logits(subject.model, images)
     if about.tta == "flip":
         both = torch.stack([logits, evaluator.logits(subject.model, images, mirrored=True)])
-        logits = both.double().softmax(dim=2).mean(dim=0).log().float()
+        logits = (both.double().log_softmax(dim=2).logsumexp(dim=0) - math.log(2)).float()
     if not logits.isfinite().all():
         raise UsageError(
             f"{subject.run.folder}: checkpoint {about.checkpoint} (step {about.step}) predicts NaN; the run diverged."
@@ -133,14 +175,23 @@ def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evid
     device = subject.accelerator.device
     images = Preprocess(subject.input, device, torch.float32)(test.images[explained].to(device))
     classes = torch.from_numpy(scored.predicted[explained]).to(device)
-    try:
-        maps = {"grad_cam": grad_cam(subject.model, images, classes)}
-        if (rollout := attention_rollout(subject.model, images)) is not None:
-            maps["rollout"] = rollout
-        layer = target_of(subject.model, subject.input.img_size).name
-    except Unexplained as error:
-        return replace(found, unexplained=str(error))
-    return replace(found, layer=layer, maps={name: _bytes(map) for name, map in maps.items()})
+    model, layer = subject.model, ""
+    methods: dict[str, Callable[[], torch.Tensor | None]] = {
+        "grad_cam": lambda: grad_cam(model, images, classes),
+        "rollout": lambda: attention_rollout(model, images),
+    }
+    maps, unexplained = dict[str, np.ndarray](), dict[str, str]()
+    for name, method in methods.items():
+        try:
+            if (made := method()) is not None:
+                maps[name] = _bytes(made)
+        except Unexplained as error:
+            unexplained[name] = str(error)
+        except RuntimeError as error:  # of the model's own code, or out of memory
+            unexplained[name] = f"It failed: {first_line(error)}."
+    if "grad_cam" in maps:
+        layer = target_of(model, subject.input.img_size).name
+    return replace(found, layer=layer, maps=maps, unexplained=unexplained)
 
 
 def _bytes(maps: torch.Tensor) -> np.ndarray:
@@ -164,16 +215,28 @@ def measure_cost(subject: Subject) -> dict[str, Any]:
 
 
 def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: TestData, folder: Path) -> None:
-    """Make and save what a report needs besides the test predictions: maps and pixels, val's predictions, costs."""
+    """Save all that a report needs: maps and pixels, costs, the predictions of val and test."""
     try:
         folder.mkdir(exist_ok=True)
+        predictions_file(folder, "test").unlink(missing_ok=True)  # it is written last, and tells that all is there
         gather_evidence(subject, scored, data.test).save(folder)
-        cost = json.dumps(measure_cost(subject), indent=1)
+        cost = json.dumps(_cost_or_nothing(subject), indent=1)
         (folder / COST_FILE).write_text(cost + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror}); free or restore it.") from None
+    predictions_file(folder, "val").unlink(missing_ok=True)
     if val is not None:
         save_predictions(folder, val)
+    save_predictions(folder, scored)
+
+
+def _cost_or_nothing(subject: Subject) -> dict[str, Any]:
+    """What `measure_cost` finds; nothing where the model's own code fails, which must not cost the report."""
+    try:
+        return measure_cost(subject)
+    except (RuntimeError, UsageError) as error:
+        print(f"cost        is not measured: {first_line(error)}", flush=True)
+        return {}
 
 
 def precisions(runs: Sequence[Run]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +34,8 @@ class Speed:
         latency_p95_seconds: 95 % of those passes took at most this long.
         images_per_second: with `batch_size` images at a time.
         batch_size: the fastest of those tried.
-        peak_memory_bytes: at that batch size, of all tensors on the GPU; on a CPU the most memory that the process has
-            been resident in so far, whatever for.
+        peak_memory_bytes: at that batch size, of all tensors on the GPU; None on a CPU, where a process cannot tell
+            what it holds for this from what it has held before.
         energy_joules_per_image: at that batch size, of the whole GPU; None where NVIDIA's NVML does not tell.
         runs: how many passes the latencies are over.
         device: its name; a CPU's with the number of threads.
@@ -48,7 +46,7 @@ class Speed:
     latency_p95_seconds: float
     images_per_second: float
     batch_size: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     energy_joules_per_image: float | None
     runs: int
     device: str
@@ -171,10 +169,8 @@ def _fastest_batch(trial: _Trial, best_rate: float, seconds: float) -> int:
     return fastest
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _name(device: torch.device) -> str:

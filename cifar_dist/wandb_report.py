@@ -10,6 +10,7 @@ from typing import Any
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError, first_line
+from cifar_dist.run_record import Run
 from cifar_dist.wandb_run import wandb_mode
 
 SPECIFICATION = "wandb_report.json"
@@ -19,24 +20,26 @@ _PICTURES = ["report/confusion_matrix", "report/grad_cam", "report/mistakes"]
 
 @dataclass(frozen=True)
 class Study:
-    """What the report is to say: a title, the comparison in Markdown, and whose runs to draw."""
+    """What the report is to say: a title, the comparison in Markdown, and the ids of the runs to draw by project."""
 
     title: str
     markdown: str
-    run_ids: Sequence[str]
-    project: str
+    runs: dict[str, list[str]]
 
 
-def run_ids(folders: Sequence[Path]) -> list[str]:
+def runs_by_project(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The W&B ids of runs.
 
     Raises:
         UsageError: a run has none.
     """
-    missing = [str(folder) for folder in folders if not (folder / "wandb_id").exists()]
-    if missing:
-        raise UsageError(f"--wandb-report: {missing[0]} has no W&B run (it was trained with --wandb disabled).")
-    return [(folder / "wandb_id").read_text().strip() for folder in folders]
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if not (run.folder / "wandb_id").exists():
+            raise UsageError(f"--wandb-report: {run.folder} has no W&B run (it was trained with --wandb disabled).")
+        ids = found.setdefault(run.config.run.wandb_project, [])
+        ids.append((run.folder / "wandb_id").read_text().strip())
+    return found
 
 
 def build_report(study: Study, entity: str) -> Any:
@@ -51,19 +54,22 @@ def build_report(study: Study, entity: str) -> Any:
             import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise UsageError("--wandb-report needs wandb-workspaces: pip install wandb-workspaces.") from None
-    chosen = f"ID in {list(study.run_ids)!r}"
-    runs = wr.Runset(name="runs", filters=chosen)  # of the report's own project
+    runs = [
+        wr.Runset(name=project, filters=f"ID in {ids!r}") if len(study.runs) == 1
+        else wr.Runset(entity=entity, project=project, name=project, filters=f"ID in {ids!r}")
+        for project, ids in study.runs.items()
+    ]  # fmt: skip
     curves: list[Any] = [wr.LinePlot(title=title, x="Step", y=[key]) for title, key in _CURVES.items()]
     return wr.Report(
         entity=entity,
-        project=study.project,
+        project=next(iter(study.runs)),
         title=study.title[:128],
         blocks=[
             wr.MarkdownBlock(study.markdown),
             wr.H1("Curves"),
-            wr.PanelGrid(runsets=[runs], panels=curves),
+            wr.PanelGrid(runsets=runs, panels=curves),
             wr.H1("Pictures"),
-            wr.PanelGrid(runsets=[runs], panels=[wr.MediaBrowser(media_keys=_PICTURES)]),
+            wr.PanelGrid(runsets=runs, panels=[wr.MediaBrowser(media_keys=_PICTURES)]),
         ],
     )
 

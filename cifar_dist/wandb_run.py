@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError, first_line
+from cifar_dist.page import Table
 
 INIT_SECONDS = 20.0  # for W&B's server to take the run, before it is kept offline
 FINISH_SECONDS = 30.0  # that the end of a run waits for W&B; more than INIT_SECONDS
@@ -205,14 +206,24 @@ def _sync_command(run_dir: Path) -> str:
     return f"wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
 
 
-def log_report(run_dir: Path, config: Config, step: int, metrics: dict[str, Any], pictures: dict[str, Path]) -> None:
-    """Add a report's final metrics, and at `step` its pictures, to the run's own W&B run; a failure is a warning."""
+def log_report(
+    run_dir: Path, config: Config, step: int, metrics: dict[str, Any], pictures: dict[str, Path],
+    tables: dict[str, Table],
+) -> None:  # fmt: skip
+    """Add a report's final metrics, and at `step` its pictures and tables, to the run's own W&B run.
+
+    A failure is a warning.
+    """
 
     def add(run: Any) -> None:
         import wandb
 
         run.summary.update(metrics)
-        run.log({f"report/{name}": wandb.Image(str(path)) for name, path in pictures.items()}, step=step)
+        shown: dict[str, Any] = {f"report/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
+        for name, table in tables.items():
+            rows = [list(row) for row in table.rows]
+            shown[f"report/table_{name}"] = wandb.Table(columns=list(table.header), data=rows)
+        run.log(shown, step=step)
 
     mirror = Mirror(run_dir, config)
     mirror.do(add)

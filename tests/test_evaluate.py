@@ -121,6 +121,8 @@ def test_predictions_are_made_again_only_where_something_changed(digits_run, scr
     commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
     assert scored_again()
     assert not np.array_equal(load_predictions(digits_run / "report").logits, before.logits)
+    (digits_run / "report" / "evidence.npz").write_bytes(b"PK")
+    assert scored_again()
     shutil.rmtree(digits_run / "checkpoints")  # as in a folder that was copied for its report
     assert not scored_again()
 
@@ -178,7 +180,8 @@ def write_classes(folder, names):
 def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, monkeypatch, tmp_path):
     own = write_classes(tmp_path / "own", {7: "7", 2: "2", 9: "9"})
     run_script(script, monkeypatch, digits_run, "--data", own)
-    scored = load_predictions(digits_run / "report-own")
+    [folder] = digits_run.glob("report-own-*")
+    scored = load_predictions(folder)
     assert scored.labels.tolist() == [2] * 4 + [7] * 4 + [9] * 4
     assert len(scored.class_names) == 10
     config = open_run(digits_run).config
@@ -186,6 +189,13 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
     np.testing.assert_allclose(scored.logits, expected_logits(config, images), atol=1e-5)
     assert not (digits_run / "report").exists()
+    assert json.loads((folder / "metrics.json").read_text())["warnings"] == []
+    namesake = write_classes(tmp_path / "elsewhere" / "own", {1: "1"})
+    run_script(script, monkeypatch, digits_run, "--data", namesake)
+    assert sorted(len(load_predictions(path).ids) for path in digits_run.glob("report-own-*")) == [4, 12]
+    (own / "7" / "new.png").write_bytes(next((own / "7").iterdir()).read_bytes())
+    run_script(script, monkeypatch, digits_run, "--data", own)
+    assert sorted(len(load_predictions(path).ids) for path in digits_run.glob("report-own-*")) == [4, 12, 13]
     write_classes(tmp_path / "other", {7: "seven"})
     with pytest.raises(UsageError, match=r"--data .*other has the classes seven, which the run has not"):
         run_script(script, monkeypatch, digits_run, "--data", tmp_path / "other")
@@ -241,6 +251,9 @@ def test_an_export_gives_the_same_logits_in_timm(tmp_path, script, monkeypatch):
         (["RUN", "--push-to-hub", "a/b"], "--push-to-hub does not go"),
         (["RUN", "--wandb-report"], "give several RUN_DIRs"),
         (["RUN", "--output", "x"], "give several RUN_DIRs"),
+        (["RUN", "RUN", "--checkpoint", "x"], "a folder is of one RUN_DIR"),
+        (["RUN", "--export", "x", "--tta", "flip"], "without --data and --tta"),
+        (["RUN", "--export", "x", "--data", "y"], "without --data and --tta"),
         (["RUN", "--tta", "rotate"], "invalid choice"),
         ([], "RUN_DIR"),
     ],
@@ -258,9 +271,43 @@ def test_a_model_that_has_no_map_is_reported_all_the_same(digits_run, script, mo
 
     monkeypatch.setattr(scoring, "grad_cam", cannot)
     run_script(script, monkeypatch, digits_run)
-    assert (
-        "There are no Grad-CAM maps: it has no layer with a map." in (digits_run / "report" / "report.md").read_text()
-    )
+    page = digits_run / "report" / "report.md"
+    assert "There are no Grad-CAM maps: it has no layer with a map." in page.read_text()
+
+
+@pytest.mark.parametrize("part", ["grad_cam", "measure_cost"])
+def test_a_part_that_fails_does_not_cost_the_report(digits_run, script, monkeypatch, part):
+    def fails(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(scoring, part, fails)
+    run_script(script, monkeypatch, digits_run)
+    page = (digits_run / "report" / "report.md").read_text()
+    assert ("It failed: CUDA out of memory." in page) == (part == "grad_cam")
+    assert ("## Cost" in page) == (part == "grad_cam")
+
+
+def test_a_missing_train_split_costs_the_temperature_only(tmp_path, script, monkeypatch, capsys):
+    run = make(tmp_path / "run")
+
+    def gone(config):
+        raise UsageError("--dataset digits: no train split.")
+
+    monkeypatch.setattr(scoring, "load_val_data", gone)
+    run_script(script, monkeypatch, run)
+    assert "no temperature is fitted (--dataset digits: no train split.)" in capsys.readouterr().out
+    assert json.loads((run / "report" / "metrics.json").read_text())["calibration"]["temperature"] is None
+
+
+def test_what_cannot_be_written_is_one_line(digits_run, script, monkeypatch):
+    (digits_run / "report").mkdir()
+    (digits_run / "report" / "report.html").mkdir()
+    with pytest.raises(UsageError, match=r"report\.html cannot be written \(Is a directory\)"):
+        run_script(script, monkeypatch, digits_run)
+    shutil.rmtree(digits_run / "report")
+    (digits_run / "report").write_text("")
+    with pytest.raises(UsageError, match=r"report cannot be written \((File exists|Not a directory)\)"):
+        run_script(script, monkeypatch, digits_run)
 
 
 def test_evidence_is_of_the_images_that_it_names(digits_run, script, monkeypatch):
@@ -297,7 +344,10 @@ def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypat
     (digits_run / "environment.json").write_text(json.dumps(facts | {"class_names": ["a", "b"]}))
     refused("does not fit the model of its config.yaml")
     (digits_run / "environment.json").write_text(json.dumps(facts))
-    refused("nowhere is no sound checkpoint", "--checkpoint", "nowhere")
+    refused("--checkpoint bset: neither best nor last, nor a checkpoint's folder in", "--checkpoint", "bset")
+    refused("is no sound checkpoint", "--checkpoint", digits_run / "checkpoints" / "step-00000099")
+    other = make(digits_run.parent / "other")
+    refused("nor a checkpoint's folder in", "--checkpoint", other / "checkpoints" / "best")
     broken = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(Config()).items()}
     config = replace(open_run(digits_run).config)
     nans = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(config).items()}

@@ -20,9 +20,9 @@ LAYERS = [
     },
     {
         *("control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"),
-        *("evidence", "wandb_report"),
+        *("evidence",),
     },
-    {"batches", "checkpoint", "micro_batch"},
+    {"batches", "checkpoint", "micro_batch", "wandb_report"},
     {"engine", "report", "saver", "speed", "stream_batches"},
     {"preview", "export", "peak"},
     {"scoring"},

@@ -234,6 +234,14 @@ def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_another_data_set_is_neither_changed_nor_watched(tmp_path):
+    folder = make_run(tmp_path / "run", select_on="test")
+    save_report(folder, make_scored(fingerprint="bb", own_data=False))
+    assert write(folder).metrics["warnings"] == []
+    assert f"evaluate.py {folder}-again --data pets" in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_changed_data_is_said(tmp_path):
     folder = make_run(tmp_path / "run")
     save_report(folder, make_scored(fingerprint="bb"))
@@ -268,6 +276,7 @@ def break_log(folder, text):
         (lambda folder: (folder / "report" / "evidence.npz").write_bytes(b"PK"), "evidence.npz is missing, damaged"),
         (lambda folder: save_report(folder, make_scored(seed=5)) and save_other(folder), "of other predictions"),
         (lambda folder: (folder / "report" / "cost.json").write_text("{"), "cost.json is damaged"),
+        (lambda folder: (folder / "report" / "cost.json").write_text('{"parameters": 1}'), "cost.json of the report"),
     ],
 )
 def test_bad_run_folders_are_one_clear_line(run, damage, said):

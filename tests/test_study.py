@@ -70,6 +70,7 @@ def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
     assert [pair["difference"] for pair in pairs] == pytest.approx(
         [right[a].mean() - right[b].mean() for a, b in ((0, 1), (0, 2), (1, 2))]
     )
+    assert pairs[0]["all_of_a_right_none_of_b"] == int((right[0] & ~right[1]).sum())
     assert pairs[0]["agreement"] == pytest.approx((scored[0].predicted == scored[1].predicted).mean())
     assert found.verdicts[0].startswith("cnn4 is better than resnet18_cifar by ")
     assert "can't be told apart" in found.verdicts[2]
@@ -121,6 +122,19 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert groups[0]["std_top1"] == pytest.approx(np.std(accuracies, ddof=1))
     assert len(found.verdicts) == 1
     assert "is better than" in found.verdicts[0]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    runs = [make(tmp_path / "x", "run", lr=0.1), make(tmp_path / "y", "run", make_scored(seed=5), lr=0.2)]
+    summary = compared(tmp_path, *runs).summary
+    assert list(summary["only_right"]) == ["x/run", "y/run"]
+    assert [row["lr"] for row in summary["runs"]] == [0.1, 0.2]
+    assert [row["train_top1"] for row in summary["runs"]] == [0.4, 0.4]
+    with pytest.raises(UsageError, match=r"x/run is given twice"):
+        compared(tmp_path, runs[0], runs[0])
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from cifar_dist import wandb_run
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
+from cifar_dist.page import Table
 from cifar_dist.wandb_run import Mirror, log_report, wandb_mode
 
 
@@ -79,14 +81,19 @@ def test_offline_starts_and_the_report_are_one_run(tmp_path, capsys):
     line = f"wandb       kept offline; wandb sync {tmp_path}/wandb/offline-run-* sends it"
     assert mirror.close() == line
     identity = (tmp_path / "wandb_id").read_text()
-    log_report(tmp_path, config("offline"), 5, {"test/top1": 0.5}, {"lr": picture})
+    log_report(tmp_path, config("offline"), 5, {"test/top1": 0.5}, {"lr": picture}, {"classes": TABLE})
     said = capsys.readouterr()
     assert said.out == line + "\n" and said.err == ""
     assert (tmp_path / "wandb_id").read_text() == identity
     files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
     assert files
     assert all(file.stat().st_size > 0 for file in files)
+    [table] = (tmp_path / "wandb").rglob("table/report/table_classes_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["cat", "0.5"]]
     assert list((tmp_path / "wandb").rglob("images/report/lr_*.png"))  # "lr" itself is the logged rate
+
+
+TABLE = Table(("class", "recall"), [("cat", "0.5")])
 
 
 class WandbError(Exception):

@@ -125,10 +125,26 @@ def load_val_data(config: DataConfig) -> ResidentSet | None:
     if config.select_on == "test" or not config.val_fraction:
         return None
     source = open_source(config)
-    train = open_stream(source, "train", config) if config.data_mode == "stream" else None
-    labels = (train or load_resident(source, "train", config)).labels
-    chosen = stratified_split(labels.numpy(), config.val_fraction, config.split_seed)[1]
-    return train.take_resident(chosen) if train else load_resident(source, "train", config).take(chosen)
+    streams = config.data_mode == "stream"
+    train = open_stream(source, "train", config) if streams else load_resident(source, "train", config)
+    chosen = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)[1]
+    return train.take(chosen) if isinstance(train, ResidentSet) else train.take_resident(chosen)
+
+
+def data_fingerprint(config: DataConfig, other: str | None = None) -> str:
+    """The fingerprint of a run's data, or of another set's test split; nothing is decoded.
+
+    Raises:
+        UsageError: the data cannot be opened.
+    """
+    return open_source(config).fingerprint if other is None else _open_other(config, other).fingerprint
+
+
+def _open_other(config: DataConfig, dataset: str) -> Source:
+    try:
+        return open_source(replace(config, dataset=dataset, image_column=None, label_column=None), ("test",))
+    except UsageError as error:
+        raise UsageError(str(error).replace("--dataset", "--data")) from None
 
 
 def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence[str]) -> TestData:
@@ -142,9 +158,8 @@ def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence
     Raises:
         UsageError: the set has other classes, or cannot be used.
     """
-    config = replace(config, dataset=dataset, image_column=None, label_column=None)
+    source = _open_other(config, dataset)
     try:
-        source = open_source(config, ("test",))
         images = load_resident(source, "test", config)
     except UsageError as error:
         raise UsageError(str(error).replace("--dataset", "--data")) from None

@@ -20,7 +20,7 @@ from cifar_dist.explain.target import (
     tokens_to_map,
 )
 
-BATCH_SIZE = 32  # images that are held at a time
+BATCH_SIZE = 8  # images that are held at a time
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Evidence
 from cifar_dist.predictions import Scored
 from cifar_dist.report.grouping import Group
+from cifar_dist.report.tables import NOT_SETTINGS
 from cifar_dist.run_record import Run
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a study with what its report's folder holds."""
+    """One run of a study with what its report's folder holds; its name is as much of its path as tells it apart."""
 
+    name: str
     run: Run
     scored: Scored
     metrics: dict[str, Any]
     evidence: Evidence
 
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return self.run.folder.resolve().name
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    Raises:
+        UsageError: a folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError(f"RUN_DIR {path} is given twice; name each run once.")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def spread(members: Sequence[Member], group: Group) -> dict[str, Any]:
@@ -37,12 +52,15 @@ def spread(members: Sequence[Member], group: Group) -> dict[str, Any]:
 
 def row_of(member: Member, group: str) -> dict[str, Any]:
     """A run as a row of ``comparison.csv``."""
-    metrics, cost = member.metrics, member.metrics["cost"]
+    metrics, cost, step = member.metrics, member.metrics["cost"], member.scored.about.step
     inference, training = cost.get("inference", {}), cost.get("training", {})
     return {
         "run": member.name,
         "group": group,
-        "seed": member.run.config.run.seed,
+        **{name: value for name, value in member.run.config.flat().items() if name not in NOT_SETTINGS},
+        "train_top1": member.run.value_at("train/top1", step),
+        "val_top1": member.run.value_at("val/top1", step),
+        "final_train_loss": member.run.series("train/loss")[1][-1],
         "top1": metrics["top1"],
         "top1_low": metrics["top1_interval"][0],
         "top1_high": metrics["top1_interval"][1],
@@ -56,6 +74,8 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "gflops": cost.get("gflops"),
         "gmacs": cost.get("gmacs"),
         "gmacs_without_attention": cost.get("gmacs_without_attention"),
+        "mfu": training.get("mfu"),
+        "latency_p95_seconds": inference.get("latency_p95_seconds"),
         "latency_seconds": inference.get("latency_median_seconds"),
         "images_per_second": inference.get("images_per_second"),
         "inference_peak_memory_bytes": inference.get("peak_memory_bytes"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cifar_dist import calibration
+from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen
 from cifar_dist.flops import Flops, Peak, mfu
 from cifar_dist.predictions import Scored
@@ -15,6 +16,7 @@ from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
 
 LEVEL = 0.95
+LOWEST, HIGHEST = 0.05, 20  # a fitted temperature outside has followed a few images
 TEST_SELECTED = (
     "The run was watched, and its best checkpoint picked, on the test split, so these numbers are optimistic:"
     " no unseen data was left to test on."
@@ -77,7 +79,7 @@ def _selected_on(run: Run, scored: Scored) -> str:
 
 def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
     warnings, trained_on = [], run.environment.get("data_fingerprint")
-    own_data = scored.about.dataset == _name_of(run)
+    own_data = scored.about.own_data
     if selected_on == "test" and own_data:
         warnings.append(TEST_SELECTED)
     if own_data and trained_on not in (None, scored.about.fingerprint):
@@ -87,17 +89,12 @@ def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
     return warnings
 
 
-def _name_of(run: Run) -> str:
-    """The last part of the data set's path, which is its name, or its name."""
-    return run.config.data.dataset.rstrip("/").rpartition("/")[2]
-
-
 def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> dict[str, Any]:
     """How far confidences can be trusted, as they are and at a temperature fitted on val."""
     numbers = {"ece": found["ece"], "brier": found["brier"], "nll": found["loss"]}
-    if val is None or val.correct.all():  # without a mistake in val any temperature near 0 fits it best
+    temperature = None if val is None or val.correct.all() else calibration.fit_temperature(val.logits, val.labels)
+    if temperature is None or not LOWEST < temperature < HIGHEST:  # with hardly a mistake in val, any small one fits
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
-    temperature = calibration.fit_temperature(val.logits, val.labels)
     after = compute_metrics(cooled(scored, temperature))
     return {
         "before": numbers,
@@ -116,6 +113,15 @@ def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     """What `scoring.measure_cost` found, and what training took by the log; MFU where the machine's peak is known."""
     if not cost:
         return {}
+    try:
+        return _cost_of(run, cost)
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{run.folder}: cost.json of the report is damaged ({error!r}); remove it and run evaluate.py again."
+        ) from None
+
+
+def _cost_of(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     rates, memory, seconds = (run.series(name)[1] for name in ("images_per_second", "peak_memory_bytes", "seconds"))
     rate = plain.median(rates) if rates else None
     processes, environment = run.environment.get("num_processes", 1), run.environment

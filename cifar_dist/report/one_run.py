@@ -16,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cifar_dist import figures
+from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen, Evidence, choose, load_evidence
-from cifar_dist.page import Code, Files, Page, Picture, Section, Text
+from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.predictions import Scored, load_predictions, predictions_file
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.numbers import cooled, metrics_of
@@ -29,10 +30,11 @@ MOST_CONFUSIONS = 10
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: `metrics` as in ``metrics.json``, `pictures` by name."""
+    """What was written: `metrics` as in ``metrics.json``, `pictures` by name, and tables."""
 
     metrics: dict[str, Any]
     pictures: dict[str, Path]
+    tables: dict[str, Table]
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,43 @@ class Found:
     metrics: dict[str, Any]
 
 
-def report_folder(run_dir: Path, other: str | None = None) -> Path:
-    """Where a run's report is: on its own test set, or on another one."""
-    return run_dir / ("report" if other is None else f"report-{Path(other).resolve().name}")
+def report_folder(run_dir: Path, other: str | None = None, fingerprint: str | None = None) -> Path:
+    """Where a run's report is; one on another set than its own has the set's fingerprint in its name."""
+    return run_dir / ("report" if other is None else f"report-{Path(other).resolve().name}-{(fingerprint or '')[:8]}")
+
+
+def saved_scores(folder: Path) -> Scored | None:
+    """The test predictions in a report's folder, if all else that a report needs is there too and can be read."""
+    try:
+        scored = load_predictions(folder)
+        load_evidence(folder, scored.ids[choose(scored).shown].tolist())
+        read_json(folder / "cost.json")
+        return scored
+    except (UsageError, OSError):
+        return None
 
 
 def write_report(run: Run, folder: Path) -> Report:
     """Make all of a report but what `scoring` has saved in its folder.
 
     Raises:
-        UsageError: a file of it is missing or damaged.
+        UsageError: a file of it is missing, damaged or cannot be written.
     """
     found = _gather(run, folder)
-    _write_confusions(found, folder)
-    pictures = _write_pictures(found, folder)
-    _page(found, pictures, folder).write(folder, "report")
-    metrics = json.dumps(found.metrics, indent=1, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(metrics, encoding="utf-8")
-    return Report(found.metrics, pictures)
+    try:
+        _write_confusions(found, folder)
+        pictures = _write_pictures(found, folder)
+        _page(found, pictures, folder).write(folder, "report")
+        metrics = json.dumps(found.metrics, indent=1, allow_nan=False) + "\n"
+        (folder / "metrics.json").write_text(metrics, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{error.filename or folder} cannot be written ({error.strerror}); make way for it.") from None
+    return Report(found.metrics, pictures, _tables(found.metrics))
+
+
+def _tables(metrics: dict[str, Any]) -> dict[str, Table]:
+    found = {"results": tables.results(metrics), "classes": tables.per_class(metrics)}
+    return found | ({"cost": tables.cost(metrics)} if metrics["cost"] else {})
 
 
 def _gather(run: Run, folder: Path) -> Found:
@@ -178,15 +199,21 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
                     Files(files),
                 ],
             ),
-            Section("Calibration", [tables.calibration(metrics), *shown("reliability")]),
+            Section("Calibration", [tables.calibration(metrics), *_uncalibrated(metrics), *shown("reliability")]),
             Section("Mistakes", [Text(sheets.mistake_words(metrics)), *shown("mistakes", "label_errors")]),
             Section("What the model looks at", [Text(sheets.map_words(found.evidence)), *shown("grad_cam", "rollout")]),
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
             Section("Settings", [tables.settings(run.config)]),
             Section("Environment", [tables.environment(run, scored)]),
-            Section("To reproduce", [Code(tables.commands(run))]),
+            Section("To reproduce", [Code(tables.commands(run, about))]),
         ],
     )
+
+
+def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
+    if metrics["calibration"]["after"]:
+        return []
+    return [Text("No temperature is fitted: there is no val split at hand, or hardly a mistake in it.")]
 
 
 def _curve_words(run: Run) -> str:

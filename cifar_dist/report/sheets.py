@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar_dist import figures
-from cifar_dist.evidence import Chosen, Evidence
+from cifar_dist.evidence import CLASSES, Chosen, Evidence
 from cifar_dist.predictions import Scored
 
 CAPTIONS = {
@@ -23,7 +23,8 @@ CAPTIONS = {
     "reliability": "Reliability: accuracy against confidence, and how often each confidence occurs",
     "mistakes": "The wrong predictions the model is surest of: true class, predicted class, confidence",
     "label_errors": "Images whose label may be wrong: label, what the model says instead, confidence",
-    "grad_cam": "Grad-CAM of what was predicted, for one right and one wrong prediction of each class",
+    "grad_cam": f"Grad-CAM of what was predicted, for one right and one wrong prediction of each class (the {CLASSES}"
+    " least accurate ones, where there are more)",
     "rollout": "Attention rollout for the same images",
 }
 
@@ -83,12 +84,14 @@ def mistake_words(metrics: dict[str, Any]) -> str:
 
 def map_words(evidence: Evidence) -> str:
     """How the maps were made, or why there are none."""
-    if evidence.unexplained:
-        return f"There are no Grad-CAM maps: {evidence.unexplained}"
+    missing = {"grad_cam": "There are no Grad-CAM maps", "rollout": "There is no attention rollout"}
+    reasons = "".join(f" {missing[method]}: {reason}" for method, reason in evidence.unexplained.items())
+    if "grad_cam" not in evidence.maps:
+        return reasons.strip()
     rollout = (
         " Attention rollout (Abnar and Zuidema, 2020) follows attention from the class token back to the patches,"
         " whatever the class."
         if "rollout" in evidence.maps
         else ""
     )
-    return f"Grad-CAM (Selvaraju et al., 2017) at layer {evidence.layer}, for the predicted class.{rollout}"
+    return f"Grad-CAM (Selvaraju et al., 2017) at layer {evidence.layer}, for the predicted class.{rollout}{reasons}"

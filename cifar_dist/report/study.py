@@ -15,10 +15,10 @@ import numpy as np
 from cifar_dist import statistics
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import load_evidence
-from cifar_dist.predictions import load_predictions
+from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import study_figures
 from cifar_dist.report.grouping import Group, group_runs
-from cifar_dist.report.members import Member, row_of, spread
+from cifar_dist.report.members import Member, names_of, row_of, spread
 from cifar_dist.report.study_page import study_page
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
@@ -34,7 +34,7 @@ class Comparison:
     Attributes:
         title: what is compared.
         verdicts: a sentence for each pair.
-        markdown: the page.
+        markdown: the page without what lies beside it.
         summary: as in ``comparison.json``.
         page: the HTML page's path.
     """
@@ -58,14 +58,17 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         UsageError: the runs were not scored on the same images in the same way, or a file is missing.
     """
     members = [
-        Member(run, load_predictions(folder), read_json(folder / "metrics.json"), load_evidence(folder, ()))
-        for run, folder in zip(runs, folders, strict=True)
+        Member(name, run, load_predictions(folder), read_json(folder / "metrics.json"), load_evidence(folder, ()))
+        for name, run, folder in zip(names_of([run.folder for run in runs]), runs, folders, strict=True)
     ]
     _check_comparable(members)
     groups = group_runs([run.config for run in runs], [member.name for member in members])
     pairs = _pairs(members, groups)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
+            for picture in (*output.glob("*.png"), *output.glob("*.svg")):
+                picture.unlink()
         summary = _summary(members, groups, pairs)
         (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         _write_rows(summary["runs"], output / f"{NAME}.csv")
@@ -76,7 +79,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
     verdicts = [pair["verdict"] for pair in pairs]
-    return Comparison(page.title, verdicts, page.markdown(output), summary, output / f"{NAME}.html")
+    return Comparison(page.title, verdicts, page.markdown(output, alone=True), summary, output / f"{NAME}.html")
 
 
 def _check_comparable(members: Sequence[Member]) -> None:
@@ -117,8 +120,10 @@ def _test(a: np.ndarray, b: np.ndarray) -> statistics.Comparison:
 
 
 def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Member]) -> dict[str, Any]:
-    first, second = (members[group.members[0]].scored for group in (a, b))
-    agree, kappa = agreement(first.predicted, second.predicted)
+    runs = [[members[number].scored for number in group.members] for group in (a, b)]
+    both = [agreement(first.predicted, second.predicted) for first in runs[0] for second in runs[1]]
+    agree, kappa = (float(np.mean(values)) for values in zip(*both, strict=True))
+    first, second = (np.all([scored.correct for scored in group], axis=0) for group in runs)
     return {
         "a": a.name,
         "b": b.name,
@@ -129,10 +134,14 @@ def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Mem
         "test": test.test,
         "agreement": agree,
         "kappa": kappa,
-        "only_a_right": int((first.correct & ~second.correct).sum()),
-        "only_b_right": int((second.correct & ~first.correct).sum()),
+        "all_of_a_right_none_of_b": int((first & ~_any(runs[1])).sum()),
+        "all_of_b_right_none_of_a": int((second & ~_any(runs[0])).sum()),
         "verdict": verdict(a.name, b.name, test),
     }
+
+
+def _any(runs: Sequence[Scored]) -> Any:
+    return np.any([scored.correct for scored in runs], axis=0)
 
 
 def _summary(members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def study_page(
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
         [
             Section("Accuracy", [_accuracies(members, groups), *shown("grid", "curves")]),
-            Section("Which is better", _verdicts(pairs)),
+            Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
             Section("Cost", [_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
             Section("Where they differ", [_only(members), *shown("agreement", "only_right", "grad_cam")]),
             Section("Files", [Files(files)]),
@@ -47,27 +47,44 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
         found = spread(members, group)
         if len(group.members) > 1:
             mean = f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
-            rows.append((group.name, f"mean of {len(group.members)} runs", mean, "", "", "", "", ""))
+            rows.append((group.name, f"mean of {len(group.members)} runs", "", "", mean, *[""] * 9))
         for number in group.members:
-            metrics = members[number].metrics
+            metrics, row = members[number].metrics, row_of(members[number], group.name)
+            train, val = (
+                "–" if row[f"{name}_top1"] is None else percent(row[f"{name}_top1"]) for name in ("train", "val")
+            )
             rows.append(
                 (
                     group.name,
                     members[number].name,
+                    train,
+                    val,
                     percent(metrics["top1"]),
                     interval(metrics["top1_interval"]),
+                    percent(metrics["top3"]),
+                    percent(metrics["top5"]),
                     percent(metrics["error_rate"]),
                     f"{metrics['macro_avg']['f1']:.4f}",
                     f"{metrics['loss']:.4f}",
+                    f"{row['final_train_loss']:.4f}",
                     f"{metrics['calibration']['before']['ece']:.4f}",
+                    metrics["selected_on"],
                 )
             )
-    strong = [number for number, row in enumerate(rows) if not row[3]]
-    header = ("settings", "run", "top-1", "95 % interval", "error", "macro F1", "loss (nats)", "ECE")
+    strong = [number for number, row in enumerate(rows) if not row[2]]
+    header = (
+        "settings", "run", "train", "val", "test", "95 % interval", "top-3", "top-5", "error", "macro F1",
+        "loss (nats)", "final train loss", "ECE", "selected on",
+    )  # fmt: skip
     return Table(header, rows, strong)
 
 
-def _verdicts(pairs: list[dict[str, Any]]) -> list[Text | Table]:
+def _percent_or_dash(value: float | None) -> str:
+    return "–" if value is None else percent(value)
+
+
+def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Text | Table]:
+    """A sentence for each pair, of many only for those with the best; a table of all."""
     if not pairs:
         return [Text("All runs have the same settings but the seed: there is nothing to compare.")]
     rows = [
@@ -84,15 +101,16 @@ def _verdicts(pairs: list[dict[str, Any]]) -> list[Text | Table]:
     ]
     header = ("pair", "difference (points)", "95 % interval", "p", "p, corrected", "same prediction", "test")
     corrected = f" p is corrected for {len(pairs)} pairs (Holm, 1979)." if len(pairs) > 1 else ""
+    seeds = " Several runs of one setting are repeats: what differs between their seeds counts too." * repeats
     return [
-        *(Text(pair["verdict"], strong=True) for pair in pairs),
+        *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best in (pair["a"], pair["b"])),
         Table(header, rows),
-        Text(f"Tests are paired: they look at the same images.{corrected}"),
+        Text(f"Tests are paired: they look at the same images.{corrected}{seeds}"),
     ]
 
 
 def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
-    """One run of each group, with the columns of the studies' tables."""
+    """The first run of each group, with the columns of the studies' tables."""
     rows = []
     for group in groups:
         row = row_of(members[group.members[0]], group.name)
@@ -108,16 +126,20 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
                 cell("gmacs"),
                 cell("gmacs_without_attention"),
                 cell("latency_seconds", 1e3),
+                cell("latency_p95_seconds", 1e3),
                 cell("images_per_second", 1, 0),
                 cell("inference_peak_memory_bytes", 1 / MIB, 0),
                 cell("training_peak_memory_bytes", 1 / MIB, 0),
                 cell("training_seconds", 1 / 60, 1),
+                cell("mfu", 100, 1),
+                str(row["device"] or "–"),
             )
         )
     return Table(
         (
-            "settings", "parameters (M)", "GFLOPs", "GMACs", "GMACs without attention", "latency (ms)", "images/s",
-            "memory, inference (MiB)", "memory, training (MiB)", "training (min)",
+            "settings", "parameters (M)", "GFLOPs", "GMACs", "GMACs without attention", "latency (ms)", "p95 (ms)",
+            "images/s", "memory, inference (MiB)", "memory, training (MiB)", "training (min)", "MFU (%)",
+            "inference on",
         ),
         rows,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar_dist.config import Config
 from cifar_dist.page import Table
-from cifar_dist.predictions import Scored
+from cifar_dist.predictions import About, Scored
 from cifar_dist.run_record import Run
 
 SHOWN_SETTINGS = [
@@ -132,8 +132,8 @@ def _arithmetic(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "GMACs without attention",
             quantity(found["gmacs_without_attention"]),
-            "without the products of queries, keys and values, as counters do that miss fused attention; what papers"
-            " often call GFLOPs",
+            "without the products of queries, keys and values, as counters do that miss fused attention; papers often"
+            " call this GFLOPs, and thop adds a few operations for LayerNorm and softmax",
         ),
     ]
 
@@ -149,8 +149,10 @@ def _inference(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"one image, median of {speed['runs']}; {tail}; {where}",
         ),
         ("throughput", f"{speed['images_per_second']:,.0f} images/s", f"batches of {speed['batch_size']}; {where}"),
-        ("memory, inference", f"{speed['peak_memory_bytes'] / MIB:,.0f} MiB", "the most held at that batch"),
     ]
+    if speed["peak_memory_bytes"] is not None:
+        most = f"{speed['peak_memory_bytes'] / MIB:,.0f} MiB"
+        rows.append(("memory, inference", most, "the most held at that batch"))
     return rows + ([("energy", f"{energy:.3g} J/image", "by the GPU's own meter")] if energy else [])
 
 
@@ -197,13 +199,16 @@ def interruptions(restarts: Sequence[dict[str, Any]]) -> str:
     return f"{len(restarts)}{again}"
 
 
-def commands(run: Run) -> str:
-    """What to type to train the same again and score it."""
+def commands(run: Run, about: About) -> str:
+    """What to type to train the same again and score it as it was scored."""
     processes, again = run.environment.get("num_processes", 1), f"{run.folder}-again"
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
     config = run.folder / "config.yaml"
     train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
-    return f"{train}\npython evaluate.py {shlex.quote(again)}"
+    flags = [] if about.checkpoint == "best" else ["--checkpoint last"]
+    flags += ["--tta flip"] if about.tta == "flip" else []
+    flags += [] if about.own_data else [f"--data {shlex.quote(about.dataset)}"]
+    return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"
 
 
 def listed(names: Iterable[str]) -> str:
