@@ -32,8 +32,7 @@ WEIGHTS, CONFIG, CARD, ONNX = FILES = ("model.safetensors", "config.json", "READ
 MARK = {"exported_by": "cifar-dist"}  # in config.json; without it a folder is never replaced
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 ONNX_TOLERANCE = 1e-4  # of the largest logit
-# What timm records of the weights that an architecture usually starts from, not of those that are exported.
-OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes", "label_descriptions")
+OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes", "label_descriptions")  # as timm has them
 
 
 def export_run(run: Run, model: nn.Module, metrics: dict[str, Any], folder: Path) -> None:
@@ -236,13 +235,12 @@ def _as_timm_builds_it(model: nn.Module) -> tuple[str, dict[str, Any]]:
     name, own = _architecture(model), cast(Any, model)
     if name != "vit_small_cifar":
         return name, {}
-    block = own.blocks[0]
     return "vit_small_patch16_224", {
         "patch_size": own.patch_embed.patch_size[0],
         "embed_dim": own.embed_dim,
         "depth": len(own.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / own.embed_dim,
+        "num_heads": own.blocks[0].attn.num_heads,
+        "mlp_ratio": own.blocks[0].mlp.fc1.out_features / own.embed_dim,
     }
 
 
