@@ -31,6 +31,20 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate as at the start of a program, for tests that call a script's main, and for those after them."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(autouse=True)
 def no_earlier_wandb_run(monkeypatch):
     """A W&B run that an earlier test of this process let hang, as its subject, is nothing to the next one."""

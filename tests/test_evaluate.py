@@ -36,7 +36,7 @@ def script():
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch):
+def quickly(monkeypatch, fresh_accelerate):
     """What drawing and timing take is not what is tested here."""
     monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
     monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})

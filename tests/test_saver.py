@@ -33,7 +33,7 @@ FLAGS = [
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, fresh_accelerate):
     """train.py's main, with what it raises."""
 
     def call(*flags):
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_keeps_the_older_one(tmp
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-step-*"))
 
 
-def test_the_time_of_a_save_is_that_of_its_work(tmp_path, monkeypatch):
+def test_the_time_of_a_save_is_that_of_its_work(tmp_path, monkeypatch, fresh_accelerate):
     """Neither a step nor an evaluation between writing and committing counts."""
     model = nn.Linear(4, 2)
     accelerator = start("fp32")
