@@ -350,6 +350,15 @@ def test_the_store_going_with_rank_0_costs_no_pages(tmp_path):
     assert len(second.splitlines()) == 1 and second.startswith("launched.py: rank 1: ended too (RuntimeError: ")
 
 
+def test_a_process_that_came_but_never_joined_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("RANK", "0")
+    job = Launch(3, on_cpu=True, deepspeed=False, fsdp=False)
+    for reason in ("wait timeout after 10000ms, keys: /default_pg/0//cpu//0/2", "wait timeout, keys: a/0/2, a/0/1"):
+        assert job.absence(reason, 10).startswith("rank 2 of 3 did not come to node1:29500 within --ddp-timeout 10")
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_processes_that_never_come_are_waited_for_only_so_long(tmp_path):
     port = free_port()

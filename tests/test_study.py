@@ -164,7 +164,9 @@ def test_names_of_groups():
         configs = [Config.from_flat(each) for each in settings]
         return group_runs(configs, [f"run{n}" for n in range(len(configs))])
 
-    assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b"})] == ["a", "b"]
+    assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
+    found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
+    assert [g.name for g in found] == ["a, lr 0.1", "a, lr 0.2", "b"]
     assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
     # where it ran and what it was called are no settings
     assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y"})) == 1

@@ -31,28 +31,33 @@ def group_runs(configs: Sequence[Config], folders: Sequence[str]) -> list[Group]
     """Put runs that differ in their seed alone together, in the order in which they were given.
 
     Runs with the same settings and the same seed are repeats too. A group is named by its model and by the settings in
-    which the groups differ; groups that would have one name take the names of their run folders.
+    which the groups of that model differ; groups that would have one name take the names of their run folders.
     """
     kept = [{key: value for key, value in config.flat().items() if key not in _ELSEWHERE} for config in configs]
     members: dict[str, list[int]] = {}
     for number, settings in enumerate(kept):
         members.setdefault(repr({**settings, "seed": None}), []).append(number)
     first = [kept[numbers[0]] for numbers in members.values()]
-    differing = [key for key in first[0] if key != "seed" and len({repr(settings[key]) for settings in first}) > 1]
-    groups = []
+    differing, groups = _differing(first), []
     for settings, numbers in zip(first, members.values(), strict=True):
-        own = {key: settings[key] for key in differing}
-        groups.append(Group(_name(settings, own), tuple(numbers), own))
+        alike = _differing([other for other in first if other["model"] == settings["model"]])
+        name = _name(settings["model"], {key: settings[key] for key in alike})
+        groups.append(Group(name, tuple(numbers), {key: settings[key] for key in differing}))
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
         groups = [Group(folders[group.members[0]], group.members, group.settings) for group in groups]
     return groups
 
 
-def _name(settings: dict[str, Any], own: dict[str, Any]) -> str:
-    words = [str(settings["model"])]
+def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of settings that are not the same everywhere, the seed aside."""
+    return [key for key in settings[0] if key != "seed" and len({repr(each[key]) for each in settings}) > 1]
+
+
+def _name(model: str, own: dict[str, Any]) -> str:
+    words = [model]
     for key, value in own.items():
-        if key != "model" and value not in (None, False):
+        if value not in (None, False):
             words.append(key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {_short(value)}")
     return ", ".join(words) if len(words) <= 5 else f"{', '.join(words[:5])}, …"
 

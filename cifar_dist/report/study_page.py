@@ -12,7 +12,7 @@ from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import study_figures
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, row_of, spread
-from cifar_dist.report.tables import MIB, interval, percent
+from cifar_dist.report.tables import MIB, interval, percent, quantity
 
 
 def study_page(
@@ -27,7 +27,7 @@ def study_page(
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
 
     best = max(groups, key=lambda group: spread(members, group)["mean_top1"])
-    words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} does best."
+    words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} has the highest accuracy."
     return Page(
         " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared",
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
@@ -92,8 +92,7 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
             f"{pair['a']} / {pair['b']}",
             f"{100 * pair['difference']:+.2f}",
             f"{100 * pair['interval'][0]:+.2f} to {100 * pair['interval'][1]:+.2f}",
-            f"{pair['p']:.2g}",
-            f"{pair['p_corrected']:.2g}",
+            *("< 0.001" if p < 0.001 else f"{p:.2g}" for p in (pair["p"], pair["p_corrected"])),
             percent(pair["agreement"]),
             pair["test"],
         )
@@ -113,7 +112,7 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
     """The first run of each group, with the columns of the studies' tables."""
     rows = []
     for group in groups:
-        row = row_of(members[group.members[0]], group.name)
+        row, counts = row_of(members[group.members[0]], group.name), ("gflops", "gmacs", "gmacs_without_attention")
 
         def cell(name: str, factor: float = 1, digits: int = 2, row: dict[str, Any] = row) -> str:
             return "–" if row[name] is None else f"{row[name] * factor:,.{digits}f}"
@@ -122,9 +121,7 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
             (
                 group.name,
                 cell("parameters", 1e-6),
-                cell("gflops"),
-                cell("gmacs"),
-                cell("gmacs_without_attention"),
+                *("–" if row[name] is None else quantity(row[name]) for name in counts),
                 cell("latency_seconds", 1e3),
                 cell("latency_p95_seconds", 1e3),
                 cell("images_per_second", 1, 0),
