@@ -95,7 +95,7 @@ class Launch:
             return f"MASTER_PORT: {place} is taken by another program; choose another (--main_process_port)."
         if came := re.search(r"(\d+)/(\d+) clients joined", reason):
             found = f"{came[1]} of {came[2]} processes came to {place}"
-        elif absent := re.search(r"wait timeout .*keys: \S*/(\d+)(?:,|$)", reason):  # the ranks' addresses, one by one
+        elif absent := re.search(r"wait timeout.*keys: \S*/(\d+)(?:,|$)", reason):  # the ranks' addresses, one by one
             found = f"rank {absent[1]} of {self.world_size} did not come to {place}"
         else:
             found = (
