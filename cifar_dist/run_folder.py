@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from cifar_dist.checkpoint_store import sweep
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.durable import fsync, replace_text
@@ -111,6 +112,7 @@ def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, 
         run_dir.mkdir(parents=True, exist_ok=True)
         fsync(run_dir.parent)
         lock.acquire()
+        sweep(run_dir / "checkpoints")  # what a killed save has left takes room
         _refuse_small_disk(run_dir, config, plan)
         _write_identity(run_dir, config, plan, facts)
     except (Timeout, FileExistsError):

@@ -118,3 +118,16 @@ def test_what_a_kill_in_the_first_second_leaves_can_be_started_again(tmp_path):
         (folder / names[-1]).touch()
         prepare(config(folder, "auto"))
         assert json.loads((folder / "environment.json").read_text())["data_fingerprint"] == "aa"
+
+
+def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_run(tmp_path, monkeypatch):
+    prepare(config(tmp_path))
+    litter = tmp_path / "checkpoints" / ".tmp-step-00000003-abcd"
+    litter.mkdir(parents=True)
+
+    def usage(_):
+        return SimpleNamespace(free=10 if litter.exists() else 2**40)
+
+    monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", usage)
+    prepare(config(tmp_path, "auto"))
+    assert not litter.exists()
