@@ -30,7 +30,7 @@ else:
     from cifar_dist.command_line import OneLineParser
     from cifar_dist.distributed import finish, on_main, start
     from cifar_dist.errors import UsageError, run_main
-    from cifar_dist.report import Report, report_folder, saved_scores, write_comparison, write_report
+    from cifar_dist.report import Report, make_room, report_folder, saved_scores, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.wandb_run import log_report
 
@@ -48,6 +48,8 @@ def main() -> None:
         wandb_report.runs_by_project(runs)  # refused before anything is scored
     precisions = scoring.precisions(runs)
     accelerator = start(precisions[0])
+    if len(runs) > 1:
+        on_main(accelerator, lambda: make_room(comparison_folder(arguments)))
     folders = [report(run, arguments, accelerator, how) for run, how in zip(runs, precisions, strict=True)]
     if len(runs) > 1:
         on_main(accelerator, lambda: compare(runs, folders, arguments))
@@ -90,6 +92,7 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
     if arguments.export is None and on_main(accelerator, lambda: is_done(run, aim)):
         on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
         return aim.folder
+    accelerator.print(f"scoring     {run.folder}, checkpoint {aim.which}", flush=True)
     subject = scoring.load_subject(run, aim.which, accelerator, precision)
     data = scoring.test_data(run, aim.other)
     scored, val = scoring.score_test(subject, data, aim), scoring.score_val(subject, aim.tta)
@@ -97,7 +100,7 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
     def save() -> None:
         scoring.save_findings(subject, scored, val, data, aim.folder)
         written = publish(run, aim.folder, f"checkpoint {aim.which}, step {scored.about.step}")
-        if (run.folder / "wandb_id").exists() and aim.other is None:
+        if (run.folder / "wandb_id").exists() and aim.folder.name == "report":
             to_wandb(run, written)
         if arguments.export is not None:
             deliver(subject, written, arguments)
@@ -117,7 +120,7 @@ def choose(run: Run, arguments: argparse.Namespace, precision: str) -> scoring.A
     if arguments.export is not None:
         export.check(arguments.export, arguments.onnx)
     fingerprint = scoring.fingerprint(run, arguments.data)
-    folder = report_folder(run.folder, arguments.data, fingerprint)
+    folder = report_folder(run.folder, arguments.data, fingerprint, arguments.tta)
     return scoring.Aim(which, arguments.data, fingerprint, arguments.tta, precision, folder)
 
 
@@ -167,9 +170,14 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
         print(f"Hub         {export.push_to_hub(arguments.export, arguments.push_to_hub)}", flush=True)
 
 
+def comparison_folder(arguments: argparse.Namespace) -> Path:
+    """Where the comparison goes."""
+    return arguments.output or arguments.run_dirs[0].resolve().parent / "comparison"
+
+
 def compare(runs: list[Run], folders: list[Path], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
-    output = arguments.output or runs[0].folder.resolve().parent / "comparison"
+    output = comparison_folder(arguments)
     found = write_comparison(runs, folders, output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")

@@ -100,12 +100,19 @@ class Page:
         )
         environment.filters |= {"inside": _data_address, "kind": lambda block: type(block).__name__}
         environment.filters["beside"] = lambda path: path.relative_to(folder).as_posix()
-        environment.tests["number"] = lambda cell: bool(re.fullmatch(r"[-+±]?[\d.,]+( ?[%a-zA-Z×/]+)?|–", cell))
+        environment.filters["numeric"] = _numeric_columns
         page = environment.get_template("page.html.j2")
         return page.render(title=self.title, head=self.head, sections=self._filled())
 
     def _filled(self) -> list[Section]:
         return [section for section in self.sections if section.blocks]
+
+
+def _numeric_columns(table: Table) -> set[int]:
+    """Columns, but the first, with nothing in them but numbers, which are read best from their right end."""
+    number = re.compile(r"[-+±]?[\d.,]+( ?[%a-zA-Z×/]+)?( ± [\d.]+)?|–|< 0.001|")
+    columns = range(1, len(table.header))
+    return {k for k in columns if table.rows and all(number.fullmatch(row[k]) for row in table.rows)}
 
 
 def _data_address(path: Path) -> str:

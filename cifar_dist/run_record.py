@@ -85,6 +85,6 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number < len(lines):
                 raise UsageError(f"{path}: line {number} is no log record; remove it to make the report.") from None
-    if not any("train/loss" in record for record in records):
-        raise UsageError(f"{path} holds no training record; train the run before its report.")
+    if not any("step" in record for record in records):
+        raise UsageError(f"{path} holds no record yet; train the run further (--resume auto) before its report.")
     return [record for record in records if "step" in record]

@@ -103,9 +103,9 @@ def test_flipping_averages_probabilities(digits_run, script, monkeypatch):
     config = open_run(digits_run).config
     images = load_test_data(config.data).test.images
     both = [expected_logits(config, seen).softmax(1) for seen in (images, images.flip(2))]
-    scored = load_predictions(digits_run / "report")
+    scored = load_predictions(digits_run / "report-flip")
     np.testing.assert_allclose(scored.probabilities, sum(both) / 2, atol=1e-6)
-    assert json.loads((digits_run / "report" / "metrics.json").read_text())["tta"] == "flip"
+    assert json.loads((digits_run / "report-flip" / "metrics.json").read_text())["tta"] == "flip"
 
 
 def test_predictions_are_made_again_only_where_something_changed(digits_run, script, monkeypatch, capsys):
@@ -117,6 +117,8 @@ def test_predictions_are_made_again_only_where_something_changed(digits_run, scr
     before = load_predictions(digits_run / "report")
     assert not scored_again()
     assert scored_again("--tta", "flip")
+    assert not scored_again()
+    assert scored_again("--checkpoint", "last")
     assert scored_again()
     commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
     assert scored_again()
@@ -213,6 +215,14 @@ def test_runs_are_compared(tmp_path, script, monkeypatch, capsys):
     for row, run in zip(rows, runs, strict=True):
         assert float(row["top1"]) == load_predictions(run / "report").correct.mean()
     assert str(tmp_path / "comparison" / "comparison.html") in said
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(tmp_path, script, monkeypatch):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", lr=0.5)]
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--output .*file cannot be written \(File exists\)"):
+        run_script(script, monkeypatch, *runs, "--output", tmp_path / "file")
+    assert not (runs[0] / "report").exists()
 
 
 def test_a_wandb_report_is_specified_without_a_server(tmp_path, script, monkeypatch, capsys):

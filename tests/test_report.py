@@ -257,6 +257,13 @@ def test_a_log_of_a_killed_and_resumed_run(tmp_path):
     assert open_run(folder).series("lr") == ([5, 10, 20, 30], [1e-3, 5.0, 1e-3, 1e-3])
 
 
+def test_a_run_that_was_stopped_before_its_first_training_record_has_a_report(tmp_path):
+    folder = make_run(tmp_path / "run", log=[record for record in LOG if "val/top1" in record])
+    save_report(folder)
+    assert write(folder).metrics["cost"]["training"]["seconds"] is None
+    assert "| steps | 20 of 40 scheduled |" in (folder / "report" / "report.md").read_text()
+
+
 def break_log(folder, text):
     (folder / "log.jsonl").write_text(text)
 
@@ -267,7 +274,7 @@ def break_log(folder, text):
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
         (lambda folder: (folder / "log.jsonl").unlink(), "log.jsonl is missing"),
-        (lambda folder: break_log(folder, ""), "no training record"),
+        (lambda folder: break_log(folder, ""), "holds no record yet"),
         (lambda folder: break_log(folder, "not json\n" + json.dumps(training(1)) + "\n"), "line 1 is no log record"),
         (lambda folder: break_log(folder, json.dumps(training(1)) + "\n[]\n{}\n"), "line 2 is no log record"),
         (lambda folder: (folder / "environment.json").write_text("{"), "environment.json is damaged"),

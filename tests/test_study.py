@@ -106,6 +106,8 @@ def test_everything_is_written(tmp_path, three):
         with Image.open(out / name) as image:
             image.verify()
     markdown = (out / "comparison.md").read_text()
+    assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
+    assert "say nothing of other seeds" in markdown
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
 
 

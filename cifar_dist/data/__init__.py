@@ -144,7 +144,8 @@ def _open_other(config: DataConfig, dataset: str) -> Source:
     try:
         return open_source(replace(config, dataset=dataset, image_column=None, label_column=None), ("test",))
     except UsageError as error:
-        raise UsageError(str(error).replace("--dataset", "--data")) from None
+        message = str(error).replace("--dataset", "--data").replace("or a DatasetDict", "CLASS/*.png, or a DatasetDict")
+        raise UsageError(message) from None
 
 
 def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence[str]) -> TestData:

@@ -49,9 +49,10 @@ class Found:
     metrics: dict[str, Any]
 
 
-def report_folder(run_dir: Path, other: str | None = None, fingerprint: str | None = None) -> Path:
+def report_folder(run_dir: Path, other: str | None = None, fingerprint: str | None = None, tta: str = "none") -> Path:
     """Where a run's report is; one on another set than its own has the set's fingerprint in its name."""
-    return run_dir / ("report" if other is None else f"report-{Path(other).resolve().name}-{(fingerprint or '')[:8]}")
+    name = "report" if other is None else f"report-{Path(other).resolve().name}-{(fingerprint or '')[:8]}"
+    return run_dir / (name if tta == "none" else f"{name}-{tta}")
 
 
 def saved_scores(folder: Path) -> Scored | None:
@@ -186,7 +187,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
         "All numbers": folder / "metrics.json",
     }
     return Page(
-        run.folder.resolve().name,
+        f"{run.folder.resolve().name}: {run.config.model.model} on {about.dataset}",
         head,
         [
             Section("Results", [tables.results(metrics), tables.splits(run, scored, metrics)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ CAPTIONS = {
     "confusions": "The most frequent confusions",
     "reliability": "Reliability: accuracy against confidence, and how often each confidence occurs",
     "mistakes": "The wrong predictions the model is surest of: true class, predicted class, confidence",
-    "label_errors": "Images whose label may be wrong: label, what the model says instead, confidence",
+    "label_errors": "Images whose label may be wrong: label, likeliest other class, its probability",
     "grad_cam": f"Grad-CAM of what was predicted, for one right and one wrong prediction of each class (the {CLASSES}"
     " least accurate ones, where there are more)",
     "rollout": "Attention rollout for the same images",
@@ -33,16 +34,18 @@ def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, F
     """Galleries of mistakes and suspected label errors, and a sheet for each kind of map."""
     sheets: dict[str, Figure | None] = {
         "mistakes": _gallery(scored, evidence, chosen.mistakes),
-        "label_errors": _gallery(scored, evidence, chosen.suspects),
+        "label_errors": _gallery(scored, evidence, chosen.suspects, doubted),
     }
     return sheets | {method: _sheet(scored, chosen, evidence, method) for method in evidence.maps}
 
 
-def _gallery(scored: Scored, evidence: Evidence, rows: list[int]) -> Figure | None:
+def _gallery(
+    scored: Scored, evidence: Evidence, rows: list[int], says: Callable[[Scored, int], str] | None = None
+) -> Figure | None:
     if not rows:
         return None
     images = [evidence.image(int(scored.ids[row])) for row in rows]
-    return figures.image_gallery(images, [caption(scored, row, "\n") for row in rows])
+    return figures.image_gallery(images, [(says or caption_in_lines)(scored, row) for row in rows])
 
 
 def caption(scored: Scored, row: int, between: str = " ") -> str:
@@ -50,6 +53,19 @@ def caption(scored: Scored, row: int, between: str = " ") -> str:
     true, guess = scored.class_names[scored.labels[row]], scored.class_names[scored.predicted[row]]
     what = true if true == guess else f"{true} → {guess}"
     return f"{what}{between}{100 * scored.probabilities[row].max():.0f} %"
+
+
+def caption_in_lines(scored: Scored, row: int) -> str:
+    """`caption` in two lines."""
+    return caption(scored, row, "\n")
+
+
+def doubted(scored: Scored, row: int) -> str:
+    """The label, and in its place the likeliest other class with its probability."""
+    others = scored.probabilities[row].copy()
+    others[scored.labels[row]] = -1
+    other = int(others.argmax())
+    return f"{scored.class_names[scored.labels[row]]} → {scored.class_names[other]}\n{100 * others[other]:.0f} %"
 
 
 def _sheet(scored: Scored, chosen: Chosen, evidence: Evidence, method: str) -> Figure:
@@ -79,6 +95,7 @@ def mistake_words(metrics: dict[str, Any]) -> str:
         f"{wrong:,} of {metrics['num_samples']:,} images are given another class than their label."
         f" {metrics['suspected_label_errors']:,} labels are suspected to be wrong themselves by confident learning"
         " (Northcutt et al., 2021): the model finds another class at least as likely as it usually finds that class."
+        " The less accurate a model, the more it suspects without reason."
     )
 
 

@@ -64,8 +64,8 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     _check_comparable(members)
     groups = group_runs([run.config for run in runs], [member.name for member in members])
     pairs = _pairs(members, groups)
+    make_room(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
             for picture in (*output.glob("*.png"), *output.glob("*.svg")):
                 picture.unlink()
@@ -80,6 +80,20 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
     verdicts = [pair["verdict"] for pair in pairs]
     return Comparison(page.title, verdicts, page.markdown(output, alone=True), summary, output / f"{NAME}.html")
+
+
+def make_room(output: Path) -> None:
+    """Make the folder of a comparison.
+
+    Raises:
+        UsageError: it cannot be made, or not be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".room").touch()
+        (output / ".room").unlink()
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
 
 
 def _check_comparable(members: Sequence[Member]) -> None:

@@ -32,6 +32,7 @@ def study_page(
         " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared",
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
         [
+            Section("Settings", _settings(members, groups)),
             Section("Accuracy", [_accuracies(members, groups), *shown("grid", "curves")]),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
             Section("Cost", [_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
@@ -66,7 +67,7 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
                     percent(metrics["error_rate"]),
                     f"{metrics['macro_avg']['f1']:.4f}",
                     f"{metrics['loss']:.4f}",
-                    f"{row['final_train_loss']:.4f}",
+                    "–" if row["final_train_loss"] is None else f"{row['final_train_loss']:.4f}",
                     f"{metrics['calibration']['before']['ece']:.4f}",
                     metrics["selected_on"],
                 )
@@ -77,6 +78,18 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
         "loss (nats)", "final train loss", "ECE", "selected on",
     )  # fmt: skip
     return Table(header, rows, strong)
+
+
+def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text | Table]:
+    """All settings in which the groups differ: a model is compared as it was trained."""
+    names = groups[0].settings
+    if not names:
+        return []
+    rows = [(name.replace("_", " "), *(str(group.settings[name]) for group in groups)) for name in names]
+    words = "All other settings are the same. What is compared is a model as it was trained, not an architecture alone."
+    if len(members) == len(groups):
+        words += " Each was trained once: intervals are of the test images, and say nothing of other seeds."
+    return [Table(("setting", *(group.name for group in groups)), rows), Text(words)]
 
 
 def _percent_or_dash(value: float | None) -> str:
