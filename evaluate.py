@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # type checkers take `import evaluate` for this file too
     combine: Any
 
 
+WAIT_SECONDS = 4 * 3600  # that other processes wait for the one that draws, exports and uploads
+
+
 def main() -> None:
     """Score each run once, write its report from what was saved, and compare the runs."""
     arguments = parse_arguments()
@@ -47,7 +50,7 @@ def main() -> None:
     if arguments.wandb_report:
         wandb_report.runs_by_project(runs)  # refused before anything is scored
     precisions = scoring.precisions(runs)
-    accelerator = start(precisions[0])
+    accelerator = start(precisions[0], WAIT_SECONDS)
     if len(runs) > 1:
         on_main(accelerator, lambda: make_room(comparison_folder(arguments)))
     folders = [report(run, arguments, accelerator, how) for run, how in zip(runs, precisions, strict=True)]

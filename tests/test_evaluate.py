@@ -205,6 +205,32 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
         run_script(script, monkeypatch, digits_run, "--data", "nowhere")
 
 
+def test_a_pair_of_numpy_files_is_scored(digits_run, script, monkeypatch, tmp_path):
+    """As CIFAR-10.1 is published."""
+    test = load_test_data(open_run(digits_run).config.data).test
+    folder = tmp_path / "digits.1"
+    folder.mkdir()
+    np.save(folder / "v6_data.npy", test.images[:7].numpy())
+    np.save(folder / "v6_labels.npy", test.labels[:7].numpy().astype(np.int32))
+    run_script(script, monkeypatch, digits_run, "--data", folder)
+    [report] = digits_run.glob("report-digits.1-*")
+    scored = load_predictions(report)
+    np.testing.assert_array_equal(scored.labels, test.labels[:7])
+    expected = expected_logits(open_run(digits_run).config, test.images[:7])
+    np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
+    for name, array, said in (
+        ("v6_labels.npy", np.full(7, 10), "labels must be numbers from 0 to 9"),
+        ("v6_data.npy", np.zeros((7, 28, 28, 3), np.uint8), "is needed, it is"),
+        ("v6_data.npy", np.array([{}], dtype=object), "cannot be read"),
+    ):
+        np.save(folder / name, array, allow_pickle=True)
+        with pytest.raises(UsageError, match=said):
+            run_script(script, monkeypatch, digits_run, "--data", folder)
+    np.save(folder / "v4_data.npy", np.zeros(3))
+    with pytest.raises(UsageError, match="several sets inside"):
+        run_script(script, monkeypatch, digits_run, "--data", folder)
+
+
 def test_runs_are_compared(tmp_path, script, monkeypatch, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", seed=1, lr=0.5)]
     run_script(script, monkeypatch, *runs)

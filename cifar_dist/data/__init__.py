@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from cifar_dist.config import DataConfig
+from cifar_dist.data.arrays import arrays_fingerprint, find_arrays, load_arrays
 from cifar_dist.data.resident import ResidentSet, load_resident
 from cifar_dist.data.sources import Source, open_source
 from cifar_dist.data.splits import stratified_split
@@ -137,6 +139,8 @@ def data_fingerprint(config: DataConfig, other: str | None = None) -> str:
     Raises:
         UsageError: the data cannot be opened.
     """
+    if other is not None and (files := find_arrays(Path(other))) is not None:
+        return arrays_fingerprint(files)
     return open_source(config).fingerprint if other is None else _open_other(config, other).fingerprint
 
 
@@ -149,7 +153,9 @@ def _open_other(config: DataConfig, dataset: str) -> Source:
 
 
 def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence[str]) -> TestData:
-    """Load the test split of another set, or a folder of class folders, with labels as numbers of `class_names`.
+    """Load another set to score, with labels as numbers of `class_names`.
+
+    It may be anything with a test split, a folder of class folders, or CIFAR-10.1's pair of NumPy files.
 
     Args:
         dataset: what ``--data`` names.
@@ -159,6 +165,9 @@ def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence
     Raises:
         UsageError: the set has other classes, or cannot be used.
     """
+    if (files := find_arrays(Path(dataset))) is not None:
+        images = load_arrays(files, config.data_size, class_names)
+        return TestData(images, tuple(class_names), Path(dataset).resolve().name, arrays_fingerprint(files))
     source = _open_other(config, dataset)
     try:
         images = load_resident(source, "test", config)
