@@ -145,11 +145,11 @@ def peak_memory_bytes(accelerator: Accelerator) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The forward pass's compute type on any engine."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:

@@ -195,7 +195,7 @@ class Evaluator:
             rows = positions.clamp(max=len(split) - 1)
             images = split.images[rows]
             images = self.preprocess(images.flip(2) if mirrored else images)
-            with autocast(accelerator, self.precision):
+            with autocast(device, self.precision):
                 logits = model(images).float()
             yield Scored(rows, positions < len(split), logits)
 

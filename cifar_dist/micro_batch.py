@@ -54,7 +54,7 @@ def _fits(accelerator: Accelerator, model: torch.nn.Module, sizes: tuple[int, in
     try:
         held = torch.empty(state_bytes, dtype=torch.uint8, device=accelerator.device)
         images = torch.zeros(count, 3, side, side, device=accelerator.device)
-        with autocast(accelerator, precision):
+        with autocast(accelerator.device, precision):
             loss = model(images).float().logsumexp(1).sum()
         loss.backward()
         del held

@@ -219,14 +219,14 @@ def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: Te
     try:
         folder.mkdir(exist_ok=True)
         # Test's predictions are written last, and tell that all is there; pages are of earlier ones.
-        for path in (predictions_file(folder, "test"), *folder.glob("report.*"), folder / "metrics.json"):
+        scores = [predictions_file(folder, split) for split in ("test", "val")]
+        for path in (*scores, *folder.glob("report.*"), folder / "metrics.json"):
             path.unlink(missing_ok=True)
         gather_evidence(subject, scored, data.test).save(folder)
         cost = json.dumps(_cost_or_nothing(subject), indent=1)
         (folder / COST_FILE).write_text(cost + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename or folder} cannot be written ({error.strerror}); make way for it.") from None
-    predictions_file(folder, "val").unlink(missing_ok=True)
     if val is not None:
         save_predictions(folder, val)
     save_predictions(folder, scored)

@@ -13,11 +13,11 @@ from torch import nn
 
 from cifar_dist.config import InputConfig
 from cifar_dist.data.augment import Preprocess
+from cifar_dist.distributed import autocast
 from cifar_dist.errors import UsageError
 from cifar_dist.micro_batch import is_out_of_memory
 from cifar_dist.run_folder import processor
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FASTER = 1.02  # what a doubled batch must bring
 FEWEST_RUNS = 3
 IMAGE_SIDE = 32  # pixels of CIFAR's images
@@ -71,8 +71,7 @@ class _Trial:
 
     @torch.no_grad()
     def _answer(self, images: torch.Tensor) -> torch.Tensor:
-        dtype = AUTOCAST.get(self.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast(self.device, self.precision):
             return self.model(images).float()
 
 

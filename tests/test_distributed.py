@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from cifar_dist.distributed import on_main, seed_process, start
 from cifar_dist.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def alone():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):

@@ -24,17 +24,7 @@ TILE, GAP, LINE = 96, 4, 12
 FLAGS = "--dataset digits --model cnn4 --batch-size 48 --wandb disabled --crop-padding 0 --hflip 0"
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process, which tests of other modules must not find."""
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def sheet(monkeypatch, path, flags=""):

@@ -42,7 +42,7 @@ class FullySharded(Replicated):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits in training, under autocast where the precision asks for it."""
-        with autocast(self.accelerator, self._precision):
+        with autocast(self.accelerator.device, self._precision):
             return self.model(images)
 
     def gradient_is_bad(self) -> torch.Tensor | None:

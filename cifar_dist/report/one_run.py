@@ -43,7 +43,6 @@ class Found:
 
     run: Run
     scored: Scored
-    val: Scored | None
     chosen: Chosen
     evidence: Evidence
     metrics: dict[str, Any]
@@ -95,7 +94,7 @@ def _gather(run: Run, folder: Path) -> Found:
     cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     chosen = choose(scored)
     evidence = load_evidence(folder, scored.ids[chosen.shown].tolist())
-    return Found(run, scored, val, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
+    return Found(run, scored, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
 
 
 def _write_confusions(found: Found, folder: Path) -> None:
