@@ -159,8 +159,7 @@ def to_wandb(run: Run, written: Report) -> None:
     metrics = written.metrics
     numbers = {f"test/{name}": metrics[name] for name in ("top1", "top3", "top5", "error_rate", "loss")}
     facts = {"test/selected_on": metrics["selected_on"], "test/warnings": "; ".join(metrics["warnings"])}
-    last_step = max(record["step"] for record in run.records)
-    log_report(run.folder, run.config, last_step, numbers | facts, written.pictures, written.tables)
+    log_report(run.folder, run.config, run.last_step, numbers | facts, written.pictures, written.tables)
 
 
 def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Namespace) -> None:

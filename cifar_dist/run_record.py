@@ -29,6 +29,11 @@ class Run:
         """The split that the run was evaluated on while training: val, or test to reproduce older studies."""
         return self.config.data.select_on
 
+    @property
+    def last_step(self) -> int:
+        """The last step with a record."""
+        return max(record["step"] for record in self.records)
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
         found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import (
     balanced_accuracy_score,
@@ -173,6 +174,27 @@ def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
     assert "| a\\|b |" in page
     assert "| training time | 0:02:02 |" in page
     assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
+
+
+def test_the_learning_rate_is_drawn_at_every_step_of_the_schedule_up_to_the_last(tmp_path, monkeypatch):
+    """A cosine over 8 epochs of 10 steps, of which 20 were taken and three logged, is PyTorch's at all 20."""
+    drawn = {}
+    monkeypatch.setattr(
+        "cifar_dist.figures.lr_curve", lambda schedule, logged, axis: drawn.update(schedule=schedule, logged=logged)
+    )
+    folder = make_run(tmp_path / "run", epochs=8, lr=0.4, opt="momentum")
+    save_report(folder)
+    write(folder)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert list(drawn["schedule"].steps) == list(range(1, 21))
+    assert drawn["schedule"].values == pytest.approx(rates)
+    assert (drawn["logged"].steps, drawn["logged"].values) == ([5, 10, 20], [1e-3] * 3)
 
 
 def test_the_html_page_needs_nothing_beside_it(written):

@@ -1,6 +1,7 @@
 """Whole stories through train.py: what a user types, and what they find afterwards."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -76,6 +77,8 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
     plan, environment = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("plan", "environment"))
     assert plan["total_steps"] == log[-1]["step"] == 4 * plan["steps_per_epoch"]
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    cosine = [1.5e-3 * (1 + math.cos(math.pi * (record["step"] - 1) / plan["total_steps"])) for record in training]
+    assert [record["lr"] for record in training] == pytest.approx(cosine)
     assert len(environment["class_names"]) == 10
     assert load_config(run_dir / "config.yaml").run.epochs == 4
 

@@ -19,6 +19,7 @@ from cifar_dist import figures
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
+from cifar_dist.plan import schedule_without_model
 from cifar_dist.predictions import Scored, load_predictions, predictions_file
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.numbers import cooled, metrics_of
@@ -122,12 +123,18 @@ def _curves(found: Found) -> dict[str, Figure | None]:
         ]
         return [curve for curve in both if curve.steps]
 
-    steps, rates = run.series("lr")
     return {
         "loss": figures.loss_curves(curves("loss"), axis),
         "accuracy": figures.accuracy_curves(curves("top1"), axis),
-        "lr": figures.lr_curve(figures.Curve("learning rate", [1, *steps], [run.plan["lr_first"], *rates]), axis),
+        "lr": figures.lr_curve(_schedule(run), figures.Curve("log", *run.series("lr"), figures.EVALUATION), axis),
     }
+
+
+def _schedule(run: Run) -> figures.Curve:
+    """The learning rate of every step that the run took, by its settings; a step's record is of its end."""
+    schedule = schedule_without_model(run.config.optim, run.config.run.epochs, run.plan["steps_per_epoch"])
+    steps = range(1, run.last_step + 1)
+    return figures.Curve("schedule", steps, [schedule.apply(step - 1) for step in steps], figures.TRAIN)
 
 
 def _of_classes(found: Found) -> dict[str, Figure | None]:

@@ -16,7 +16,7 @@ from cifar_dist.predictions import Scored
 CAPTIONS = {
     "loss": "Loss against steps",
     "accuracy": "Top-1 accuracy against steps",
-    "lr": "Learning rate against steps",
+    "lr": "Learning rate against steps: what the settings say for each, and what the log holds",
     "class_accuracy": "Accuracy of each class; the dashed line is the mean over all images",
     "confusion_matrix": "Confusion matrix: number of images",
     "confusion_shares": "Confusion matrix: percent of the true class",

@@ -186,8 +186,7 @@ def environment(run: Run, scored: Scored) -> Table:
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     facts["interruptions"] = interruptions(run.environment.get("restarts", []))
-    reached = max(record["step"] for record in run.records)
-    facts["steps"] = f"{reached:,} of {run.plan['schedule_steps']:,} scheduled"
+    facts["steps"] = f"{run.last_step:,} of {run.plan['schedule_steps']:,} scheduled"
     facts["test data fingerprint"] = scored.about.fingerprint
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
     return Table(("what", "value"), rows)

@@ -19,7 +19,7 @@ CURVES = [
     [
         figures.loss_curves(CURVES, AXIS),
         figures.accuracy_curves([Curve("val", [10, 20], [0.9, 1.0])], AXIS),
-        figures.lr_curve(Curve("learning rate", [1, 20], [5e-5, 1e-6]), AXIS),
+        figures.lr_curve(Curve("schedule", [1, 20], [5e-5, 1e-6]), Curve("log", [20], [1e-6]), AXIS),
     ],
     ids=["loss", "accuracy", "lr"],
 )
@@ -59,3 +59,17 @@ def test_accuracy_is_shown_in_percent():
     figure = figures.accuracy_curves([Curve("val", [1, 2], [0.0, 1.0])], AXIS)
     assert {"0%", "100%"} <= labels_in(figure)
     assert figure.axes[0].get_ylim()[1] < 1.05
+
+
+def test_a_learning_rate_that_was_logged_against_the_schedule_shows():
+    """The line is the schedule at every step; of many logged rates some are drawn, each where it was logged."""
+    steps = list(range(1, 1001))
+    schedule = Curve("schedule", steps, [1 - step / 1000 for step in steps], figures.TRAIN)
+    logged = Curve("log", steps[9::10], [0.7] * 100, figures.EVALUATION)
+    axes = figures.lr_curve(schedule, logged, AXIS).axes[0]
+    line, dots = (next(one for one in axes.lines if one.get_label() == name) for name in ("schedule", "log"))
+    np.testing.assert_array_equal(line.get_data(), (schedule.steps, schedule.values))
+    assert dots.get_linestyle() == "None" and dots.get_marker() == "o"
+    assert 20 <= len(dots.get_xdata()) <= 50 and set(dots.get_xdata()) <= set(logged.steps)
+    assert set(dots.get_ydata()) == {0.7}
+    assert {"schedule", "log", "learning rate"} <= labels_in(axes.figure)
