@@ -64,11 +64,12 @@ def lr_curve(schedule: Curve, logged: Curve, axis: StepAxis) -> Figure:
     """Learning rate against steps: the schedule's as a line, and some 40 of those that were logged as dots."""
     figure, axes = _step_figure([schedule], axis, "learning rate")
     every = 1 + len(logged.steps) // 40
-    axes.plot(
-        logged.steps[::every], logged.values[::every], label=logged.label, color=logged.color, linestyle="none",
-        marker="o", markersize=4,
-    )  # fmt: skip
-    axes.legend()
+    with matplotlib.rc_context(STYLE):
+        axes.plot(
+            logged.steps[::every], logged.values[::every], label=logged.label, color=logged.color, linestyle="none",
+            marker="o", markersize=4,
+        )  # fmt: skip
+        axes.legend()
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
     return figure

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_losses
 from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
@@ -91,7 +90,9 @@ def accuracy_against(
 ) -> Figure:
     """Accuracy with its interval against a cost such as GFLOPs or latency, a colour and marker per label.
 
-    The axis of costs is logarithmic where they differ by more than a factor of 10.
+    The axis of costs is logarithmic where they differ by more than a factor of 10. It reaches at least a fifth beyond
+    the lowest and the highest, so that costs that are nearly equal stand close together; accuracies likewise span at
+    least a point.
 
     Args:
         x: costs of N runs, at least 0; NaN where unknown, then the legend says so.
@@ -110,14 +111,17 @@ def accuracy_against(
             known = "" if np.isfinite(costs[rows]).any() else " (not measured)"
             axes.errorbar(
                 costs[rows], middle[rows], yerr=errors, color=color, marker=marker, linestyle="none",
-                markersize=7, capsize=3, linewidth=1.2, label=shortened(label, 34) + known,
+                markersize=5, capsize=4, linewidth=1.2, label=shortened(label, 34) + known,
             )  # fmt: skip
         finite = costs[np.isfinite(costs)]
-        if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
-            axes.set_xscale("log")
-            logarithmic(axes.xaxis)
-        axes.margins(x=0.08)
+        if len(finite) and finite.max() > 0:
+            if finite.min() > 0 and finite.max() > 10 * finite.min():
+                axes.set_xscale("log")
+                logarithmic(axes.xaxis)
+            axes.set_xlim(finite.min() / 1.2, 1.2 * finite.max())
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, middle.min() - 0.005), max(high, middle.max() + 0.005))
+        scale_accuracies(axes, [accuracies])
         axes.set(xlabel=x_label, ylabel=ACCURACY)
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
         figure.legend(loc="outside lower center", ncols=2)
     return figure

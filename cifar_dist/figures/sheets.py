@@ -80,7 +80,7 @@ class _Sheet:
 
     def image(self, left: float, top: float, image: np.ndarray) -> None:
         """An image, uint8 (S, S, 3) or heat (S, S), whose pixels are squares where they are large enough to see."""
-        small = max(image.shape[:2]) < _TILE * STYLE["savefig.dpi"]
+        small = max(image.shape[:2]) < _TILE * STYLE["figure.dpi"]
         self._axes.imshow(
             image, extent=(left, left + _TILE, top + _TILE, top), aspect="auto", cmap=HEAT, vmin=0, vmax=1,
             interpolation="nearest" if small else "antialiased",

@@ -13,8 +13,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 
 TRAIN, EVALUATION, OTHER = "#0072B2", "#D55E00", "#000000"
@@ -30,8 +31,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
+    "figure.dpi": 150,
     "svg.fonttype": "none",
     "svg.hashsalt": "cifar-dist",
 }
@@ -84,10 +84,12 @@ def save(figure: Figure, path: Path) -> None:
 
     A figure made anew from the same data gives the same bytes.
     """
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="png")
-        if not any(np.asarray(image.get_array()).ndim == 3 for image in figure.findobj(AxesImage)):
-            figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None})
+    photographs = any(np.asarray(image.get_array()).ndim == 3 for axes in figure.axes for image in axes.images)
+    with matplotlib.rc_context(STYLE):  # the canvases' own writers: savefig would lay out and draw each file twice
+        FigureCanvasAgg(figure).print_png(path)
+        if not photographs:
+            figure.set_layout_engine("none")
+            FigureCanvasSVG(figure).print_svg(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def save_all(drawn: Mapping[str, Figure | None], folder: Path) -> dict[str, Path]:

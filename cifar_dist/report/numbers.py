@@ -23,8 +23,8 @@ TEST_SELECTED = (
 )
 
 
-def compute_metrics(scored: Scored) -> dict[str, Any]:
-    """Every number of the predictions, by the project's `evaluate` modules."""
+def compute_metrics(scored: Scored, of_confidence_alone: bool = False) -> dict[str, Any]:
+    """Every number of the predictions, by the project's `evaluate` modules, or those that a temperature changes."""
     import evaluate
     from cifar_dist.metrics.balanced_accuracy import BalancedAccuracy
     from cifar_dist.metrics.calibration import Calibration
@@ -33,7 +33,9 @@ def compute_metrics(scored: Scored) -> dict[str, Any]:
     from cifar_dist.metrics.cross_entropy import CrossEntropy
     from cifar_dist.metrics.top_k_accuracy import TopKAccuracy
 
-    modules = (TopKAccuracy, CrossEntropy, ClassificationReport, BalancedAccuracy, ConfusionMatrix, Calibration)
+    modules: list[Any] = [CrossEntropy, Calibration]
+    if not of_confidence_alone:
+        modules += [TopKAccuracy, ClassificationReport, BalancedAccuracy, ConfusionMatrix]
     with tempfile.TemporaryDirectory() as cache:  # else each leaves an empty folder in the user's home
         combined = evaluate.combine([module(keep_in_memory=True, cache_dir=cache) for module in modules])
         return combined.compute(predictions=scored.probabilities, references=scored.labels)
@@ -95,7 +97,7 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
     temperature = None if val is None or val.correct.all() else calibration.fit_temperature(val.logits, val.labels)
     if temperature is None or not LOWEST < temperature < HIGHEST:  # with hardly a mistake in val, any small one fits
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
-    after = compute_metrics(cooled(scored, temperature))
+    after = compute_metrics(cooled(scored, temperature), of_confidence_alone=True)
     return {
         "before": numbers,
         "temperature": temperature,

@@ -108,6 +108,24 @@ def test_costs_over_more_than_a_factor_of_ten_are_logarithmic_and_a_zero_is_not(
     assert against([0.0, 20.0], ["a", "b"]).axes[0].get_xscale() == "linear"
 
 
+@pytest.mark.parametrize("costs", [[26.3, 26.4], [0.5, 0.5], [1.0, 1.01, 50.0]], ids=["near", "same", "logarithmic"])
+def test_costs_that_are_nearly_equal_look_so_and_intervals_are_seen(costs):
+    """Two points a hundredth apart are at most a twentieth of the picture apart."""
+    axes = against(costs, [f"run {number}" for number in range(len(costs))]).axes[0]
+    places = axes.transLimits.transform(axes.transScale.transform([(cost, 0.92) for cost in costs]))[:, 0]
+    assert places[1] - places[0] < 0.05 and places.min() > 0.02 and places.max() < 0.98
+    low, high = axes.get_ylim()
+    assert low < 0.89 and 0.97 < high
+
+
+def test_equal_accuracies_of_huge_test_sets_are_not_torn_apart_and_none_is_above_100_percent():
+    figure = figures.accuracy_against([1, 2], ["a", "b"], [0.9001, 0.9], np.full((2, 2), 0.9), "GFLOPs")
+    low, high = figure.axes[0].get_ylim()
+    assert high - low > 0.01
+    top = figures.accuracy_against([1], ["a"], [1.0], np.array([[0.99, 1.0]]), "GFLOPs").axes[0].get_ylim()[1]
+    assert 1 < top < 1.01
+
+
 def test_a_cost_that_was_not_measured_is_said_and_seeds_share_an_entry():
     figure = against([1.0, 2.0, float("nan"), float("nan"), 3.0], ["a", "a", "b", "c", "c"])
     (legend,) = figure.legends
