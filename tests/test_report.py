@@ -23,6 +23,7 @@ from sklearn.metrics import (
 from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.errors import UsageError
+from cifar_dist.evidence import load_evidence
 from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import report_folder, write_report
 from cifar_dist.run_record import open_run
@@ -233,6 +234,27 @@ def test_a_model_that_cannot_be_explained_has_a_report_all_the_same(tmp_path):
     save_report(folder, maps=False)
     assert "grad_cam" not in write(folder).pictures
     assert "There are no Grad-CAM maps: it has no map." in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, None), (1, "1 of the 12 Grad-CAM maps shown is"), (5, "5 of the 12 Grad-CAM maps shown are")],
+)
+def test_empty_maps_are_counted(run, count, said):
+    """Of the maps of a right and a wrong prediction of each of six classes."""
+    scored, evidence = make_scored(), load_evidence(run / "report", ())
+    confidence, shown = scored.probabilities.max(1), []
+    for number in range(6):
+        for right in (True, False):
+            of_class = np.flatnonzero((scored.labels == number) & (scored.correct == right))
+            shown.append(of_class[confidence[of_class].argmax()])
+    evidence.maps["grad_cam"][np.isin(evidence.explained, shown[:count])] = 0
+    evidence.save(run / "report")
+    write(run)
+    page = (run / "report" / "report.md").read_text()
+    assert ("empty, all black" in page) == bool(count)
+    assert said is None or f"{said} empty, all black" in page
 
 
 @pytest.mark.usefixtures("no_pictures")

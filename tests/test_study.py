@@ -13,10 +13,11 @@ from statsmodels.stats.multitest import multipletests
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
+from cifar_dist.evidence import load_evidence
 from cifar_dist.report import report_folder, write_comparison, write_report
 from cifar_dist.report.grouping import grid_axes, group_runs
 from cifar_dist.run_record import open_run
-from tests.made_up import make_run, make_scored, save_report, with_class_names
+from tests.made_up import COST, make_run, make_scored, save_report, with_class_names
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,46 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert groups[0]["std_top1"] == pytest.approx(np.std(accuracies, ddof=1))
     assert len(found.verdicts) == 1
     assert "is better than" in found.verdicts[0]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
+    runs = []
+    for seed, seconds in enumerate((0.002, 0.004, None)):
+        folder = make_run(tmp_path / f"a{seed}", seed=seed)
+        inference = {**COST["inference"], "latency_median_seconds": seconds, "device": f"processor {seed}"}
+        save_report(folder, make_scored(seed=seed), cost={**COST, "inference": inference} if seconds else None)
+        runs.append(open_run(folder))
+        write_report(runs[-1], report_folder(folder))
+    compared(tmp_path, *runs, make(tmp_path, "b", lr=0.1))
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    header = next(line for line in lines if "latency (ms)" in line).split(" | ")
+    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 2.00")).split(" | ")
+    assert row[header.index("latency (ms)")] == "3.00"
+    assert row[-1] == "processor 0; processor 1 |"
+    assert "Of several runs of one setting the means are given." in lines
+
+
+def blacken(folder, number):
+    """Make the first maps of a report all zero."""
+    evidence = load_evidence(folder / "report", ())
+    evidence.maps["grad_cam"][:number] = 0
+    evidence.save(folder / "report")
+    return evidence.explained[:number]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_empty_maps_are_counted_for_each_run(tmp_path):
+    runs = [make(tmp_path, "a"), make(tmp_path, "b", make_scored(seed=4), lr=0.1)]
+    compared(tmp_path, *runs)
+    assert "some are empty" not in (tmp_path / "out" / "comparison.md").read_text()
+    scored, black = make_scored(seed=4), blacken(runs[1].folder, 10)
+    shared = {next(i for i in range(300) if scored.labels[i] == number) for number in range(6)}
+    count = len(shared & set(black.tolist()))
+    assert 0 < count < 10
+    compared(tmp_path, *runs)
+    said = f"Of the 6 Grad-CAM maps of each run, some are empty, all black: {count} of b."
+    assert said in (tmp_path / "out" / "comparison.md").read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,14 @@ def mistake_words(metrics: dict[str, Any]) -> str:
     )
 
 
-def map_words(evidence: Evidence) -> str:
-    """How the maps were made, or why there are none."""
+def empty_maps(evidence: Evidence, sample_ids: Iterable[int]) -> int:
+    """How many of the Grad-CAM maps of these images are all zero."""
+    maps = [evidence.map("grad_cam", sample_id) for sample_id in sample_ids]
+    return sum(map is not None and not map.any() for map in maps)
+
+
+def map_words(evidence: Evidence, sample_ids: Sequence[int]) -> str:
+    """How the maps of these images were made and how many show nothing, or why there are none."""
     missing = {"grad_cam": "There are no Grad-CAM maps", "rollout": "There is no attention rollout"}
     reasons = "".join(f" {missing[method]}: {reason}" for method, reason in evidence.unexplained.items())
     if "grad_cam" not in evidence.maps:
@@ -111,4 +117,8 @@ def map_words(evidence: Evidence) -> str:
         if "rollout" in evidence.maps
         else ""
     )
-    return f"Grad-CAM (Selvaraju et al., 2017) at layer {evidence.layer}, for the predicted class.{rollout}{reasons}"
+    empty = empty_maps(evidence, sample_ids)
+    are = f"{empty} of the {len(sample_ids)} Grad-CAM maps shown {'is' if empty == 1 else 'are'} empty"
+    nothing = f" {are}, all black: nothing at this layer speaks for the class." if empty else ""
+    how = f"Grad-CAM (Selvaraju et al., 2017) at layer {evidence.layer}, for the predicted class."
+    return f"{how}{nothing}{rollout}{reasons}"

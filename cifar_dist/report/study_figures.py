@@ -12,7 +12,7 @@ from cifar_dist import figures
 from cifar_dist.evidence import choose
 from cifar_dist.report.grouping import Group, grid_axes
 from cifar_dist.report.members import Member
-from cifar_dist.report.sheets import as_seen, caption
+from cifar_dist.report.sheets import as_seen, caption, empty_maps
 
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
@@ -113,6 +113,15 @@ def _only_right(members: Sequence[Member]) -> Figure | None:
             images.append(holders[0].image(sample_id))
             captions.append("\n".join((right.name, caption(wrong.scored, int(position), "\n"))))
     return figures.image_gallery(images, captions) if images else None
+
+
+def map_words(members: Sequence[Member]) -> str:
+    """How many of the maps of the same images are empty; nothing where none is."""
+    first = members[0].scored
+    ids = [int(first.ids[row]) for row in choose(first).shared]
+    empty = {member.name: empty_maps(member.evidence, ids) for member in members}
+    counts = ", ".join(f"{count} of {name}" for name, count in empty.items() if count)
+    return f"Of the {len(ids)} Grad-CAM maps of each run, some are empty, all black: {counts}." if counts else ""
 
 
 def _same_images(members: Sequence[Member]) -> Figure | None:

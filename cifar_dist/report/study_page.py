@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,21 @@ from cifar_dist.report import study_figures
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, row_of, spread
 from cifar_dist.report.tables import MIB, interval, percent, quantity
+
+# Columns of the studies' tables: which number of a run, and how it is shown.
+_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters (M)": ("parameters", lambda count: f"{count / 1e6:,.2f}"),
+    "GFLOPs": ("gflops", quantity),
+    "GMACs": ("gmacs", quantity),
+    "GMACs without attention": ("gmacs_without_attention", quantity),
+    "latency (ms)": ("latency_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
+    "p95 (ms)": ("latency_p95_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
+    "images/s": ("images_per_second", "{:,.0f}".format),
+    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
+    "memory, training (MiB)": ("training_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
+    "training (min)": ("training_seconds", lambda seconds: f"{seconds / 60:,.1f}"),
+    "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
+}
 
 
 def study_page(
@@ -26,6 +41,7 @@ def study_page(
     def shown(*names: str) -> list[Picture]:
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
 
+    empty = [Text(words)] if (words := study_figures.map_words(members)) else []
     best = max(groups, key=lambda group: spread(members, group)["mean_top1"])
     words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} has the highest accuracy."
     return Page(
@@ -35,8 +51,8 @@ def study_page(
             Section("Settings", _settings(members, groups)),
             Section("Accuracy", [_accuracies(members, groups), *shown("grid", "curves")]),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
-            Section("Cost", [_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
-            Section("Where they differ", [_only(members), *shown("agreement", "only_right", "grad_cam")]),
+            Section("Cost", [*_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
+            Section("Where they differ", [_only(members), *empty, *shown("agreement", "only_right", "grad_cam")]),
             Section("Files", [Files(files)]),
         ],
     )
@@ -121,38 +137,21 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
     ]
 
 
-def _costs(members: Sequence[Member], groups: Sequence[Group]) -> Table:
-    """The first run of each group, with the columns of the studies' tables."""
+def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
+    """What each group cost; of repeats the mean."""
     rows = []
     for group in groups:
-        row, counts = row_of(members[group.members[0]], group.name), ("gflops", "gmacs", "gmacs_without_attention")
+        found = [row_of(members[number], group.name) for number in group.members]
+        devices = sorted({str(row["device"]) for row in found if row["device"]})
+        cells = [_mean(found, name, show) for name, show in _COSTS.values()]
+        rows.append((group.name, *cells, "; ".join(devices) or "–"))
+    repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
+    return [Table(("settings", *_COSTS, "inference on"), rows), *repeats]
 
-        def cell(name: str, factor: float = 1, digits: int = 2, row: dict[str, Any] = row) -> str:
-            return "–" if row[name] is None else f"{row[name] * factor:,.{digits}f}"
 
-        rows.append(
-            (
-                group.name,
-                cell("parameters", 1e-6),
-                *("–" if row[name] is None else quantity(row[name]) for name in counts),
-                cell("latency_seconds", 1e3),
-                cell("latency_p95_seconds", 1e3),
-                cell("images_per_second", 1, 0),
-                cell("inference_peak_memory_bytes", 1 / MIB, 0),
-                cell("training_peak_memory_bytes", 1 / MIB, 0),
-                cell("training_seconds", 1 / 60, 1),
-                cell("mfu", 100, 1),
-                str(row["device"] or "–"),
-            )
-        )
-    return Table(
-        (
-            "settings", "parameters (M)", "GFLOPs", "GMACs", "GMACs without attention", "latency (ms)", "p95 (ms)",
-            "images/s", "memory, inference (MiB)", "memory, training (MiB)", "training (min)", "MFU (%)",
-            "inference on",
-        ),
-        rows,
-    )  # fmt: skip
+def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str]) -> str:
+    known = [row[name] for row in rows if row[name] is not None]
+    return show(float(np.mean(known))) if known else "–"
 
 
 def _only(members: Sequence[Member]) -> Table:

@@ -115,7 +115,7 @@ def test_costs_that_are_nearly_equal_look_so_and_intervals_are_seen(costs):
     places = axes.transLimits.transform(axes.transScale.transform([(cost, 0.92) for cost in costs]))[:, 0]
     assert places[1] - places[0] < 0.05 and places.min() > 0.02 and places.max() < 0.98
     low, high = axes.get_ylim()
-    assert low < 0.89 and 0.97 < high
+    assert low < 0.89 and high > 0.97
 
 
 def test_equal_accuracies_of_huge_test_sets_are_not_torn_apart_and_none_is_above_100_percent():
