@@ -20,6 +20,8 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from cifar_dist import export
+from cifar_dist.config import Config, InputConfig
+from cifar_dist.data import load_test_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import to_pixels
 from cifar_dist.errors import UsageError
@@ -220,6 +222,26 @@ def test_the_card_is_measured(metrics, tmp_path):
     np.testing.assert_allclose(np.array([row[1:] for row in rows], dtype=float), expected, atol=5.1e-5)
     assert "| lr | 0.025 |" in card.text
     assert "optimistic" not in card.text and "picked on val" in card.text
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"img_size": 64}, True), ({"img_size": 32}, False)])
+def test_the_card_says_how_images_were_resized_where_they_were(metrics, tmp_path, settings, said):
+    run, model = finished(tmp_path / "run", model="test_vit", **settings)
+    export_run(run, model, metrics, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert ("own resize from 32 to 64 pixels" in card.text) == ("0.3 of 255 levels" in card.text) == said
+    assert "\n\n\n" not in card.text
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_what_the_card_says_of_the_resize_is_so(real_cifar10, interpolation):
+    data = load_test_data(Config.from_flat({"dataset": str(real_cifar10)}).data)
+    images = data.test.images[:100]
+    own = Preprocess(InputConfig(128, (0, 0, 0), (1, 1, 1), interpolation), "cpu", torch.float32)(images)
+    filter = Image.Resampling[interpolation.upper()]
+    theirs = [np.asarray(Image.fromarray(image.numpy()).resize((128, 128), filter)) for image in images]
+    levels = np.abs(255 * own.permute(0, 2, 3, 1).numpy() - np.stack(theirs))
+    assert levels.mean() == pytest.approx(0.3, abs=0.05) and levels.max() < 1.2
 
 
 def test_test_selection_is_labelled_on_the_card_and_in_its_header(metrics, tmp_path):
