@@ -96,12 +96,12 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
         on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
         return aim.folder
     accelerator.print(f"scoring     {run.folder}, checkpoint {aim.which}", flush=True)
-    subject = scoring.load_subject(run, aim.which, accelerator, precision)
+    subject = scoring.load_subject(run, aim, accelerator)
     data = scoring.test_data(run, aim.other)
-    scored, val = scoring.score_test(subject, data, aim), scoring.score_val(subject, aim.tta)
+    scored, val = scoring.score_test(subject, data), scoring.score_val(subject)
 
     def save() -> None:
-        scoring.save_findings(subject, scored, val, data, aim.folder)
+        scoring.save_findings(subject, scored, val, data)
         written = publish(run, aim.folder, f"checkpoint {aim.which}, step {scored.about.step}")
         if (run.folder / "wandb_id").exists() and aim.folder.name == "report":
             to_wandb(run, written)

@@ -34,46 +34,6 @@ COST_FILE = "cost.json"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A run's model with the weights of one of its checkpoints, on its device.
-
-    Attributes:
-        run: what was trained.
-        stored: the checkpoint.
-        which: best, last, or the checkpoint's folder.
-        model: in evaluation mode.
-        input: what it expects of images.
-        accelerator: of this process.
-        precision: of the forward pass.
-    """
-
-    run: Run
-    stored: Stored
-    which: str
-    model: torch.nn.Module
-    input: InputConfig
-    accelerator: Accelerator
-    precision: str
-
-
-def load_subject(run: Run, which: str, accelerator: Accelerator, precision: str) -> Subject:
-    """Build the run's model and give it the checkpoint's weights (their moving average if the run kept one).
-
-    Raises:
-        UsageError: there is no such checkpoint, or it is damaged or of another model.
-    """
-    stored = checkpoint.find(run.folder, which)
-    config = replace(run.config.model, pretrained=False, init_weights=None)
-    model = build_model(config, len(run.environment["class_names"]))
-    try:
-        model.load_state_dict(checkpoint.load_weights(stored))
-    except RuntimeError:
-        raise UsageError(f"{run.folder}: checkpoint {which} does not fit the model of its config.yaml.") from None
-    inputs = input_config(model, run.config.model)
-    return Subject(run, stored, which, model.to(accelerator.device).eval(), inputs, accelerator, precision)
-
-
-@dataclass(frozen=True)
 class Aim:
     """What a run is to be scored on, and how.
 
@@ -92,6 +52,44 @@ class Aim:
     tta: str
     precision: str
     folder: Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's model with the weights of one of its checkpoints, on its device.
+
+    Attributes:
+        run: what was trained.
+        aim: how it is scored.
+        stored: the checkpoint.
+        model: in evaluation mode.
+        input: what it expects of images.
+        accelerator: of this process.
+    """
+
+    run: Run
+    aim: Aim
+    stored: Stored
+    model: torch.nn.Module
+    input: InputConfig
+    accelerator: Accelerator
+
+
+def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
+    """Build the run's model and give it the checkpoint's weights (their moving average if the run kept one).
+
+    Raises:
+        UsageError: there is no such checkpoint, or it is damaged or of another model.
+    """
+    stored = checkpoint.find(run.folder, aim.which)
+    config = replace(run.config.model, pretrained=False, init_weights=None)
+    model = build_model(config, len(run.environment["class_names"]))
+    try:
+        model.load_state_dict(checkpoint.load_weights(stored))
+    except RuntimeError:
+        raise UsageError(f"{run.folder}: checkpoint {aim.which} does not fit the model of its config.yaml.") from None
+    inputs = input_config(model, run.config.model)
+    return Subject(run, aim, stored, model.to(accelerator.device).eval(), inputs, accelerator)
 
 
 def fingerprint(run: Run, other: str | None) -> str | None:
@@ -121,13 +119,13 @@ def test_data(run: Run, other: str | None) -> TestData:
     return data
 
 
-def score_test(subject: Subject, data: TestData, aim: Aim) -> Scored:
+def score_test(subject: Subject, data: TestData) -> Scored:
     """Predictions for the test split."""
-    about = _about(subject, data.name, "test", data.fingerprint, aim.tta)
-    return _score(subject, data.test, replace(about, own_data=aim.other is None))
+    about = _about(subject, data.name, "test", data.fingerprint)
+    return _score(subject, data.test, replace(about, own_data=subject.aim.other is None))
 
 
-def score_val(subject: Subject, tta: str) -> Scored | None:
+def score_val(subject: Subject) -> Scored | None:
     """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
     config, environment = subject.run.config.data, subject.run.environment
     try:
@@ -138,14 +136,14 @@ def score_val(subject: Subject, tta: str) -> Scored | None:
         return None
     if val is None:
         return None
-    about = _about(subject, config.dataset, "val", str(environment.get("data_fingerprint")), tta)
+    about = _about(subject, config.dataset, "val", str(environment.get("data_fingerprint")))
     return _score(subject, val, about)
 
 
-def _about(subject: Subject, dataset: str, split: str, fingerprint: str, tta: str) -> About:
-    stored = subject.stored
+def _about(subject: Subject, dataset: str, split: str, fingerprint: str) -> About:
+    aim, stored = subject.aim, subject.stored
     return About(
-        dataset, split, fingerprint, subject.which, stored.step, stored.digest, tta=tta, precision=subject.precision
+        dataset, split, fingerprint, aim.which, stored.step, stored.digest, tta=aim.tta, precision=aim.precision
     )
 
 
@@ -153,7 +151,7 @@ def _score(subject: Subject, split: ResidentSet, about: About) -> Scored:
     """Logits of every image, each once, whatever the number of processes."""
     preprocess = Preprocess(subject.input, subject.accelerator.device, torch.float32)
     batch = subject.run.plan["micro_batch_size"]
-    evaluator = Evaluator(subject.accelerator, preprocess, batch, subject.precision)
+    evaluator = Evaluator(subject.accelerator, preprocess, batch, subject.aim.precision)
     images = split.to(subject.accelerator.device)
     logits = evaluator.logits(subject.model, images)
     if about.tta == "flip":
@@ -202,7 +200,7 @@ def measure_cost(subject: Subject) -> dict[str, Any]:
     """What the model takes: parameters, FLOPs, and the time and memory of inference on this machine."""
     parameters, trained = count_parameters(subject.model)
     flops = count_flops(subject.model, subject.input.img_size)
-    speed = measure_speed(subject.model, subject.input, subject.accelerator.device, subject.precision)
+    speed = measure_speed(subject.model, subject.input, subject.accelerator.device, subject.aim.precision)
     peak = device_peak(subject.accelerator.device, subject.run.config.run.precision)
     return {
         "parameters": parameters,
@@ -214,8 +212,9 @@ def measure_cost(subject: Subject) -> dict[str, Any]:
     }
 
 
-def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: TestData, folder: Path) -> None:
+def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: TestData) -> None:
     """Save all that a report needs: maps and pixels, costs, the predictions of val and test."""
+    folder = subject.aim.folder
     try:
         folder.mkdir(exist_ok=True)
         # Test's predictions are written last, and tell that all is there; pages are of earlier ones.
