@@ -1,4 +1,10 @@
-"""The most that a device can compute: as its maker states, or measured."""
+"""The most that a device can compute: as its maker states, or measured.
+
+Stated are dense TFLOP/s, tensor cores adding up in fp32, by NVIDIA's data sheet of each card (V100, T4, A10, A100, L4,
+L40S, H100, H200, HGX B200) and, for GeForce, the whitepapers of Ampere GA102 (RTX 3090) and Ada (RTX 4090). Sheets that
+give only what structured sparsity would do are halved. The tests reckon the same, within 2 %, from multiprocessors, boost
+clock and operations a clock (of the B200 in fp32 alone).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +18,7 @@ from cifar_dist.speed import durations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense TFLOP/s by NVIDIA's data sheets (RTX: whitepapers), tensor cores adding up in fp32; None where it states none.
-# Sheets that give only what structured sparsity would do are halved (L4, H100, H200, B200).
+# By torch's name of a card without its brand; None where the sheet states none. Halved: L4, H100, H200, B200.
 FORMATS = ("fp16", "bf16", "tf32", "fp32")
 DATA_SHEETS: dict[str, tuple[float | None, ...]] = {
     r"V100-SXM[23]-(16|32)GB": (125, None, None, 15.7),

@@ -18,7 +18,7 @@ def gpu(monkeypatch):
     return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
 
-# Streaming multiprocessors, boost clock (GHz), and fp16 operations that the tensor cores of one do in a clock.
+# As torch names them: streaming multiprocessors, boost clock (GHz), and fp16 operations of its tensor cores in a clock.
 CHIPS = {
     "Tesla V100-SXM2-32GB": (80, 1.53, 1024),
     "Tesla V100-PCIE-16GB": (80, 1.38, 1024),
@@ -43,6 +43,33 @@ def test_stated_peaks_are_what_the_chips_can_do(name, gpu):
     found = device_peak(CUDA, "fp16")
     assert found.flops_per_second == pytest.approx(processors * gigahertz * 1e9 * operations, rel=0.02)
     assert name in found.source and "fp16" in found.source
+
+
+# Streaming multiprocessors, boost clock (GHz), and fp32 lanes of one; a lane multiplies and adds in a clock.
+LANES = {
+    "Tesla V100-SXM2-16GB": (80, 1.53, 64),
+    "Tesla V100-PCIE-32GB": (80, 1.38, 64),
+    "Tesla T4": (40, 1.59, 64),
+    "NVIDIA A10": (72, 1.695, 128),
+    "NVIDIA A100-SXM4-40GB": (108, 1.41, 64),
+    "NVIDIA A100-PCIE-40GB": (108, 1.41, 64),
+    "NVIDIA L4": (58, 2.04, 128),
+    "NVIDIA L40S": (142, 2.52, 128),
+    "NVIDIA H100 80GB HBM3": (132, 1.98, 128),
+    "NVIDIA H100 PCIe": (114, 1.755, 128),
+    "NVIDIA H200": (132, 1.98, 128),
+    "NVIDIA B200": (148, 1.965, 128),
+    "NVIDIA GeForce RTX 3090": (82, 1.695, 128),
+    "NVIDIA GeForce RTX 4090": (128, 2.52, 128),
+}
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_stated_fp32_is_what_the_lanes_can_do(name, gpu, monkeypatch):
+    gpu(name)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    processors, gigahertz, lanes = LANES[name]
+    assert device_peak(CUDA, "fp32").flops_per_second == pytest.approx(2e9 * processors * gigahertz * lanes, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [name for name in CHIPS if "V100" not in name and "T4" not in name])
