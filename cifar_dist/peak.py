@@ -2,8 +2,8 @@
 
 Stated are dense TFLOP/s, tensor cores adding up in fp32, by NVIDIA's data sheet of each card (V100, T4, A10, A100, L4,
 L40S, H100, H200, HGX B200) and, for GeForce, the whitepapers of Ampere GA102 (RTX 3090) and Ada (RTX 4090). Sheets that
-give only what structured sparsity would do are halved. The tests reckon the same, within 2 %, from multiprocessors, boost
-clock and operations a clock (of the B200 in fp32 alone).
+give only what structured sparsity would do are halved. The tests reckon the same, within 2 %, from multiprocessors,
+boost clock and operations a clock (of the B200 in fp32 alone).
 """
 
 from __future__ import annotations
