@@ -286,6 +286,24 @@ def test_another_data_set_is_neither_changed_nor_watched(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("checkpoint", "flag"),
+    [
+        ("best", ""),
+        ("last", " --checkpoint last"),
+        ("some/run/checkpoints/step-00000020", " --checkpoint {run}-again/checkpoints/step-00000020"),
+    ],
+)
+def test_the_command_scores_the_same_checkpoint_of_the_run_that_is_made_again(tmp_path, checkpoint, flag):
+    folder = make_run(tmp_path / "run")
+    save_report(folder, make_scored(checkpoint=checkpoint))
+    write(folder)
+    lines = (folder / "report" / "report.md").read_text().splitlines()
+    assert f"python evaluate.py {folder}-again{flag.format(run=folder)}" in lines
+    assert "| seed | 0 |" in lines and "| split_seed | 42 |" in lines
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_changed_data_is_said(tmp_path):
     folder = make_run(tmp_path / "run")
     save_report(folder, make_scored(fingerprint="bb"))

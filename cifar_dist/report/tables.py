@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from cifar_dist.config import Config
@@ -31,6 +32,7 @@ SHOWN_SETTINGS = [
     "select_on",
     "precision",
     "seed",
+    "split_seed",
 ]
 NOT_SETTINGS = [
     "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
@@ -205,7 +207,9 @@ def commands(run: Run, about: About) -> str:
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
     config = run.folder / "config.yaml"
     train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
-    flags = [] if about.checkpoint == "best" else ["--checkpoint last"]
+    named = about.checkpoint in ("best", "last")
+    which = about.checkpoint if named else f"{again}/checkpoints/{Path(about.checkpoint).name}"
+    flags = [] if which == "best" else [f"--checkpoint {shlex.quote(which)}"]
     flags += ["--tta flip"] if about.tta == "flip" else []
     flags += [] if about.own_data else [f"--data {shlex.quote(about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"
