@@ -34,7 +34,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file in or below the page's folder, and what it shows."""
+    """An image file in or below the page's folder, and what it shows; of a JPEG beside it HTML holds the smaller."""
 
     path: Path
     shows: str
@@ -116,7 +116,8 @@ def _numeric_columns(table: Table) -> set[int]:
 
 
 def _data_address(path: Path) -> str:
-    """A file's content as an address, so that a page needs no file beside it."""
+    """A picture's content as an address, so that a page needs no file beside it."""
+    path = min((found for found in (path, path.with_suffix(".jpg")) if found.exists()), key=lambda f: f.stat().st_size)
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

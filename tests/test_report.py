@@ -1,5 +1,6 @@
 """Reports of made-up runs, whose every number is known."""
 
+import base64
 import csv
 import dataclasses
 import json
@@ -201,7 +202,9 @@ def test_the_learning_rate_is_drawn_at_every_step_of_the_schedule_up_to_the_last
 def test_the_html_page_needs_nothing_beside_it(written):
     run, _ = written
     page = (run / "report" / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == len(PICTURES)
+    assert len(re.findall('src="data:image/(?:png|jpeg);base64,', page)) == len(PICTURES)
+    sheet = min((run / "report" / f"grad_cam.{kind}" for kind in ("png", "jpg")), key=lambda path: path.stat().st_size)
+    assert base64.b64encode(sheet.read_bytes()).decode() in page
     assert not re.search(r'(src|href)="(?!data:|#|[\w.]+(csv|parquet|json)")', page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "<td>a|b</td>" in page
@@ -223,7 +226,7 @@ def test_a_report_is_made_again_without_the_model(run):
     first = write(run)
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
     for path in (run / "report").iterdir():
-        if path.suffix in (".png", ".svg", ".md", ".html", ".csv") or path.name == "metrics.json":
+        if path.suffix in (".png", ".jpg", ".svg", ".md", ".html", ".csv") or path.name == "metrics.json":
             path.unlink()
     assert write(run) == first
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before

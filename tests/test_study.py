@@ -101,7 +101,7 @@ def test_everything_is_written(tmp_path, three):
         "agreement.png", "curves.png", "gflops.png", "grad_cam.png", "latency.png", "only_right.png", "parameters.png",
         "training_time.png",
     ]  # fmt: skip
-    assert page.count("data:image/png;base64,") == len(pictures)
+    assert len(re.findall("data:image/(?:png|jpeg);base64,", page)) == len(pictures)
     assert not re.search(r'src="(?!data:)', page)
     for name in pictures:
         with Image.open(out / name) as image:

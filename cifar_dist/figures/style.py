@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 
 TRAIN, EVALUATION, OTHER = "#0072B2", "#D55E00", "#000000"
 RIGHT, WRONG = TRAIN, EVALUATION
@@ -84,17 +85,28 @@ def save(figure: Figure, path: Path) -> None:
 
     A figure made anew from the same data gives the same bytes.
     """
-    photographs = any(np.asarray(image.get_array()).ndim == 3 for axes in figure.axes for image in axes.images)
     with matplotlib.rc_context(STYLE):  # the canvases' own writers: savefig would lay out and draw each file twice
         FigureCanvasAgg(figure).print_png(path)
-        if not photographs:
+        if not _has_photographs(figure):
             figure.set_layout_engine("none")
             FigureCanvasSVG(figure).print_svg(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def save_all(drawn: Mapping[str, Figure | None], folder: Path) -> dict[str, Path]:
-    """Write the figures there are into a folder, each as its name; their PNG files by name."""
+    """Write the figures there are into a folder, each as its name, those with photographs as JPEG too, for pages.
+
+    Returns:
+        Their PNG files by name.
+    """
     found = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in found.items():
-        save(figure, folder / f"{name}.png")
+        path = folder / f"{name}.png"
+        save(figure, path)
+        if _has_photographs(figure):
+            with Image.open(path) as picture:
+                picture.convert("RGB").save(path.with_suffix(".jpg"), quality=80, subsampling=0)
     return {name: folder / f"{name}.png" for name in found}
+
+
+def _has_photographs(figure: Figure) -> bool:
+    return any(np.asarray(image.get_array()).ndim == 3 for axes in figure.axes for image in axes.images)

@@ -67,8 +67,9 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     make_room(output)
     try:
         if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
-            for picture in (*output.glob("*.png"), *output.glob("*.svg")):
-                picture.unlink()
+            for kind in ("png", "jpg", "svg"):
+                for picture in output.glob(f"*.{kind}"):
+                    picture.unlink()
         summary = _summary(members, groups, pairs)
         (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         _write_rows(summary["runs"], output / f"{NAME}.csv")

@@ -47,9 +47,16 @@ def test_the_same_data_give_the_same_bytes(tmp_path, draw):
     assert written(tmp_path / "first", draw()) == written(tmp_path / "second", draw())
 
 
-def test_photographs_are_written_as_png_only(tmp_path):
-    sheet = figures.image_gallery(np.zeros((2, 32, 32, 3), np.uint8), ["cat", "dog"])
-    assert set(written(tmp_path, sheet)) == {"figure.png"}
+def test_photographs_are_written_as_png_and_for_pages_as_a_jpeg_that_looks_the_same(tmp_path):
+    smooth = np.linspace(0, 255, 2 * 128 * 128 * 3).reshape(2, 128, 128, 3).astype(np.uint8)
+    sheet = figures.image_gallery(smooth, ["cat", "dog"])
+    assert set(written(tmp_path / "one", sheet)) == {"figure.png"}
+    assert figures.save_all({"sheet": sheet, "bars": bars(), "none": None}, tmp_path).keys() == {"sheet", "bars"}
+    assert {path.name for path in tmp_path.glob("*.*")} == {"sheet.png", "sheet.jpg", "bars.png", "bars.svg"}
+    with Image.open(tmp_path / "sheet.png") as png, Image.open(tmp_path / "sheet.jpg") as jpeg:
+        assert jpeg.format == "JPEG"
+        difference = np.asarray(png.convert("RGB")).astype(int) - np.asarray(jpeg)
+    assert np.abs(difference).mean() < 2
 
 
 def test_names_are_shown_as_they_are(tmp_path):
