@@ -170,7 +170,6 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
     """The report for people: the result first, then how it came about."""
     run, scored, metrics = found.run, found.scored, found.metrics
     about, epoch = scored.about, scored.about.step / run.plan["steps_per_epoch"]
-    explained = [int(scored.ids[row]) for row in (*found.chosen.right, *found.chosen.wrong) if row is not None]
     mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
 
     def shown(*names: str) -> list[Picture]:
@@ -209,10 +208,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
             ),
             Section("Calibration", [tables.calibration(metrics), *_uncalibrated(metrics), *shown("reliability")]),
             Section("Mistakes", [Text(sheets.mistake_words(metrics)), *shown("mistakes", "label_errors")]),
-            Section(
-                "What the model looks at",
-                [Text(sheets.map_words(found.evidence, explained)), *shown("grad_cam", "rollout")],
-            ),
+            Section("What the model looks at", [Text(_map_words(found)), *shown("grad_cam", "rollout")]),
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
             Section("Settings", [tables.settings(run.config)]),
             Section("Environment", [tables.environment(run, scored)]),
@@ -225,6 +221,11 @@ def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
     if metrics["calibration"]["after"]:
         return []
     return [Text("No temperature is fitted: there is no val split at hand, or hardly a mistake in it.")]
+
+
+def _map_words(found: Found) -> str:
+    rows = [row for row in (*found.chosen.right, *found.chosen.wrong) if row is not None]
+    return sheets.map_words(found.evidence, found.scored.ids[rows].tolist())
 
 
 def _curve_words(run: Run) -> str:
