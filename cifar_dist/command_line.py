@@ -22,16 +22,16 @@ from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, said once per job; `source` is the file they are about, if any."""
+    """argparse whose errors are one line, said once per job; `source` says what file they are about, if any."""
 
-    source: Path | None = None
+    source: str = ""
 
     def error(self, message: str) -> typing.NoReturn:
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             message += "." + did_you_mean(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
-        leave(USAGE_STATUS, f"--config {self.source}: {message}" if self.source else f"{message} (see --help)")
+        leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
 def _parser() -> OneLineParser:
@@ -83,58 +83,79 @@ def load_config(path: Path) -> Config:
     Raises:
         UsageError: it is missing, damaged or has a setting that is not known.
     """
-    return Config.from_flat(_parse(_recipe_argv(path), path))
+    return Config.from_flat(_parse(_recipe_argv(path), f"--config {path}"))
 
 
-def _parse(argv: Sequence[str], source: Path | None = None) -> dict[str, Any]:
+def _parse(argv: Sequence[str], source: str = "") -> dict[str, Any]:
     parser = _parser()
     parser.source = source
     return vars(parser.parse_args(argv))
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe under their names with ``_``.
+def read_mapping(path: Path, source: str) -> dict[str, Any]:
+    """A YAML file of ``key: value`` lines; ``-`` in its keys becomes ``_``.
+
+    Args:
+        path: the file.
+        source: what to call it in errors.
 
     Raises:
-        UsageError: the file cannot be read, is not a YAML mapping, or has a key twice or one that is no flag.
+        UsageError: it cannot be read, is no such file, or has a key twice, at any depth.
     """
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
-        tree: Any = yaml.compose(text, yaml.SafeLoader)
+        tree = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({error}).") from None
+        raise UsageError(f"{source}: cannot be read ({error}).") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config {path}: not valid YAML{where}.") from None
+        raise UsageError(f"{source}: not valid YAML{where}.") from None
     if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: a recipe is a list of `flag: value` lines.")
-    names, known = [str(node.value).replace("-", "_") for node, _ in tree.value], list(Config().flat())
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--config {path}: {name!r} is given twice; keep one.")
-        if name not in known:
-            raise UsageError(f"--config {path}: unknown key {name!r}.{did_you_mean(name, known)}")
-    return dict(zip(names, values.values(), strict=True))
+        raise UsageError(f"{source}: the file is to be a list of `key: value` lines.")
+    _refuse_twice(tree, source)
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _refuse_twice(node: Any, source: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"{source}: {twice[0]!r} is given twice; keep one.")
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_twice(part, source)
 
 
 def _recipe_argv(path: Path) -> list[str]:
-    """The command line that a recipe stands for.
+    """The command line that a recipe stands for; see `read_mapping` and `flags_of` for what it raises."""
+    source = f"--config {path}"
+    return flags_of(read_mapping(path, source), source)
+
+
+def flags_of(settings: dict[str, Any], source: str) -> list[str]:
+    """The command line that settings from a file stand for: ``["--lr=5e-5", "--no-compile"]``.
+
+    Args:
+        settings: values by the flag's name, with ``_``; None is left out.
+        source: what to call the file in errors.
 
     Raises:
-        UsageError: see `_read_recipe`; or a switch is neither true nor false, or there are several values for one.
+        UsageError: there is no such flag, a switch is neither true nor false, or there are several values for one.
     """
     defaults, argv = Config().flat(), []
-    for name, value in _read_recipe(path).items():
+    for name, value in settings.items():
+        if name not in defaults:
+            raise UsageError(f"{source}: unknown key {name!r}.{did_you_mean(name, list(defaults))}")
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue
         if isinstance(value, bool) != isinstance(defaults[name], bool):
             kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
-            raise UsageError(f"--config {path}: {name} is {kind}, got {value!r}.")
+            raise UsageError(f"{source}: {name} is {kind}, got {value!r}.")
         if isinstance(value, list) and not _takes_several(name):
-            raise UsageError(f"--config {path}: {name} takes one value, got {value!r}.")
+            raise UsageError(f"{source}: {name} takes one value, got {value!r}.")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
@@ -178,8 +199,12 @@ class CommandLine:
         return not self.plan_only and self.preview is None
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
+def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> CommandLine:
     """Merge defaults, recipe and command line (the later wins).
+
+    Args:
+        argv: the command line; without one, this program's.
+        source: what to call it in errors.
 
     Raises:
         UsageError: the recipe is unusable. Errors in flags leave with status 2 from argparse itself.
@@ -190,7 +215,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
     recipe = only_config.parse_known_args(arguments)[0].config
     if recipe:
         saved = _recipe_argv(Path(recipe))
-        _parse(saved, Path(recipe))  # alone first, so that its errors name the file
+        _parse(saved, f"--config {recipe}")  # alone first, so that its errors name the file
         arguments = saved + arguments
-    values = _parse(arguments)
+    values = _parse(arguments, source)
     return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"])

@@ -92,7 +92,7 @@ def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
         ("batchsize: 1\n", "Did you mean batch_size"),
         ("lr: [\n", "not valid YAML at line"),
         ("lr: [1, 2]\n", "lr takes one value, got [1, 2]"),
-        ("just words\n", "a recipe is a list"),
+        ("just words\n", "the file is to be a list"),
         ("plan: true\n", "unknown key 'plan'"),
         ("lr: 1\nepochs: 2\nlr: 2\n", "'lr' is given twice"),
         ("batch-size: 1\nbatch_size: 2\n", "'batch_size' is given twice"),

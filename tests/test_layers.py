@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "policy_string", "stop_request"},
     {"config", "ordering", "durable", "page"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
-    {"plan"},
+    {"plan", "study_file"},
     {
         *("distributed", "models", "optim", "data", "wandb_run", "predictions", "run_folder", "train_state"),
         *("metrics", "statistics", "calibration", "label_errors", "flops", "explain"),
@@ -23,7 +23,7 @@ LAYERS = [
         *("evidence",),
     },
     {"batches", "checkpoint", "micro_batch", "wandb_report"},
-    {"engine", "report", "saver", "speed", "stream_batches"},
+    {"engine", "report", "saver", "speed", "stream_batches", "study"},
     {"preview", "export", "peak"},
     {"scoring"},
 ]
