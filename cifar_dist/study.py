@@ -143,6 +143,8 @@ def standing_of(run: StudyRun, study: Path) -> Standing:
     Raises:
         UsageError: its folder is in the way: of other settings than the study asks for, damaged, or no run's.
     """
+    if not run.folder.exists():
+        return Standing(0, 0, finished=False)  # without the seconds of importing
     from cifar_dist import checkpoint, checkpoint_store
     from cifar_dist.plan import Plan
     from cifar_dist.run_folder import choose_run_dir, read_json

@@ -137,12 +137,12 @@ def _label(key: str, value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number in its shortest spelling, however the file has it: 5e-5, 0.1, 50; another value as it is."""
+    """A small number in its shortest spelling, however the file has it: 5e-5, 0.1; another value as it is."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         return "none" if value is None else str(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or abs(number) >= 1:
         return str(value)
     mantissa, exponent = f"{number:.5e}".split("e")
     return min(f"{number:.6g}", f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}", key=len)
