@@ -221,7 +221,7 @@ def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
     if not left:
         return shlex.join([*sbatch, *report])
     array = [*sbatch, "--parsable", f"--array={_ranges(left)}%{at_once}", *script, *word]
-    return f'job=$({shlex.join(array)})\nsbatch --dependency=afterany:"$job" {shlex.join(report)}'
+    return f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"$job" {shlex.join(report)}'
 
 
 def _ranges(numbers: Sequence[int]) -> str:

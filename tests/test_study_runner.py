@@ -188,6 +188,8 @@ def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
         f"<--parsable><--array=1-2,4,6-8%2>{words}<--><--dataset></data/my set>",
         f"<--dependency=afterany:77>{words}<--report><--><--dataset></data/my set>",
     ]
+    refused = subprocess.run(["bash", "-c", "sbatch() { echo $# >&2; false; }\n" + out], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.split()) == (1, ["7"])  # no comparison of an array that is not there
     done.update(range(9))
     assert main(text, "--slurm")[1] == "sbatch slurm/study.sbatch s.yaml --report\n"
 
@@ -237,7 +239,9 @@ asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append("SIGINT"))
 signal.signal(signal.SIGTERM, lambda *_: asked.append("SIGTERM"))
 pathlib.Path("ready").touch()
-while not asked:
+for _ in range(1000):
+    if asked:
+        break
     time.sleep(0.01)
 time.sleep(0.5)  # a second one would come in this time
 with open("asked", "a") as file:
