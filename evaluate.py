@@ -28,7 +28,7 @@ else:
 
     from cifar_dist import checkpoint, export, scoring, wandb_report
     from cifar_dist.command_line import OneLineParser
-    from cifar_dist.distributed import finish, on_main, start
+    from cifar_dist.distributed import finish, on_main, say, start
     from cifar_dist.errors import UsageError, run_main
     from cifar_dist.report import Report, make_room, report_folder, saved_scores, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
@@ -95,7 +95,7 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
     if arguments.export is None and on_main(accelerator, lambda: is_done(run, aim)):
         on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
         return aim.folder
-    accelerator.print(f"scoring     {run.folder}, checkpoint {aim.which}", flush=True)
+    say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
     subject = scoring.load_subject(run, aim, accelerator)
     data = scoring.test_data(run, aim.other)
     scored, val = scoring.score_test(subject, data), scoring.score_val(subject)

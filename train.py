@@ -39,6 +39,7 @@ from cifar_dist.distributed import (
     first_failure,
     on_main,
     peak_memory_bytes,
+    say,
     seed_everything,
     seed_process,
     shared_buffers,
@@ -102,10 +103,10 @@ def main() -> None:
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
-    accelerator.print(*lines, *(engine_table(config, sizes) if command.plan_only else []), sep="\n", flush=True)
+    say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
     if (preview := command.preview) is not None:
         on_main(accelerator, lambda: write_preview(preview, config, plan, data, inputs))
-        accelerator.print(f"preview     {preview}")
+        say(accelerator, f"preview     {preview}")
     if run_dir is not None:
         belongs = {
             "data_fingerprint": data.fingerprint,
@@ -191,7 +192,7 @@ def resume(job: Job, trained: Trained) -> TrainState:
         return TrainState()
     state = checkpoint.load(found, trained)
     lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
-    accelerator.print(f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
+    say(accelerator, f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
     return state
 
 
@@ -283,3 +284,4 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
 
 if __name__ == "__main__":
     run_main(main)
+    stop_request.ignore()

@@ -95,6 +95,12 @@ def seed_process(accelerator: Accelerator, seed: int, step: int) -> None:
     torch.manual_seed(int(words[0]))
 
 
+def say(accelerator: Accelerator, *lines: str) -> None:
+    """Print lines once per job; Accelerate's own `print` does so on every node."""
+    if accelerator.is_main_process:
+        print(*lines, sep="\n", flush=True)
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Run `work` on the main process and hand its result to every process, or end them all if it fails.
 

@@ -23,6 +23,13 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
+def ignore() -> None:
+    """Ignore these signals from now on: all is saved, and while Python winds up they would kill it with a status that
+    says failure."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
     if _noted == "SIGINT" and number == signal.SIGINT:
