@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import NoReturn
 
 from cifar_dist import peers
 
+FAILURE_FILE = "CIFAR_DIST_FAILURE_FILE"  # variable: where a job script looks for why a process failed
 FAILURE_STATUS = 1
 GRACE_SECONDS = 5.0  # for the others, once one process has failed
+LOST_STATUS = 75  # other processes were lost, by no fault of this one: worth a new start (EX_TEMPFAIL of sysexits.h)
 USAGE_STATUS = 2
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -90,6 +93,7 @@ def _speaks() -> bool:
 def leave(status: int, message: str) -> NoReturn:
     """Print one line, on the process that speaks for its job or its node, and exit with `status`."""
     spoke = _speaks()
+    _note_failure(message)
     if spoke:
         _print(f"error: {message}")
     _exit(status, spoke)
@@ -113,12 +117,30 @@ def _exit(status: int, first: bool = False) -> NoReturn:
 
 
 def _print(message: str) -> None:
-    rank, local_rank = _group_rank(), _local_rank()
-    who = f"rank {rank}: " if rank is not None else f"local rank {local_rank}: " if local_rank else ""
     sys.stdout.flush()
     # One write, so that lines of several processes do not mix.
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {who}{message}\n")
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {_who()}{message}\n")
     sys.stderr.flush()
+
+
+def _who() -> str:
+    """``rank 1: `` among several processes."""
+    rank, local_rank = _group_rank(), _local_rank()
+    return f"rank {rank}: " if rank is not None else f"local rank {local_rank}: " if local_rank else ""
+
+
+def _note_failure(message: str) -> None:
+    """Leave a failure's reason to the job script that waits for it: it cannot tell from the exit status whether a
+    process failed or was ended with another, and only the latter is worth a new start."""
+    if path := os.environ.get(FAILURE_FILE):
+        with suppress(OSError):
+            Path(path).write_text(f"{_who()}{message}\n", encoding="utf-8")
+
+
+def _is_from_others(error: Exception) -> bool:
+    """Whether an error is of the connection to other processes, as when one of them was killed."""
+    of_torch = getattr(sys.modules.get("torch"), "distributed", None)
+    return bool(of_torch and isinstance(error, of_torch.DistError)) or "gloo" in str(error).partition("]")[0]
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -147,6 +169,7 @@ def run_main(main: Callable[[], None]) -> None:
                 f"no room left on the disk{where}; free some and start again (train.py goes on with --resume auto).",
             )
         if _group_rank() is None and _local_rank() == 0:
+            _note_failure(f"failed: {type(error).__name__}: {_first_words(error)}")
             raise
         _crash(error)
 
@@ -155,17 +178,18 @@ def _crash(error: Exception) -> NoReturn:
     """End one of several processes: with its traceback if it is the first that fails, else in a line."""
     if isinstance(error, RuntimeError) and _group_rank() is not None:
         time.sleep(0.5)  # if it comes from another process's end, let that come to an end
-    spoke = _speaks()
+    spoke, absent = _speaks(), peers.absent()
+    lost, at = bool(absent) or _is_from_others(error), f" in {peers.place}" if peers.place else ""
+    what = f"{type(error).__name__}{at}: {_first_words(error)}"
+    if not lost:
+        _note_failure(f"failed: {what}")
     if spoke:
         sys.excepthook(type(error), error, error.__traceback__)  # torch's, which names the rank in every line
-        absent = peers.absent()
-        reason = f"{absent}; so" if absent else "failed:"
-        at = f" in {peers.place}" if peers.place else ""
-        _print(f"{reason} {type(error).__name__}{at}: {_first_words(error)}")
+        _print(f"{absent}; so {what}" if absent else f"failed: {what}")
     else:
         time.sleep(0.3)  # the first one's words come first
         _print(f"ended too ({type(error).__name__}: {_first_words(error)})")
-    _exit(FAILURE_STATUS, spoke)
+    _exit(LOST_STATUS if lost else FAILURE_STATUS, spoke)
 
 
 def _first_words(error: Exception) -> str:

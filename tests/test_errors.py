@@ -1,8 +1,15 @@
 """Who says what went wrong, before processes have met: test_launch.py has what comes after."""
 
-import pytest
+import os
+import signal
 
+import pytest
+import torch
+
+from cifar_dist import peers
+from cifar_dist.distributed import start
 from cifar_dist.errors import UsageError, run_main
+from tests.ranks import Ranks
 
 
 def refuse():
@@ -49,3 +56,54 @@ def test_other_processes_of_a_node_fail_in_a_line(monkeypatch, capsys):
         run_main(crash)
     assert left.value.code == 1
     assert capsys.readouterr().err == "train.py: local rank 1: ended too (ZeroDivisionError: division by zero)\n"
+
+
+# What a job script learns of a failure
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "fail, status, reason",
+    [(refuse, 2, "--lr is 7; take less."), (crash, 1, "failed: ZeroDivisionError: division by zero")],
+)
+def test_a_failure_before_processes_meet_is_noted(fail, status, reason, rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DIST_FAILURE_FILE", str(tmp_path / "why"))
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", str(rank))
+    with pytest.raises((SystemExit, ZeroDivisionError)) as left:
+        run_main(fail)
+    assert getattr(left.value, "code", 1) == status
+    assert (tmp_path / "why").read_text() == f"{'local rank 1: ' if rank else ''}{reason}\n"
+
+
+def reduce_while(rank_1_does):
+    """Two processes' work: rank 0 waits in a collective while rank 1 ends in its own way."""
+
+    def work():
+        start("fp32", 60)
+        if torch.distributed.get_rank() == 1:
+            rank_1_does()
+        torch.distributed.all_reduce(torch.ones(1))
+
+    return lambda: run_main(work)
+
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_rank_that_fails_says_why_and_those_that_lose_it_do_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DIST_FAILURE_FILE", str(tmp_path / "why"))
+    found = Ranks(reduce_while(crash), 2)
+    assert found.statuses == [75, 1]
+    assert (tmp_path / "why").read_text() == "rank 1: failed: ZeroDivisionError: division by zero\n"
+
+
+@pytest.mark.parametrize("on_one_machine", [True, False])
+def test_a_killed_rank_is_nobodys_failure(on_one_machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DIST_FAILURE_FILE", str(tmp_path / "why"))
+    if not on_one_machine:
+        monkeypatch.setattr(peers, "absent", str)
+    found = Ranks(reduce_while(dies), 2)
+    assert found.statuses == [75, -signal.SIGKILL]
+    assert not (tmp_path / "why").exists()
