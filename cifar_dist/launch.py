@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
+from cifar_dist import slurm
 from cifar_dist.errors import UsageError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -121,8 +120,8 @@ def prepare_environment(precision: str) -> Launch:
     """
     if "WORLD_SIZE" not in os.environ:
         _refuse_lone_processes()
-        if _in_slurm_step():
-            os.environ.update(_slurm_ranks())
+        if slurm.in_step():
+            os.environ.update(slurm.rank_variables() | slurm.engine_variables())
     world_size = _ranks()
     launch = Launch(
         world_size,
@@ -158,51 +157,12 @@ def _refuse_lone_processes() -> None:
             " --num_processes N (for one process: unset MASTER_ADDR)."
         )
     for size, rank in MPI_VARIABLES:
-        own_step = _in_slurm_step() and os.environ.get(rank) == os.environ["SLURM_PROCID"]  # srun --mpi=pmi2 sets PMI_*
-        if size in os.environ and _number(size) > 1 and not own_step:
+        if size in os.environ and _number(size) > 1 and not slurm.is_own_rank(rank):
             raise UsageError(
                 f"mpirun started {os.environ[size]} processes ({size}), which is not supported; {START}, or srun."
             )
     if found := [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]:
         raise UsageError(f"{' and '.join(found)} are set but WORLD_SIZE is not; unset them, or {START}")
-
-
-def _in_slurm_step() -> bool:
-    """Whether srun started this process as one of several tasks; a batch script itself has no step."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    return "SLURM_PROCID" in os.environ and "SLURM_LOCALID" in os.environ and tasks.isdecimal() and int(tasks) > 1
-
-
-def _slurm_ranks() -> dict[str, str]:
-    """The variables of torchrun, from those of srun; an address or port that is already set stays."""
-    node, per_node = _number("SLURM_NODEID"), _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
-    port = 15000 + (_number("SLURM_JOB_ID") * 101 + _number("SLURM_STEP_ID")) % 15000  # below the ephemeral ports
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": str(per_node[node]),
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port),
-    }
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """SLURM's ``2(x3),1`` as ``[2, 2, 2, 1]``."""
-    counts: list[int] = []
-    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(tasks)] * int(times or 1)
-    return counts
-
-
-def _first_host(nodes: str) -> str:
-    """The first name in a SLURM node list such as ``gpu[07-09,12],login``."""
-    if shutil.which("scontrol"):
-        command = ["scontrol", "show", "hostnames", nodes]
-        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-        if listed:
-            return listed[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def _ranks() -> int:

@@ -214,14 +214,16 @@ def compare(study: Study, signals: Signals) -> bool:
 
 def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
     """Shell commands that submit the unfinished runs as a job array, and the comparison after it."""
-    sbatch, word = ["sbatch"], [*(["--", *study.further] if study.further else [])]
+    word = ["--", *study.further] if study.further else []
     script = ["slurm/study.sbatch", str(study.path)]
-    report = [*script, "--report", *word]
+    report = ["--nodes=1", *script, "--report", *word]
     left = [number for number, standing in enumerate(found) if not standing.finished]
     if not left:
-        return shlex.join([*sbatch, *report])
-    array = [*sbatch, "--parsable", f"--array={_ranges(left)}%{at_once}", *script, *word]
-    return f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"$job" {shlex.join(report)}'
+        return shlex.join(["sbatch", *report])
+    array = ["sbatch", "--parsable", f"--array={_ranges(left)}%{at_once}", *script, *word]
+    return (  # where there are several clusters, sbatch says NUMBER;CLUSTER
+        f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)}'
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

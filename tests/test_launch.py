@@ -1,5 +1,6 @@
 """Every launcher ends in the process group that was asked for, or in one line that says what to do."""
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from cifar_dist import distributed, launch
+from cifar_dist import distributed, slurm
 from cifar_dist.distributed import start
 from cifar_dist.errors import UsageError
 from cifar_dist.launch import Launch, prepare_environment
@@ -182,7 +183,7 @@ def test_a_gpu_is_used_unless_the_launcher_says_cpu(gpus):
 
 @pytest.mark.parametrize("given", [{}, {"PMI_SIZE": "5", "PMI_RANK": "3"}, {"MASTER_ADDR": "a.b", "MASTER_PORT": "7"}])
 def test_srun_tasks_become_ranks(given, gpus, monkeypatch):
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     os.environ.update(STEP | given)
     assert prepare_environment("bf16").world_size == 5
     found = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
@@ -196,8 +197,8 @@ def test_srun_tasks_become_ranks(given, gpus, monkeypatch):
     [("a", "a"), ("b,a", "b"), ("n[1-2]", "n1"), ("x[3,5-9],a", "x3"), ("r[01-02]c[1-4]", "r01c1"), ("n-1,n-2", "n-1")],
 )
 def test_the_first_host_of_a_node_list(nodes, first, monkeypatch):
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-    assert launch._first_host(nodes) == first
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    assert slurm._first_host(nodes) == first
 
 
 @pytest.mark.parametrize("seconds", [600, 700])  # Accelerate drops a timeout of 600 s, and gloo takes 1800
@@ -386,3 +387,38 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         port = held.getsockname()[1]
         status, said = finished(by_hand(0, port, tmp_path))
     assert status == [2] and f"127.0.0.1:{port} is taken by another program" in said
+
+
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path.stem in ("zero3_offload", "fsdp2")], ids=str)
+def test_under_srun_the_engine_is_the_one_that_accelerate_launch_would_set(config, tmp_path, monkeypatch):
+    """Against what a script started by ``accelerate launch`` finds in its environment."""
+    show = tmp_path / "show.py"
+    show.write_text("import json, os; open(f'{__file__}.json', 'w').write(json.dumps(dict(os.environ)))")
+    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
+    line += ["--num_processes", "1", "--num_machines", "1", "--main_process_port", "0", str(show)]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    launched = json.loads((tmp_path / "show.py.json").read_text())
+    expected = {name: value for name, value in launched.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    monkeypatch.chdir(ROOT)
+    os.environ["ACCELERATE_CONFIG"] = str(config)
+    assert slurm.engine_variables() == expected
+
+
+@pytest.mark.parametrize(
+    "text, said", [(None, "is nowhere.yaml, not a file in"), ("distributed_type: NONSENSE", "Accelerate cannot use it")]
+)
+def test_an_engine_that_cannot_be_is_refused(text, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "nowhere.yaml").write_text(text)
+    os.environ.update(STEP | {"ACCELERATE_CONFIG": "nowhere.yaml"})
+    with pytest.raises(UsageError, match=said):
+        prepare_environment("fp32")
+
+
+def test_a_single_task_with_an_engine_is_a_group_of_one(gpus):
+    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    os.environ.update(STEP | alone | {"SLURM_STEP_TASKS_PER_NODE": "1"})
+    os.environ["ACCELERATE_CONFIG"] = str(ROOT / "accelerate_configs/zero2.yaml")
+    found = prepare_environment("fp32")
+    assert (found.world_size, found.grouped, found.deepspeed) == (1, True, True)

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 LAYERS = [
     {"peers"},
     {"errors", "policy_string", "stop_request"},
-    {"config", "ordering", "durable", "page"},
+    {"config", "ordering", "durable", "page", "slurm"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
     {"plan", "study_file"},
     {

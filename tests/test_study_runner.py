@@ -181,17 +181,17 @@ def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1, 2, 3, 4, 5, 6, 7, 8]}\n"
     status, out = main(text, "--slurm", "--at-once", 2, "--", "--dataset", "/data/my set")
     assert status == 0
-    script = "sbatch() { printf '<%s>' \"$@\" >&2; echo >&2; echo 77; }\n" + out
+    script = "sbatch() { printf '<%s>' \"$@\" >&2; echo >&2; echo '77;east'; }\n" + out
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stderr
     words = "<slurm/study.sbatch><s.yaml>"
     assert ran.splitlines() == [
         f"<--parsable><--array=1-2,4,6-8%2>{words}<--><--dataset></data/my set>",
-        f"<--dependency=afterany:77>{words}<--report><--><--dataset></data/my set>",
+        f"<--dependency=afterany:77><--nodes=1>{words}<--report><--><--dataset></data/my set>",
     ]
     refused = subprocess.run(["bash", "-c", "sbatch() { echo $# >&2; false; }\n" + out], capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.split()) == (1, ["7"])  # no comparison of an array that is not there
     done.update(range(9))
-    assert main(text, "--slurm")[1] == "sbatch slurm/study.sbatch s.yaml --report\n"
+    assert main(text, "--slurm")[1] == "sbatch --nodes=1 slurm/study.sbatch s.yaml --report\n"
 
 
 @pytest.mark.parametrize(

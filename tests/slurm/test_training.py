@@ -1,0 +1,76 @@
+"""Real trainings on a real cluster: interrupted in every way SLURM knows, they end as if nobody had touched them."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.recovery import slurm_cycles
+from benchmarks.recovery.common import FLAGS, begin, final_digest, reference
+from benchmarks.recovery.slurm_cluster import Cluster, missing
+from tests.conftest import ROOT
+
+EPOCHS = "--epochs=8"
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"a SLURM cluster needs {', '.join(missing())}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("c")) as cluster:
+        yield cluster
+
+
+def test_an_interrupted_job_on_two_nodes_ends_like_two_processes_that_nobody_touched(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # `begin` sets one
+    begin(tmp_path)
+    digest, _ = reference(tmp_path, 2, [*FLAGS, EPOCHS])
+    late = slurm_cycles.train_job(cluster, tmp_path, "late", EPOCHS, options=("--time=1", "--signal=USR1@55"))
+    job = slurm_cycles.train_job(cluster, tmp_path, "cut", EPOCHS)
+    dice = random.Random(0)
+    for cause in ("rank killed", "preempted", "node lost"):
+        assert not slurm_cycles.cycle(cluster, job, tmp_path / "cut", cause, dice)
+    said = tmp_path / f"slurm-{late}.out"
+    cluster.wait_for("the time limit's signal", lambda: "stopped by SIGUSR1" in said.read_text(), 90)
+    cluster.query("scontrol", "update", f"JobId={late}", "TimeLimit=30")
+    for number, name in ((job, "cut"), (late, "late")):
+        assert cluster.wait(number, *slurm_cycles.ENDED, seconds=180)["JobState"] == "COMPLETED"
+        assert final_digest(tmp_path / name) == digest
+
+
+STUDY = """
+name: two
+recipes: [quick.yaml]
+grid: {seed: [0, 1]}
+"""
+RECIPE = "{dataset: digits, model: cnn4, epochs: 1, batch_size: 128, wandb: disabled}"
+
+
+def test_a_study_is_an_array_and_then_its_comparison(cluster, tmp_path):
+    for part in ("train.py", "evaluate.py", "cifar_dist", "slurm"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    (tmp_path / "two.yaml").write_text(STUDY)
+    (tmp_path / "quick.yaml").write_text(RECIPE)
+    environment = cluster.environment | {"VENV": sys.prefix, "NETWORK": "no", "OMP_NUM_THREADS": "1"}
+
+    def submit():
+        """The number of the job that the script says it has submitted last: the report."""
+        line = ["bash", "slurm/study.sh", "--cpus-per-task=1", "two.yaml", "--", "--lr", "2e-3"]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.rpartition("Submitted batch job ")[2])
+
+    report = submit()
+    assert cluster.wait(report, *slurm_cycles.ENDED, seconds=300)["JobState"] == "COMPLETED"
+    for seed in (0, 1):
+        run = tmp_path / f"runs/two/quick_seed{seed}"
+        config = (run / "config.yaml").read_text()
+        assert f"seed: {seed}" in config
+        assert "lr: 0.002" in config
+        assert json.loads((run / "report/metrics.json").read_text())["num_samples"] == 359
+    assert (tmp_path / "runs/two/comparison/comparison.html").is_file()
+
+    again = submit()  # all is finished: the report alone
+    assert again == report + 2  # the array's tasks had two numbers, one of them the array's
+    cluster.query("scancel", str(again))
