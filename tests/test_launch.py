@@ -333,7 +333,7 @@ def test_torchrun_ends_soon_and_the_first_error_stands_on_top(fault, tmp_path):
 def test_a_usage_error_of_one_rank_ends_all(tmp_path):
     port = free_port()
     status, said = finished(by_hand(1, port, tmp_path, "usage"), by_hand(0, port, tmp_path, "usage"))
-    assert status == [2, 1]
+    assert status == [2, 75]
     first, second = said.splitlines()
     assert first == "launched.py: rank 1: error: --lr is wrong on one rank; take another."
     assert second.startswith("launched.py: rank 0: ended too (RuntimeError: ")
@@ -343,7 +343,7 @@ def test_a_usage_error_of_one_rank_ends_all(tmp_path):
 def test_the_store_going_with_rank_0_costs_no_pages(tmp_path):
     port = free_port()
     status, said = finished(by_hand(0, port, tmp_path, "crash0"), by_hand(1, port, tmp_path, "crash0"))
-    assert status == [1, 1]
+    assert status == [1, 75]
     first, second = said[: said.index("launched.py: rank 1")], said[said.index("launched.py: rank 1") :]
     *pages, last = first.splitlines()
     assert all(line.startswith("[rank0]: ") for line in pages), said

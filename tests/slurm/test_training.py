@@ -12,7 +12,7 @@ from benchmarks.recovery.common import FLAGS, begin, final_digest, reference
 from benchmarks.recovery.slurm_cluster import Cluster, missing
 from tests.conftest import ROOT
 
-EPOCHS = "--epochs=8"
+EPOCHS = "--epochs=12"
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"a SLURM cluster needs {', '.join(missing())}")
 
 
@@ -26,17 +26,17 @@ def test_an_interrupted_job_on_two_nodes_ends_like_two_processes_that_nobody_tou
     monkeypatch.setenv("XDG_CACHE_HOME", "")  # `begin` sets one
     begin(tmp_path)
     digest, _ = reference(tmp_path, 2, [*FLAGS, EPOCHS])
-    late = slurm_cycles.train_job(cluster, tmp_path, "late", EPOCHS, options=("--time=1", "--signal=USR1@55"))
-    job = slurm_cycles.train_job(cluster, tmp_path, "cut", EPOCHS)
-    dice = random.Random(0)
-    for cause in ("rank killed", "preempted", "node lost"):
-        assert not slurm_cycles.cycle(cluster, job, tmp_path / "cut", cause, dice)
-    said = tmp_path / f"slurm-{late}.out"
-    cluster.wait_for("the time limit's signal", lambda: "stopped by SIGUSR1" in said.read_text(), 90)
-    cluster.query("scontrol", "update", f"JobId={late}", "TimeLimit=30")
-    for number, name in ((job, "cut"), (late, "late")):
-        assert cluster.wait(number, *slurm_cycles.ENDED, seconds=180)["JobState"] == "COMPLETED"
-        assert final_digest(tmp_path / name) == digest
+    limit = ("--time=30", "--signal=USR1@110")
+    job = slurm_cycles.train_job(cluster, tmp_path, "cut", EPOCHS, options=limit)
+    for cause in ("rank killed", "preempted", "time limit", "node lost"):
+        assert not slurm_cycles.cycle(cluster, job, tmp_path / "cut", cause, random.Random(0))
+    said = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "a process was ended by signal" in said
+    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGUSR1" in said
+    assert "DUE TO NODE FAILURE" in said
+    assert cluster.wait(job, *slurm_cycles.ENDED, seconds=180)["JobState"] == "COMPLETED"
+    assert final_digest(tmp_path / "cut") == digest
 
 
 STUDY = """
