@@ -29,8 +29,6 @@ from cifar_dist.config import Config
 from cifar_dist.control import Verdict, Wish
 from cifar_dist.cost import measure
 from cifar_dist.data import TrainingData, load_training_data
-from cifar_dist.data.augment import Preprocess
-from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed import (
     check_agreement,
     device_bytes,
@@ -45,9 +43,10 @@ from cifar_dist.distributed import (
     shared_buffers,
     start,
 )
-from cifar_dist.engine import Evaluator, Meter, Stepper, Stopped, train_step
+from cifar_dist.engine import Meter, Stepper, Stopped, train_step
 from cifar_dist.engine_choice import engine_table, zero_gain
 from cifar_dist.errors import Diverged, UsageError, run_main
+from cifar_dist.features import Features, Feed, decide, make_feed
 from cifar_dist.lost_work import Heartbeat, lost_work
 from cifar_dist.micro_batch import fitting
 from cifar_dist.models import build_model, input_config, resolve_name
@@ -69,7 +68,6 @@ from cifar_dist.run_folder import (
 )
 from cifar_dist.saver import Saver
 from cifar_dist.stop_request import StopRequest
-from cifar_dist.stream_batches import make_batches
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.train_state import TrainState
 from cifar_dist.wandb_run import wandb_mode
@@ -95,14 +93,16 @@ def main() -> None:
     model = build_model(fresh if resuming else config.model, len(data.class_names))
     if config.model.sync_bn:
         model = synchronise(model, accelerator.device)
+    features = decide(config, data, model, accelerator)
     sizes = measure(config, data, model)
+    sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     inputs = input_config(model, config.model)
     if config.run.auto_micro_batch and command.trains:
         micro = fitting(accelerator, model, inputs, plan, config.run.precision)
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
-    lines = plan.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
+    lines = plan.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
     if (preview := command.preview) is not None:
         on_main(accelerator, lambda: write_preview(preview, config, plan, data, inputs))
@@ -119,7 +119,7 @@ def main() -> None:
         pace = Pace(config.run)
         saver = Saver(run_dir, accelerator, pace, config.run.keep_last)
         with StopRequest(pace.time_is_up) as request:
-            train(Job(config, plan, accelerator, run_dir, request, pace, saver), data, model)
+            train(Job(config, plan, accelerator, run_dir, request, pace, saver), data, model, features)
         lock.release()
     finish(accelerator)
 
@@ -196,16 +196,14 @@ def resume(job: Job, trained: Trained) -> TrainState:
     return state
 
 
-def assess(
-    job: Job, trained: Trained, state: TrainState, evaluator: Evaluator, val: ResidentSet | None, tracker: Silent
-) -> bool | None:
+def assess(job: Job, trained: Trained, state: TrainState, feed: Feed, tracker: Silent) -> bool | None:
     """Evaluate after an epoch, or at the end; whether it is the best so far, or None if broken off to stop."""
-    if val is None:
+    if feed.val is None:
         state.judged_step = state.step
         return True
     try:
         with shared_buffers(job.accelerator, trained.judged):
-            scores = evaluator.scores(trained.judged, val, stop=lambda: bool(job.request.reason))
+            scores = feed.evaluator.scores(trained.judged, feed.val, stop=lambda: bool(job.request.reason))
     except Stopped:
         return None
     best = state.judge(scores, job.config.run.min_delta, whole_epoch=state.step % job.plan.steps_per_epoch == 0)
@@ -219,18 +217,16 @@ def facts(accelerator: Accelerator, state: TrainState, lr: float) -> dict[str, f
     return found | ({"skipped_steps": state.skipped_steps} if state.skipped_steps else {})
 
 
-def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
+def train(job: Job, data: TrainingData, model: torch.nn.Module, features: Features) -> None:
     """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
     config, plan, accelerator, pace = job.config, job.plan, job.accelerator, job.pace
     run = config.run
-    inputs = input_config(model, config.model)
     trained = prepare(config, plan, model, accelerator)
     state = resume(job, trained)
 
-    batches = make_batches(data.train, config, plan, inputs, trained.parallel)
-    val = None if data.val is None else data.val.to(accelerator.device)
-    preprocess = Preprocess(inputs, accelerator.device, trained.parallel.input_dtype)
-    evaluator = Evaluator(accelerator, preprocess, plan.micro_batch_size, run.precision)
+    keeps = features.kept and state.goes_on(plan, run.patience)
+    feed = make_feed(data, config, plan, trained, keeps, stop=lambda: bool(job.request.reason))
+    batches = feed.batches
     schedule = Schedule(trained.parallel.optimizer, config.optim, run.epochs, plan.steps_per_epoch)
     stepper = Stepper(trained.parallel, config.augment.smoothing)
     speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
@@ -238,7 +234,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
         tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
         meter = Meter(accelerator, plan.batch_size)
         heartbeat = Heartbeat(job.run_dir, writes=accelerator.is_main_process)
-        began = time.perf_counter() - state.seconds
+        began = time.perf_counter() - state.seconds - feed.seconds
 
         stopped = False
         while not stopped and state.goes_on(plan, run.patience):
@@ -265,7 +261,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module) -> None:
                 if written or evaluates:  # an evaluation may take long, and end the run
                     job.saver.finish()
                 if evaluates:
-                    judgement = assess(job, trained, state, evaluator, val, tracker)
+                    judgement = assess(job, trained, state, feed, tracker)
                     saves, best, stopped = True, judgement is True, judgement is None
                 if saves or stopped:
                     tracker.sync()

@@ -26,7 +26,7 @@ class Batch:
     """A micro-batch of one process.
 
     Attributes:
-        images: (B, 3, H, W), augmented and normalised.
+        images: (B, 3, H, W), augmented and normalised; or features (B, F), see `features`.
         targets: int64 (B,) or, under mixup and CutMix, float (B, K).
         labels: int64 (B,), the classes before mixing.
         weights: float32 (B,): 1 / (real rows of the global batch), or 0 for a filled row.
@@ -92,12 +92,16 @@ class Batches:
         """Yield this process's micro-batches of optimizer step `step`."""
         plan, epoch = self._plan, step // self._plan.steps_per_epoch
         for micro, part in enumerate(self._parts(step)):
-            images = self._augment(part.images, part.ids, epoch)
-            images, targets = images.contiguous(memory_format=self._layout), part.labels
+            images, targets = self._input(part, epoch), part.labels
             if self._mixing is not None:
                 images, targets = self._mixing(images, part.labels, part.ids, epoch)
             last = micro == plan.grad_accum_steps - 1
             yield Batch(images, targets, part.labels, part.weights, last, lost=self.lost is not None)
+
+    def _input(self, part: Part, epoch: int) -> torch.Tensor:
+        """What the model is given for these rows, before mixing."""
+        images = self._augment(part.images, part.ids, epoch)
+        return images.contiguous(memory_format=self._layout)
 
     def _slice(self, micro: int) -> slice:
         return micro_batch_slice(self._process, self._plan.num_processes, micro, self._plan.micro_batch_size)

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from cifar_dist.batches import Batch
 from cifar_dist.control import BeforeStep, Verdict, Wish, agree, any_of
-from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed import autocast, total
 from cifar_dist.errors import UsageError
@@ -168,13 +167,13 @@ class Evaluator:
 
     Attributes:
         accelerator: of this process.
-        preprocess: what images go through.
+        preprocess: what the rows' images go through.
         batch_size: images per process and forward pass.
         precision: fp32, bf16 or fp16.
     """
 
     accelerator: Accelerator
-    preprocess: Preprocess
+    preprocess: Callable[[torch.Tensor], torch.Tensor]
     batch_size: int
     precision: str
 
@@ -221,11 +220,20 @@ class Evaluator:
         return {"loss": loss / count, "top1": correct_rows / count}
 
     @torch.no_grad()
-    def logits(self, model: torch.nn.Module, split: ResidentSet, mirrored: bool = False) -> torch.Tensor:
-        """Logits of every row of `split`, or of its mirror image.
+    def logits(
+        self,
+        model: torch.nn.Module,
+        split: ResidentSet,
+        mirrored: bool = False,
+        stop: Callable[[], bool] = bool,
+    ) -> torch.Tensor:
+        """Logits, or whatever `model` returns, of every row of `split`, or of its mirror image.
 
         Returns:
             float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
+
+        Raises:
+            Stopped: `stop` said so on some process meanwhile.
         """
-        parts = self._scored(model, split, mirrored=mirrored)
+        parts = self._scored(model, split, stop, mirrored)
         return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]

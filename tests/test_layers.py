@@ -24,7 +24,7 @@ LAYERS = [
     },
     {"batches", "checkpoint", "micro_batch", "wandb_report"},
     {"engine", "report", "saver", "speed", "stream_batches", "study"},
-    {"preview", "export", "peak"},
+    {"preview", "export", "peak", "features"},
     {"scoring"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
