@@ -44,6 +44,8 @@ def study_page(
     empty = [Text(words)] if (words := study_figures.map_words(members)) else []
     best = max(groups, key=lambda group: spread(members, group)["mean_top1"])
     words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} has the highest accuracy."
+    if len(groups) == 1:
+        words = f"{len(members)} runs with {_mean_accuracy(members, best)} on {count:,} test images of {about.dataset}."
     return Page(
         " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared",
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
@@ -58,12 +60,17 @@ def study_page(
     )
 
 
+def _mean_accuracy(members: Sequence[Member], group: Group) -> str:
+    """Mean and sample standard deviation of a group's accuracies."""
+    found = spread(members, group)
+    return f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
+
+
 def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
-        found = spread(members, group)
         if len(group.members) > 1:
-            mean = f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
+            mean = _mean_accuracy(members, group)
             rows.append((group.name, f"mean of {len(group.members)} runs", "", "", mean, *[""] * 9))
         for number in group.members:
             metrics, row = members[number].metrics, row_of(members[number], group.name)
