@@ -220,7 +220,7 @@ def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
     left = [number for number, standing in enumerate(found) if not standing.finished]
     if not left:
         return shlex.join(["sbatch", *report])
-    array = ["sbatch", "--parsable", f"--array={_ranges(left)}%{at_once}", *script, *word]
+    array = ["sbatch", "--parsable", f"--array={_ranges(left)}%{at_once}", "--output=slurm-%A_%a.out", *script, *word]
     return (  # where there are several clusters, sbatch says NUMBER;CLUSTER
         f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)}'
     )

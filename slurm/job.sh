@@ -120,9 +120,9 @@ check_progress() { # NOTES RUN
     now=$(newest_step "$2")
     [ "$restarts" -gt 0 ] || : > "$1"
     [ "$restarts" -lt "$MAX_STARTS" ] ||
-        fail 1 "started $restarts times, MAX_STARTS=$MAX_STARTS; to go on, submit it again with --run-dir $2"
+        fail 1 "started $restarts times, MAX_STARTS=$MAX_STARTS; to go on, submit the same again with --run-dir $2"
     [ "$(tail -n 3 "$1" | grep -c "^$now\$")" -lt 3 ] ||
-        fail 1 "three starts came no further than step $now; see above why, and submit it again with --run-dir $2"
+        fail 1 "three starts came no further than step $now; see above why, and submit the same again with --run-dir $2"
     echo "$now" >> "$1"
 }
 
@@ -163,6 +163,6 @@ train() {
         say "done"
     else
         say "$again at step $(newest_step "$run"); requeueing" # SLURM ends this script when it requeues its job
-        scontrol requeue "$job" || fail 1 "SLURM refuses; to go on, submit it again with --run-dir $run"
+        scontrol requeue "$job" || fail 1 "SLURM refuses; to go on, submit the same again with --run-dir $run"
     fi
 }

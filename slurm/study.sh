@@ -16,4 +16,5 @@ done
 sbatch() { command sbatch "${options[@]}" "$@"; }
 commands=$("${python[@]}" -m cifar_dist.study "$1" --slurm "${@:2}") || exit
 say "$commands"
-eval "$commands"
+eval "$commands" || exit
+[ -z "${job:-}" ] || say "job ${job%%;*} is the array: tail -f slurm-${job%%;*}_NUMBER.out"

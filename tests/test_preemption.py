@@ -12,6 +12,7 @@ import torch
 
 import train
 from cifar_dist import checkpoint, saver
+from cifar_dist.engine import Evaluator
 from tests.conftest import ROOT
 from tests.ranks import Ranks
 from tests.test_same_training import run
@@ -87,14 +88,14 @@ def test_an_evaluation_is_broken_off_and_made_up_for(whole, tmp_path):
     processes, expected = whole
 
     def work():
-        scores = train.Evaluator.scores
+        scores = Evaluator.scores
 
         def signalled(*arguments, **settings):
             if os.environ["RANK"] == str(processes - 1):
                 os.kill(os.getpid(), signal.SIGTERM)
             return scores(*arguments, **settings)
 
-        train.Evaluator.scores = signalled
+        Evaluator.scores = signalled
         return run(*SHORT, "--run-dir", tmp_path / "run")
 
     Ranks(work, processes).check()

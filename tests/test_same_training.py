@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
+from cifar_dist import features
 from cifar_dist.batches import Batches
 from cifar_dist.errors import run_main
 from cifar_dist.stream_batches import make_batches
@@ -60,11 +61,11 @@ def run(*flags, spoil=lambda step, batch: batch):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    kept, sys.argv, train.make_batches = (sys.argv, train.make_batches), ["train.py", *map(str, flags)], recorded
+    kept, sys.argv, features.make_batches = (sys.argv, features.make_batches), ["train.py", *map(str, flags)], recorded
     try:
         run_main(train.main)
     finally:
-        sys.argv, train.make_batches = kept
+        sys.argv, features.make_batches = kept
     return seen
 
 

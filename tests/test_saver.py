@@ -18,6 +18,7 @@ from cifar_dist import checkpoint, checkpoint_store, pace, saver
 from cifar_dist.checkpoint import Trained
 from cifar_dist.config import OptimConfig, RunConfig
 from cifar_dist.distributed import start
+from cifar_dist.engine import Evaluator
 from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.pace import Pace
@@ -89,7 +90,7 @@ def test_every_process_writes_what_it_was_at_the_time(tmp_path):
 def test_a_checkpoint_is_there_before_the_next_is_due(tmp_path, monkeypatch, run):
     """It is committed between two steps, as soon as it is written, and at the latest before an evaluation."""
     seen = {}
-    step, scores = train.train_step, train.Evaluator.scores
+    step, scores = train.train_step, Evaluator.scores
 
     def looking(*arguments, **settings):
         time.sleep(0.3)  # writing takes less
@@ -101,7 +102,7 @@ def test_a_checkpoint_is_there_before_the_next_is_due(tmp_path, monkeypatch, run
         return scores(*arguments, **settings)
 
     monkeypatch.setattr(train, "train_step", looking)
-    monkeypatch.setattr(train.Evaluator, "scores", evaluating)
+    monkeypatch.setattr(Evaluator, "scores", evaluating)
     run("--epochs", 1, "--checkpoint-every", 2, "--run-dir", tmp_path / "run")
     assert seen == {1: [], 2: [], 3: [], 4: [2], 5: [2], 6: [4, 2], "evaluation": [4, 2]}
 
@@ -130,7 +131,7 @@ def test_what_was_being_written_when_a_run_fails_is_kept(tmp_path, monkeypatch, 
     step = train.train_step
     monkeypatch.setattr(checkpoint.Contents, "write", slow)
     if where == "scores":
-        monkeypatch.setattr(train.Evaluator, "scores", failing)
+        monkeypatch.setattr(Evaluator, "scores", failing)
     else:
         monkeypatch.setattr(train, "train_step", failing_later)
     with pytest.raises(error, match="on purpose"):

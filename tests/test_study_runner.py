@@ -185,7 +185,7 @@ def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stderr
     words = "<slurm/study.sbatch><s.yaml>"
     assert ran.splitlines() == [
-        f"<--parsable><--array=1-2,4,6-8%2>{words}<--><--dataset></data/my set>",
+        f"<--parsable><--array=1-2,4,6-8%2><--output=slurm-%A_%a.out>{words}<--><--dataset></data/my set>",
         f"<--dependency=afterany:77><--nodes=1>{words}<--report><--><--dataset></data/my set>",
     ]
     refused = subprocess.run(["bash", "-c", "sbatch() { echo $# >&2; false; }\n" + out], capture_output=True, text=True)

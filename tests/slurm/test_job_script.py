@@ -178,7 +178,7 @@ def test_a_signalled_job_saves_and_starts_again(jobs):
 def test_where_slurm_refuses_to_requeue_the_log_says_how_to_go_on(jobs):
     state, _, starts, log = jobs.ended("not to requeue")
     assert (state, starts) == ("FAILED", 1)
-    assert log[-1].endswith(f"submit it again with --run-dir runs/cifar-dist-{jobs.ids['not to requeue']}")
+    assert log[-1].endswith(f"submit the same again with --run-dir runs/cifar-dist-{jobs.ids['not to requeue']}")
 
 
 def test_a_command_can_put_python_into_a_container(jobs):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -59,10 +60,13 @@ def test_a_study_is_an_array_and_then_its_comparison(cluster, tmp_path):
         line = ["bash", "slurm/study.sh", "--cpus-per-task=1", "two.yaml", "--", "--lr", "2e-3"]
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return int(done.stdout.rpartition("Submitted batch job ")[2])
+        return int(re.findall(r"Submitted batch job (\d+)", done.stdout)[-1])
 
     report = submit()
     assert cluster.wait(report, *slurm_cycles.ENDED, seconds=300)["JobState"] == "COMPLETED"
+    assert sorted(path.name for path in tmp_path.glob("slurm-*_*.out")) == [
+        f"slurm-{report - 1}_{task}.out" for task in (0, 1)
+    ]
     for seed in (0, 1):
         run = tmp_path / f"runs/two/quick_seed{seed}"
         config = (run / "config.yaml").read_text()
