@@ -189,7 +189,7 @@ def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
         f"<--dependency=afterany:77><--nodes=1>{words}<--report><--><--dataset></data/my set>",
     ]
     refused = subprocess.run(["bash", "-c", "sbatch() { echo $# >&2; false; }\n" + out], capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr.split()) == (1, ["7"])  # no comparison of an array that is not there
+    assert (refused.returncode, refused.stderr.split()) == (1, ["8"])  # no comparison of an array that is not there
     done.update(range(9))
     assert main(text, "--slurm")[1] == "sbatch --nodes=1 slurm/study.sbatch s.yaml --report\n"
 
