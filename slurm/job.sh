@@ -31,8 +31,6 @@ set_up() {
         python=("$VENV/bin/python")
         export PATH="$VENV/bin:$PATH"
     fi
-    [ -z "$ACCELERATE_CONFIG" ] || [ -f "$ACCELERATE_CONFIG" ] ||
-        fail 2 "ACCELERATE_CONFIG=$ACCELERATE_CONFIG is no file in $PWD"
     export PYTHONUNBUFFERED=1
 }
 

@@ -40,7 +40,6 @@ JOBS = {  # name: how it ends, sbatch's options, variables
     "scratch": ("", (), {"LOCAL_SCRATCH": "/local/me", "XDG_CACHE_HOME": "/home/me/cache", "HF_HOME": ""}),
     "offline": ("", (), {"NETWORK": "no", "WANDB_MODE": ""}),
     "no venv": ("", (), {"VENV": "/nowhere"}),
-    "no engine": ("", (), {"ACCELERATE_CONFIG": "nowhere.yaml"}),
     "modules": ("", (), {"MODULES": "a b", "BASH_FUNC_module%%": '() { export INSIDE="$unset$*"; }'}),
     "no modules": ("", (), {"MODULES": "cuda/12.4"}),
     "tasks and gpus": ("", ("--gpus-per-node=2", "--ntasks-per-node=3"), {}),
@@ -209,7 +208,6 @@ def test_nodes_without_a_network_are_told_so(jobs):
     "name, reason",
     [
         ("no venv", "VENV=/nowhere has no bin/python"),
-        ("no engine", "ACCELERATE_CONFIG=nowhere.yaml is no file"),
         ("no modules", "MODULES=cuda/12.4 is set, but this node has no module command"),
         ("tasks and gpus", "--ntasks-per-node 3 on nodes with 2 GPUs"),
         ("few cpus", "1 CPUs on nodes with 2 GPUs, one process each: give --cpus-per-gpu"),
