@@ -50,12 +50,15 @@ def progress(run_dir: Path) -> int:
 def interrupt(cluster: Cluster, job: int, cause: str, node: str) -> None:
     """Let `cause` happen to a running job, whose time limit is half an hour and its signal 110 s before.
 
-    A lost node comes back once SLURM has noticed.
+    SLURM looks at time limits every 30 s; "told" is the signal that it then sends, sent at once. A lost node comes
+    back once SLURM has noticed.
     """
     if cause == "time limit":
         cluster.query("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     elif cause == "preempted":
         cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 1", folder=cluster.folder)
+    elif cause == "told":
+        cluster.query("scancel", "--signal=USR1", str(job))
     elif cause == "requeued":
         cluster.query("scontrol", "requeue", str(job))
     elif cause == "node lost":
