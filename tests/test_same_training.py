@@ -101,12 +101,11 @@ def test_processes_and_accumulation_change_nothing(one, tmp_path, processes, mic
     assert_same(tmp_path / "run", [sample for seen in found for sample in seen], one)
 
 
-@pytest.mark.parametrize("processes, micro", [(2, 12), (3, 16)])
-def test_a_stream_is_the_same_and_goes_on_with_another_number_of_processes(tmp_path, processes, micro):
+def test_a_stream_is_the_same_and_goes_on_with_another_number_of_processes(tmp_path):
     settings = [*RECIPE, "--data-mode", "stream", "--shuffle-window", 200]
     alone = run(*settings, "--run-dir", tmp_path / "one")
-    flags, seen = [*settings, "--micro-batch-size", micro, "--run-dir", tmp_path / "many", "--resume", "auto"], []
-    for count, steps in ((processes, 31), (1, 34), (processes, 50)):
+    flags, seen = [*settings, "--micro-batch-size", 8, "--run-dir", tmp_path / "many", "--resume", "auto"], []
+    for count, steps in ((3, 31), (1, 34), (2, 50)):
         found = Ranks(lambda steps=steps: run(*flags, "--max-steps", steps), count).check()
         seen += [sample for results in found.results for sample in results]
     assert_same(tmp_path / "many", seen, (tmp_path / "one", alone))
@@ -125,7 +124,7 @@ def test_every_augmentation_is_the_same_on_any_number_of_processes(tmp_path, fla
     recipe = [*RECIPE, *flags.split(), "--max-steps", 28]
     expected = run(*recipe, "--run-dir", tmp_path / "one")
     assert len(set(expected)) == len(expected) > 26 * 48
-    for processes, micro in ((2, 24), (2, 6), (3, 16)):
+    for processes, micro in ((2, 6), (3, 16)):
         run_dir = tmp_path / f"{processes}-{micro}"
         found = Ranks(lambda m=micro, d=run_dir: run(*recipe, "--micro-batch-size", m, "--run-dir", d), processes)
         seen = [sample for results in found.check().results for sample in results]
