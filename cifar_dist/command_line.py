@@ -131,7 +131,10 @@ def _refuse_twice(node: Any, source: str) -> None:
 def _recipe_argv(path: Path) -> list[str]:
     """The command line that a recipe stands for; see `read_mapping` and `flags_of` for what it raises."""
     source = f"--config {path}"
-    return flags_of(read_mapping(path, source), source)
+    settings = read_mapping(path, source)
+    if "recipes" in settings:
+        raise UsageError(f"{source}: this is a study of several runs; start it by: python -m cifar_dist.study {path}")
+    return flags_of(settings, source)
 
 
 def flags_of(settings: dict[str, Any], source: str) -> list[str]:

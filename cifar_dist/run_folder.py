@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import shlex
@@ -59,22 +60,29 @@ def choose_run_dir(config: Config) -> Path:
     ):
         if config.run.resume != "auto":
             raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
-        _check_same_training(run_dir / "config.yaml", config)
+        if not (run_dir / "config.yaml").is_file():
+            raise UsageError(f"--resume auto: {run_dir} is no run folder (config.yaml is missing).")
+        if changed := changed_settings(config):
+            raise UsageError(
+                f"--resume auto: the run in {run_dir} has other settings ({'; '.join(changed)}); give those,"
+                " or another --run-dir."
+            )
     return run_dir
 
 
-def _check_same_training(saved: Path, config: Config) -> None:
+def changed_settings(config: Config) -> list[str]:
+    """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
+
+    Raises:
+        UsageError: the settings saved there cannot be read.
+    """
+    saved = Path(config.run.run_dir or "") / "config.yaml"
     if not saved.is_file():
-        raise UsageError(f"--resume auto: {saved.parent} is no run folder (config.yaml is missing).")
+        return []
     old, new = load_config(saved).flat(), config.flat()
-    changed = [
+    return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
-    if changed:
-        raise UsageError(
-            f"--resume auto: the run in {saved.parent} has other settings ({'; '.join(changed)}); give those,"
-            " or another --run-dir."
-        )
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -88,7 +96,19 @@ def identity(config: Config) -> dict[str, str]:
 
 def run_lock(run_dir: Path) -> FileLock:
     """The lock that one training at a time holds on its folder; the kernel frees it when its process dies."""
-    return FileLock(run_dir / ".lock", timeout=0)
+    return FileLock(run_dir / ".lock", timeout=0.2)  # which `is_running` can hold for a moment
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a training holds a folder's lock; of other machines, only where the file system shares such locks."""
+    try:
+        with (run_dir / ".lock").open() as file:  # a shared lock, so that those who ask do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, Any]) -> None:

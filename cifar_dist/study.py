@@ -8,37 +8,27 @@ python -m cifar_dist.study recipes/study_e/study.yaml --slurm -- --dataset /data
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from cifar_dist.command_line import OneLineParser
 from cifar_dist.config import positive_int
-from cifar_dist.errors import FAILURE_STATUS, UsageError, run_main
+from cifar_dist.errors import FAILURE_FILE, FAILURE_STATUS, UsageError, run_main
 from cifar_dist.stop_request import SIGNALS
 from cifar_dist.study_file import Study, StudyRun, load_study
+from cifar_dist.study_record import StudyRecord, forget_failure, note_failure, save_record
+from cifar_dist.study_state import Standing, standing_of, standings
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a run stands by its last checkpoint: optimizer steps made and in all (0 where unknown), and its end."""
-
-    step: int
-    total_steps: int
-    finished: bool
-
-    def __str__(self) -> str:
-        if self.finished:
-            return "finished"
-        return f"cut at step {self.step} of {self.total_steps}" if self.step else "new"
 
 
 @dataclass
@@ -57,9 +47,14 @@ class Signals:
         self.first = self.first or signal.Signals(number).name
         self.waiting.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end, handing on what comes; its exit status, negative for the signal it died of."""
-        with subprocess.Popen(command, start_new_session=True) as process:  # else Ctrl-C would reach it twice
+    def run(self, command: Sequence[str], failure_file: Path | None = None) -> int:
+        """Run a command to its end, handing on what comes; its exit status, negative for the signal it died of.
+
+        A script of ours that fails leaves its reason in `failure_file`.
+        """
+        environment = {**os.environ, FAILURE_FILE: str(failure_file)} if failure_file else None
+        # A session of its own, else Ctrl-C would reach it twice.
+        with subprocess.Popen(command, start_new_session=True, env=environment) as process:
             while True:
                 while self.waiting:
                     process.send_signal(self.waiting.pop(0))
@@ -74,20 +69,41 @@ def main() -> None:
     arguments, further = parse_arguments(sys.argv[1:])
     study = load_study(arguments.study, further)
     if arguments.arguments is not None:
-        print_arguments(study, arguments.arguments)
-    elif arguments.list:
-        for number, (run, standing) in enumerate(zip(study.runs, standings(study), strict=True)):
-            print(f"{number}  {standing}  {run.name}  {shlex.join(['python', 'train.py', *run.arguments])}")
-    elif arguments.slurm:
-        print(slurm_script(study, standings(study), arguments.at_once))
-    else:
-        signals = Signals()
-        signals.listen()
-        failed = [] if arguments.report else train_all(study, signals)
-        if signals.first:
-            print(f"study       stopped by {signals.first}; the same command goes on with it", flush=True)
-        compared = bool(signals.first) or compare(study, signals)
-        sys.exit(FAILURE_STATUS if failed or not compared else 0)
+        put("".join(f"{argument}\0" for argument in arguments_of(study, arguments.arguments)))
+        return
+    if arguments.report:
+        sys.exit(0 if compare(study, listening()) else FAILURE_STATUS)
+    check_models(study)
+    found = standings(study)
+    if arguments.list:
+        put("".join(listed(study, found)))
+        return
+    refuse_what_is_in_the_way(study, found)
+    if arguments.slurm:
+        put(slurm_script(study, found, arguments.at_once) + "\n")
+        return
+    signals = listening()
+    failed = train_all(study, found, signals)
+    if signals.first:
+        print(f"study       stopped by {signals.first}; the same command goes on with it", flush=True)
+    compared = bool(signals.first) or compare(study, signals)
+    sys.exit(FAILURE_STATUS if failed or not compared else 0)
+
+
+def listening() -> Signals:
+    """Signals, noted from now on."""
+    signals = Signals()
+    signals.listen()
+    return signals
+
+
+def put(text: str) -> None:
+    """Print for another program, which may read only the beginning (``| head -1``)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -117,75 +133,85 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     return arguments, further
 
 
-def print_arguments(study: Study, number: int) -> None:
-    """Print a run's arguments, each ended by a NUL byte, for bash's ``mapfile -d ''``.
+def arguments_of(study: Study, number: int) -> tuple[str, ...]:
+    """A run's arguments for train.py.
 
     Raises:
         UsageError: there is no such run.
     """
     if not 0 <= number < len(study.runs):
         raise UsageError(f"--arguments {number}: the study has runs 0 to {len(study.runs) - 1}.")
-    sys.stdout.write("".join(f"{argument}\0" for argument in study.runs[number].arguments))
+    return study.runs[number].arguments
 
 
-def standings(study: Study) -> list[Standing]:
-    """Where each run stands.
+def listed(study: Study, found: Sequence[Standing]) -> list[str]:
+    """A line a run: number, state, name, command."""
+    return [
+        f"{number}  {standing}  {run.name}  {shlex.join(['python', 'train.py', *run.arguments])}\n"
+        for number, (run, standing) in enumerate(zip(study.runs, found, strict=True))
+    ]
+
+
+def check_models(study: Study) -> None:
+    """Refuse now what train.py would refuse at the start of some run.
 
     Raises:
-        UsageError: a run's folder holds something else than this run.
+        UsageError: a run's model has a name that there is not.
     """
-    return [standing_of(run, study.path) for run in study.runs]
+    from cifar_dist.models import resolve_name  # takes seconds
+
+    for model, run in {run.config.model.model: run for run in reversed(study.runs)}.items():
+        try:
+            resolve_name(model)
+        except UsageError as error:
+            raise UsageError(f"study {study.path}, run {run.name}: {error}") from None
 
 
-def standing_of(run: StudyRun, study: Path) -> Standing:
-    """Where a run stands, by the counters of its newest checkpoint, which tell train.py too whether it goes on.
+def refuse_what_is_in_the_way(study: Study, found: Sequence[Standing]) -> None:
+    """Refuse, before anything runs, to work around folders that are not the study's.
 
     Raises:
-        UsageError: its folder is in the way: of other settings than the study asks for, damaged, or no run's.
+        UsageError: a run's folder cannot be continued.
     """
-    if not run.folder.exists():
-        return Standing(0, 0, finished=False)  # without the seconds of importing
-    from cifar_dist import checkpoint, checkpoint_store
-    from cifar_dist.plan import Plan
-    from cifar_dist.run_folder import choose_run_dir, read_json
-
-    try:
-        choose_run_dir(run.config)
-        stored = checkpoint_store.latest_manifest(run.folder / "checkpoints")
-        if stored is None:
-            return Standing(0, 0, finished=False)
-        state = checkpoint.state_of(stored)
-        plan = Plan(**read_json(run.folder / "plan.json"))
-    except (UsageError, OSError) as error:
-        raise UsageError(f"study {study}, run {run.name}: {error}") from None
-    except TypeError:
+    stuck = [(run, standing) for run, standing in zip(study.runs, found, strict=True) if standing.in_the_way]
+    if stuck:
+        (run, standing), more = stuck[0], len(stuck) - 1
+        others = f" (and {more} more, see --list)" if more else ""
         raise UsageError(
-            f"study {study}, run {run.name}: {run.folder / 'plan.json'} is of another version of cifar-dist; go on with"
-            " that, or name another runs_dir."
-        ) from None
-    plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
-    return Standing(state.step, plan.total_steps, not state.goes_on(plan, run.config.run.patience))
+            f"study {study.path}, run {run.name}{others}: {standing.in_the_way}; move {run.folder} away, give the"
+            " recipe's entry a name, or the study another runs_dir."
+        )
 
 
-def train_all(study: Study, signals: Signals) -> list[StudyRun]:
+def train_all(study: Study, found: Sequence[Standing], signals: Signals) -> list[StudyRun]:
     """Train what is not finished, until asked to stop; the runs that failed."""
     failed = []
-    for run, before in zip(study.runs, standings(study), strict=True):
+    for run, before in zip(study.runs, found, strict=True):
         if signals.first:
             break
-        if before.finished:
-            say(run, "finished before")
-            continue
-        say(run, f"begins ({before})")
-        status = signals.run([sys.executable, str(ROOT / "train.py"), *run.arguments])
-        died_of_it = signals.first and -status in SIGNALS  # before train.py could listen
-        if status != 0 and not died_of_it:
+        if not before.is_due:
+            say(run, "finished before" if before.finished else "is running elsewhere, and left to that")
+        elif not train(run, before, signals):
             failed.append(run)
-            say(run, f"failed with status {status}")
-        else:
-            after = standing_of(run, study.path)
-            say(run, str(after) if after.finished else f"{after}{_reason(run)}")
     return failed
+
+
+def train(run: StudyRun, before: Standing, signals: Signals) -> bool:
+    """Train a run, and note its failure beside its folder; whether it did not fail."""
+    say(run, f"begins ({before})")
+    forget_failure(run.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "reason"
+        status = signals.run([sys.executable, str(ROOT / "train.py"), *run.arguments], file)
+        reason = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    died_of_it = signals.first and -status in SIGNALS  # before train.py could listen
+    if status != 0 and not died_of_it:
+        note_failure(run.folder, status, reason)
+        say(run, f"failed with status {status}")
+        return False
+    after = standing_of(run)
+    say(run, str(after) if after.finished else f"{after}{_reason(run)}")
+    return True
 
 
 def say(run: StudyRun, what: str) -> None:
@@ -199,17 +225,25 @@ def _reason(run: StudyRun) -> str:
 
 
 def compare(study: Study, signals: Signals) -> bool:
-    """Let evaluate.py report and compare the finished runs, and name the others; whether that was done."""
-    finished = []
-    for run, standing in zip(study.runs, standings(study), strict=True):
-        if standing.finished:
-            finished.append(str(run.folder))
-        else:
-            say(run, f"not in the comparison, {standing}")
+    """Let evaluate.py report and compare the finished runs, and name the others; whether all are in the comparison."""
+    found = list(zip(study.runs, standings(study), strict=True))
+    finished = [str(run.folder) for run, standing in found if standing.finished]
+    done = False
+    if finished:
+        save_record(study.runs_dir, StudyRecord(study.name, {run.name: standing.in_full for run, standing in found}))
+        done = signals.run([sys.executable, str(ROOT / "evaluate.py"), *finished]) == 0
+    for run, standing in found:
+        if not standing.finished:
+            say(run, f"not in the comparison, {standing.in_full}")
     if not finished:
         print(f"study       no run of {study.path} is finished, so there is nothing to compare", flush=True)
-        return False
-    return signals.run([sys.executable, str(ROOT / "evaluate.py"), *finished]) == 0
+    elif not done:
+        print("study       evaluate.py failed, so there is no new comparison; its reason is above", flush=True)
+    elif len(finished) == 1 < len(found):
+        print(f"study       1 of {len(found)} runs is finished: a report, no comparison", flush=True)
+    elif len(found) > 1:
+        print(f"study       {len(finished)} of {len(found)} runs are in the comparison", flush=True)
+    return done and len(finished) == len(found)
 
 
 def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
@@ -217,11 +251,16 @@ def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
     word = ["--", *study.further] if study.further else []
     script = ["slurm/study.sbatch", str(study.path)]
     report = ["--nodes=1", *script, "--report", *word]
-    left = [number for number, standing in enumerate(found) if not standing.finished]
+    left = [number for number, standing in enumerate(found) if standing.is_due]
     if not left:
         return shlex.join(["sbatch", *report])
-    array = ["sbatch", "--parsable", f"--array={_ranges(left)}%{at_once}", "--output=slurm-%A_%a.out", *script, *word]
+    name = f"study-{study.name}"
+    array = ["sbatch", "--parsable", f"--job-name={name}", f"--array={_ranges(left)}%{at_once}"]
+    array += ["--output=slurm-%A_%a.out", *script, *word]
+    busy = f"slurm       failed: {study.path} is queued or runs already; wait, or: scancel --me --name={name}"
     return (  # where there are several clusters, sbatch says NUMBER;CLUSTER
+        f"queued=$(squeue --me --noheader --name={name} --format='%Z|') || exit\n"
+        f'case $queued in *"$(pwd -P)|"*) echo {shlex.quote(busy)} >&2; exit 2 ;; esac\n'
         f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)}'
     )
 

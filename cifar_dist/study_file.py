@@ -43,11 +43,15 @@ class Study:
 
     Attributes:
         path: the file.
+        name: the study's.
+        runs_dir: the folder of its runs' folders.
         further: arguments that were given for every run besides.
         runs: in the order of its recipes, and of the grid's values for each, the last key's the fastest.
     """
 
     path: Path
+    name: str
+    runs_dir: Path
     further: tuple[str, ...]
     runs: tuple[StudyRun, ...]
 
@@ -82,7 +86,7 @@ def load_study(path: Path, further: Sequence[str] = ()) -> Study:
     cells = _cells(_settings(values.get("grid"), "grid", source), source)
     if twice := [key for key in cells[0] if key in common]:
         raise UsageError(f"{source}: {twice[0]} is in grid and in common; keep one.")
-    runs: list[StudyRun] = []
+    runs: dict[str, StudyRun] = {}
     for entry in entries:
         recipe, stem, own = _entry(entry, path, source)
         if twice := [key for key in cells[0] if key in own]:
@@ -90,9 +94,10 @@ def load_study(path: Path, further: Sequence[str] = ()) -> Study:
         for cell in cells:
             label = "_".join([stem, *(_label(key, value) for key, value in cell.items())])
             flags = _flags(common | own | cell, f"{source}, run {label}")
-            runs.append(_run(runs_dir / label, ["--config", recipe, *flags], further, source))
-    _refuse_same_names(runs, source)
-    return Study(path, tuple(further), tuple(runs))
+            run = _run(runs_dir / label, ["--config", recipe, *flags], further, source)
+            _refuse_same_name(runs.get(label), run, source)
+            runs[label] = run
+    return Study(path, name, runs_dir, tuple(further), tuple(runs.values()))
 
 
 def _settings(value: Any, key: str, source: str) -> dict[str, Any]:
@@ -124,6 +129,13 @@ def _cells(grid: dict[str, Any], source: str) -> list[dict[str, Any]]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"{source}: grid takes a list of values for {key}, got {values!r}.")
+        labels = [_label(key, value) for value in values]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            alike = " and ".join(repr(v) for v, label in zip(values, labels, strict=True) if label == twice[0])
+            raise UsageError(
+                f"{source}: {key} in grid has {alike}, whose runs would both be called …{twice[0]}; keep one, or make"
+                " them entries of recipes with a name each."
+            )
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -166,10 +178,12 @@ def _run(folder: Path, flags: Sequence[str], further: Sequence[str], source: str
     return StudyRun(folder.name, folder, tuple(arguments), command.config)
 
 
-def _refuse_same_names(runs: Sequence[StudyRun], source: str) -> None:
-    names = [run.name for run in runs]
-    for name in names:
-        if name == "comparison":  # where evaluate.py puts it
-            raise UsageError(f"{source}: a run cannot be called comparison; give it another name.")
-        if names.count(name) > 1:
-            raise UsageError(f"{source}: {names.count(name)} runs are called {name}; give their entries a name each.")
+def _refuse_same_name(other: StudyRun | None, run: StudyRun, source: str) -> None:
+    if run.name == "comparison":  # where evaluate.py puts it
+        raise UsageError(f"{source}: a run cannot be called comparison; give it another name.")
+    if other is not None:
+        recipes = [found.arguments[1] for found in (other, run)]
+        raise UsageError(
+            f"{source}: the entries of {recipes[0]} and {recipes[1]} both make a run called {run.name}; write one as"
+            f" {{recipe: FILE, name: ANOTHER}}."
+        )

@@ -3,8 +3,9 @@
 
 say() { printf 'slurm       %s\n' "$*"; }
 
-fail() { # STATUS REASON
+fail() { # STATUS REASON, noted in the file $failed if a script has named one
     say "failed${SLURM_JOB_ID:+, not requeued}: $2"
+    [ -z "${failed:-}" ] || printf 'status %s: %s\n' "$1" "$2" > "$failed"
     exit "$1"
 }
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "policy_string", "stop_request"},
     {"config", "ordering", "durable", "page", "slurm"},
     {"command_line", "memory", "launch", "checkpoint_store", "pace"},
-    {"plan", "study_file"},
+    {"plan", "study_file", "study_record"},
     {
         *("distributed", "models", "optim", "data", "wandb_run", "predictions", "run_folder", "train_state"),
         *("metrics", "statistics", "calibration", "label_errors", "flops", "explain"),
@@ -23,8 +23,8 @@ LAYERS = [
         *("evidence",),
     },
     {"batches", "checkpoint", "micro_batch", "wandb_report"},
-    {"engine", "report", "saver", "speed", "stream_batches", "study"},
-    {"preview", "export", "peak", "features"},
+    {"engine", "report", "saver", "speed", "stream_batches", "study_state"},
+    {"preview", "export", "peak", "features", "study"},
     {"scoring"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))

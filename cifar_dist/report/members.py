@@ -15,6 +15,7 @@ from cifar_dist.predictions import Scored
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.tables import NOT_SETTINGS
 from cifar_dist.run_record import Run
+from cifar_dist.study_record import StudyRecord
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ def spread(members: Sequence[Member], group: Group) -> dict[str, Any]:
     """Mean and standard deviation of a group's test accuracies."""
     found = [members[number].metrics["top1"] for number in group.members]
     return {"mean_top1": float(np.mean(found)), "std_top1": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+
+
+def missing(study: StudyRecord, members: Sequence[Member]) -> dict[str, str]:
+    """The study's runs that are not among these, and where they stood."""
+    here = {member.run.folder.resolve().name for member in members}
+    return {name: stood for name, stood in study.runs.items() if name not in here}
 
 
 def row_of(member: Member, group: str) -> dict[str, Any]:

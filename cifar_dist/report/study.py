@@ -18,11 +18,12 @@ from cifar_dist.evidence import load_evidence
 from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import study_figures
 from cifar_dist.report.grouping import Group, group_runs
-from cifar_dist.report.members import Member, names_of, row_of, spread
+from cifar_dist.report.members import Member, missing, names_of, row_of, spread
 from cifar_dist.report.study_page import study_page
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import agreement, compare, compare_groups, corrected, verdict
+from cifar_dist.study_record import record_of
 
 NAME = "comparison"
 
@@ -47,7 +48,7 @@ class Comparison:
 
 
 def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path) -> Comparison:
-    """Compare runs whose reports have been written.
+    """Compare runs whose reports have been written; of a study's runs, say which are missing.
 
     Args:
         runs: in the order in which they are to be shown.
@@ -64,6 +65,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     _check_comparable(members)
     groups = group_runs([run.config for run in runs], [member.name for member in members])
     pairs = _pairs(members, groups)
+    study = record_of([run.folder for run in runs])
     make_room(output)
     try:
         if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
@@ -71,11 +73,13 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
                 for picture in output.glob(f"*.{kind}"):
                     picture.unlink()
         summary = _summary(members, groups, pairs)
+        if study:
+            summary["study"] = {"name": study.name, "missing": missing(study, members)}
         (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         _write_rows(summary["runs"], output / f"{NAME}.csv")
         pictures = study_figures.write(members, groups, output)
         files = {"Table": output / f"{NAME}.csv", "All numbers": output / f"{NAME}.json"}
-        page = study_page(members, groups, pairs, pictures, files)
+        page = study_page(members, groups, pairs, pictures, files, study)
         page.write(output, NAME)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None

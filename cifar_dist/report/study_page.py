@@ -11,28 +11,32 @@ import numpy as np
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import study_figures
 from cifar_dist.report.grouping import Group
-from cifar_dist.report.members import Member, row_of, spread
+from cifar_dist.report.members import Member, missing, row_of, spread
 from cifar_dist.report.tables import MIB, interval, percent, quantity
+from cifar_dist.study_record import StudyRecord
 
 # Columns of the studies' tables: which number of a run, and how it is shown.
-_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+_Columns = dict[str, tuple[str, Callable[[float], str]]]
+_TRAINING: _Columns = {
     "parameters (M)": ("parameters", lambda count: f"{count / 1e6:,.2f}"),
     "GFLOPs": ("gflops", quantity),
     "GMACs": ("gmacs", quantity),
     "GMACs without attention": ("gmacs_without_attention", quantity),
+    "training (min)": ("training_seconds", lambda seconds: f"{seconds / 60:,.1f}"),
+    "memory, training (MiB)": ("training_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
+    "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
+}
+_INFERENCE: _Columns = {
     "latency (ms)": ("latency_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "p95 (ms)": ("latency_p95_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "images/s": ("images_per_second", "{:,.0f}".format),
     "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
-    "memory, training (MiB)": ("training_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
-    "training (min)": ("training_seconds", lambda seconds: f"{seconds / 60:,.1f}"),
-    "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
 }
 
 
 def study_page(
     members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]], pictures: dict[str, Path],
-    files: dict[str, Path],
+    files: dict[str, Path], study: StudyRecord | None,
 ) -> Page:  # fmt: skip
     """The comparison for people: which is better first, then at what cost."""
     about, count = members[0].scored.about, len(members[0].scored.ids)
@@ -46,12 +50,17 @@ def study_page(
     words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} has the highest accuracy."
     if len(groups) == 1:
         words = f"{len(members)} runs with {_mean_accuracy(members, best)} on {count:,} test images of {about.dataset}."
+    title = " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared"
+    absent = missing(study, members) if study else {}
+    if study and absent:
+        warnings.add(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
     return Page(
-        " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared",
+        f"Study {study.name}: {title}" if study else title,
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
         [
+            Section("Missing runs", [Table(("run", "where it stood when last compared"), list(absent.items()))] if absent else []),
             Section("Settings", _settings(members, groups)),
-            Section("Accuracy", [_accuracies(members, groups), *shown("grid", "curves")]),
+            Section("Accuracy", [*_accuracies(members, groups), *shown("grid", "curves")]),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
             Section("Cost", [*_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
             Section("Where they differ", [_only(members), *empty, *shown("agreement", "only_right", "grad_cam")]),
@@ -66,41 +75,49 @@ def _mean_accuracy(members: Sequence[Member], group: Group) -> str:
     return f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
 
 
-def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> Table:
-    rows = []
+def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
+    """Accuracies of each run and means of repeats; then each run's other numbers."""
+    rows: list[tuple[str, ...]] = []
     for group in groups:
         if len(group.members) > 1:
-            mean = _mean_accuracy(members, group)
-            rows.append((group.name, f"mean of {len(group.members)} runs", "", "", mean, *[""] * 9))
+            mean = ("", "", _mean_accuracy(members, group), *[""] * 4)
+            rows.append((group.name, f"mean of {len(group.members)} runs", *mean))
         for number in group.members:
             metrics, row = members[number].metrics, row_of(members[number], group.name)
-            train, val = (
-                "–" if row[f"{name}_top1"] is None else percent(row[f"{name}_top1"]) for name in ("train", "val")
-            )
             rows.append(
                 (
                     group.name,
                     members[number].name,
-                    train,
-                    val,
+                    *(_percent_or_dash(row[f"{name}_top1"]) for name in ("train", "val")),
                     percent(metrics["top1"]),
                     interval(metrics["top1_interval"]),
                     percent(metrics["top3"]),
                     percent(metrics["top5"]),
                     percent(metrics["error_rate"]),
-                    f"{metrics['macro_avg']['f1']:.4f}",
-                    f"{metrics['loss']:.4f}",
-                    "–" if row["final_train_loss"] is None else f"{row['final_train_loss']:.4f}",
-                    f"{metrics['calibration']['before']['ece']:.4f}",
-                    metrics["selected_on"],
                 )
             )
     strong = [number for number, row in enumerate(rows) if not row[2]]
-    header = (
-        "settings", "run", "train", "val", "test", "95 % interval", "top-3", "top-5", "error", "macro F1",
-        "loss (nats)", "final train loss", "ECE", "selected on",
-    )  # fmt: skip
-    return Table(header, rows, strong)
+    header = ("settings", "run", "train", "val", "test", "95 % interval", "top-3", "top-5", "error")
+    words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
+    explained = [Text(words)] if strong else []
+    return [Table(header, rows, strong), *explained, _other_numbers(members)]
+
+
+def _other_numbers(members: Sequence[Member]) -> Table:
+    rows = []
+    for member in members:
+        metrics, train_loss = member.metrics, row_of(member, "")["final_train_loss"]
+        rows.append(
+            (
+                member.name,
+                f"{metrics['macro_avg']['f1']:.4f}",
+                f"{metrics['loss']:.4f}",
+                "–" if train_loss is None else f"{train_loss:.4f}",
+                f"{metrics['calibration']['before']['ece']:.4f}",
+                metrics["selected_on"],
+            )
+        )
+    return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows)
 
 
 def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text | Table]:
@@ -134,8 +151,14 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
         )
         for pair in pairs
     ]
-    header = ("pair", "difference (points)", "95 % interval", "p", "p, corrected", "same prediction", "test")
-    corrected = f" p is corrected for {len(pairs)} pairs (Holm, 1979)." if len(pairs) > 1 else ""
+    corrected, alone = "", ""
+    if len(pairs) > 1:
+        alone = " of the pair alone"
+        corrected = (
+            f" What decides is p corrected for {len(pairs)} pairs (Holm, 1979): of many intervals some leave out 0 by"
+            " chance."
+        )
+    header = ("pair", "difference (points)", f"95 % interval{alone}", "p", "p, corrected", "same prediction", "test")
     seeds = " Several runs of one setting are repeats: what differs between their seeds counts too." * repeats
     return [
         *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best in (pair["a"], pair["b"])),
@@ -146,14 +169,19 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
 
 def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
     """What each group cost; of repeats the mean."""
-    rows = []
+    training, inference = [], []
     for group in groups:
         found = [row_of(members[number], group.name) for number in group.members]
         devices = sorted({str(row["device"]) for row in found if row["device"]})
-        cells = [_mean(found, name, show) for name, show in _COSTS.values()]
-        rows.append((group.name, *cells, "; ".join(devices) or "–"))
+        training.append((group.name, *(_mean(found, name, show) for name, show in _TRAINING.values())))
+        cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
+        inference.append((group.name, *cells, "; ".join(devices) or "–"))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
-    return [Table(("settings", *_COSTS, "inference on"), rows), *repeats]
+    return [
+        Table(("settings", *_TRAINING), training),
+        Table(("settings", *_INFERENCE, "inference on"), inference),
+        *repeats,
+    ]
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str]) -> str:

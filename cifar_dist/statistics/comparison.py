@@ -59,8 +59,8 @@ def verdict(name_a: str, name_b: str, result: Comparison) -> str:
     """One sentence on two models, with the difference in percentage points.
 
     The better one is named where the corrected p is below 0.05 and the 95 % interval leaves out 0. Otherwise they
-    can't be told apart. Where only one of the two speaks for a difference the sentence says so: an interval is of its
-    pair alone, so the p corrected for several pairs is stricter; of a single pair McNemar's exact or
+    can't be told apart. Where only one of the two speaks for a difference the sentence says which decides: an interval
+    is of its pair alone, so the p corrected for several pairs is stricter; of a single pair McNemar's exact or
     continuity-corrected p often is, and rarely the interval (six images against none of 10,000).
     """
     if result.difference < 0:
@@ -75,12 +75,18 @@ def verdict(name_a: str, name_b: str, result: Comparison) -> str:
     numbers = f"95 % CI {low} to {high}, {_p(result.p_corrected)}{for_pairs}"
     if rejected and apart:
         return f"{name_a} is better than {name_b} by {points} points ({numbers})"
+    alike = f"{name_a} and {name_b} can't be told apart"
+    if apart and for_pairs:
+        return (
+            f"{alike} among {result.pairs} pairs (difference {points} points; the corrected"
+            f" {_p(result.p_corrected)} decides, the 95 % CI {low} to {high} is of this pair alone)"
+        )
     reason = ""
     if apart:
-        reason = ": the interval is of this pair alone" if for_pairs else ": the test is stricter than the interval"
+        reason = ": the test is stricter than the interval"
     elif rejected:
         reason = ": the interval is stricter than the test"
-    return f"{name_a} and {name_b} can't be told apart (difference {points} points, {numbers}{reason})"
+    return f"{alike} (difference {points} points, {numbers}{reason})"
 
 
 def _digits(result: Comparison) -> int:
