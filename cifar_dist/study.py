@@ -206,6 +206,8 @@ def train(run: StudyRun, before: Standing, signals: Signals) -> bool:
         reason = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
     died_of_it = signals.first and -status in SIGNALS  # before train.py could listen
     if status != 0 and not died_of_it:
+        if status < 0:  # as shells say it
+            status, reason = 128 - status, reason or f"ended by {signal.Signals(-status).name}."
         note_failure(run.folder, status, reason)
         say(run, f"failed with status {status}")
         return False

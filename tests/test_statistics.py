@@ -261,8 +261,8 @@ def said(difference, low, high, p_value, pairs=1, p_corrected=None):
         ((0, -0.2, 0.2, 1), "A and B can't be told apart (difference 0.0 points, 95 % CI -0.2 to 0.2, p = 1)"),
         (
             (0.3, 0.1, 0.5, 0.02, 6, 0.12),
-            "A and B can't be told apart (difference 0.3 points, 95 % CI 0.1 to 0.5, p = 0.12, corrected for 6 pairs:"
-            " the interval is of this pair alone)",
+            "A and B can't be told apart among 6 pairs (difference 0.3 points; the corrected p = 0.12 decides,"
+            " the 95 % CI 0.1 to 0.5 is of this pair alone)",
         ),
         (
             (0.3, 0.1, 0.5, 0.06),

@@ -17,6 +17,7 @@ from cifar_dist.evidence import load_evidence
 from cifar_dist.report import report_folder, write_comparison, write_report
 from cifar_dist.report.grouping import grid_axes, group_runs
 from cifar_dist.run_record import open_run
+from cifar_dist.study_record import StudyRecord, save_record
 from tests.made_up import COST, make_run, make_scored, save_report, with_class_names
 
 
@@ -125,6 +126,48 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert groups[0]["std_top1"] == pytest.approx(np.std(accuracies, ddof=1))
     assert len(found.verdicts) == 1
     assert "is better than" in found.verdicts[0]
+    mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
+    assert f"| **mean of 3 runs** |  |  | **{mean:.2f} % ± {std:.2f}** |" in found.markdown
+    assert "± is the sample standard deviation (n - 1) over the n runs" in found.markdown
+    assert "± is" not in compared(tmp_path, runs[0], runs[3]).markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
+    failed = "failed with status 2: --lr | is bad."
+    record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
+    save_record(tmp_path, record)
+    found = compared(tmp_path, *three[:2])
+    assert found.title == "Study mine: cnn4 against resnet18_cifar"
+    assert found.summary["study"] == {"name": "mine", "missing": {"blunt": "new", "bad": failed}}
+    assert "**2 of the 4 runs of this study are missing.**" in found.markdown
+    assert "| blunt | new |\n| bad | failed with status 2: --lr \\| is bad. |" in found.markdown
+    save_record(tmp_path, dataclasses.replace(record, runs={"sharp": "finished", "dull": "finished"}))
+    found = compared(tmp_path, *three[:2])
+    assert found.title.startswith("Study mine: ")
+    assert "issing" not in found.markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_are_not_all_of_one_study_are_of_none(tmp_path, three):
+    save_record(tmp_path, StudyRecord("mine", {"sharp": "finished", "dull": "finished"}))
+    found = compared(tmp_path, *three)
+    assert found.title == "cnn4 against resnet18_cifar against vit_small_cifar"
+    assert "study" not in found.summary
+    (tmp_path / "other").mkdir()
+    elsewhere = make(tmp_path / "other", "dull", make_scored(seed=2), model="resnet18_cifar")
+    assert "Study" not in compared(tmp_path, three[0], elsewhere).title
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UsageError, match=r"study.json is damaged \(.*\); remove it"):
+        compared(tmp_path, *three)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_of_several_pairs_the_page_says_that_p_decides(tmp_path, three):
+    decides = "What decides is p corrected for 3 pairs (Holm, 1979)"
+    several, single = (compared(tmp_path, *runs).markdown for runs in (three, three[:2]))
+    assert ("95 % interval of the pair alone" in several, decides in several) == (True, True)
+    assert ("of the pair alone" in single, "What decides" in single) == (False, False)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -139,7 +182,7 @@ def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
     compared(tmp_path, *runs, make(tmp_path, "b", lr=0.1))
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     header = next(line for line in lines if "latency (ms)" in line).split(" | ")
-    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 2.00")).split(" | ")
+    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 3.00")).split(" | ")
     assert row[header.index("latency (ms)")] == "3.00"
     assert row[-1] == "processor 0; processor 1 |"
     assert "Of several runs of one setting the means are given." in lines

@@ -1,5 +1,7 @@
 """A study from its file: what its runs are called and told, what is skipped, gone on with, refused and handed on."""
 
+import fcntl
+import json
 import os
 import shlex
 import signal
@@ -13,7 +15,9 @@ from accelerate.state import AcceleratorState, GradientState
 import train
 from cifar_dist import study
 from cifar_dist.command_line import parse_command_line
-from cifar_dist.errors import run_main
+from cifar_dist.errors import UsageError, run_main
+from cifar_dist.run_folder import is_running, run_lock
+from cifar_dist.study_record import failure_of
 from tests.conftest import ROOT
 
 RECIPE = "dataset: digits\nmodel: cnn4\nimg_size: 16\nepochs: 3\nbatch_size: 240\nhflip: 0\nwandb: disabled\n"
@@ -50,7 +54,7 @@ def scripts(monkeypatch):
     """train.py within this process instead of its own, evaluate.py not at all; the commands that were called."""
     calls, faults = [], {}
 
-    def run(self, command):
+    def run(self, command, failure_file=None):
         calls.append(command[1:])
         if command[1].endswith("evaluate.py"):
             return 0
@@ -58,6 +62,8 @@ def scripts(monkeypatch):
         GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", command[1:])
         if (name := command[command.index("--run-dir") + 1].rpartition("/")[2]) in faults:
+            if faults[name] > 0:
+                failure_file.write_text(f"--lr 5 is too much for {name}.\n")
             return faults[name]
         try:
             run_main(train.main)
@@ -72,6 +78,10 @@ def scripts(monkeypatch):
 
 def names(out):
     return [line.split("  ")[2] for line in out.splitlines()]
+
+
+def states(out):
+    return [line.split("  ")[1] for line in out.splitlines()]
 
 
 def test_names_and_precedence(main):
@@ -121,17 +131,26 @@ def test_arguments_are_for_bash_and_take_no_torch(here):
     assert done.stderr == ""
 
 
-def test_finished_runs_are_skipped_and_cut_ones_gone_on_with(main, scripts):
+def test_finished_runs_are_skipped_and_cut_ones_gone_on_with(here, main, scripts):
     calls, faults = scripts
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1, 2]}\n"
     faults["small_seed1"] = 3
     status, out = main(text, "--", "--max-steps", 2)
     assert status == 1
     assert "study       small_seed1: failed with status 3" in out
-    assert "study       small_seed1: not in the comparison, new" in out
+    why = "failed with status 3: --lr 5 is too much for small_seed1."
+    assert f"study       small_seed1: not in the comparison, {why}\n" in out
+    assert out.endswith("study       2 of 3 runs are in the comparison\n")
+    record = json.loads((here / "runs/s/study.json").read_text())
+    assert record == {"name": "s", "runs": {"small_seed0": "finished", "small_seed1": why, "small_seed2": "finished"}}
+    assert states(main(text, "--list", "--", "--max-steps", 2)[1]) == ["finished", "failed with status 3", "finished"]
     assert [call[-1] for call in calls] == ["2", "2", "2", "runs/s/small_seed2"]
     assert calls[-1][1:] == ["runs/s/small_seed0", "runs/s/small_seed2"]
 
+    calls.clear()
+    status, out = main(text, "--report", "--", "--max-steps", 2)
+    assert (status, out.splitlines()[-1]) == (1, "study       2 of 3 runs are in the comparison")
+    assert len(calls) == 1
     faults.clear()
     calls.clear()
     status, out = main(text, "--", "--max-steps", 2)  # the one that failed is made up for, the others left alone
@@ -139,8 +158,14 @@ def test_finished_runs_are_skipped_and_cut_ones_gone_on_with(main, scripts):
     assert [call[call.index("--run-dir") + 1] for call in calls[:-1]] == ["runs/s/small_seed1"]
     assert calls[-1][1:] == [f"runs/s/small_seed{seed}" for seed in range(3)]
 
-    out = main(text, "--list")[1]
-    assert [line.split("  ")[1] for line in out.splitlines()] == [f"cut at step 2 of {3 * STEPS}"] * 3
+    assert out.endswith("study       3 of 3 runs are in the comparison\n")
+    assert not list((here / "runs/s").glob("*.failed"))
+
+    assert states(main(text, "--list")[1]) == [f"cut at step 2 of {3 * STEPS}"] * 3
+    faults["small_seed2"] = -9
+    status, out = main(text, "--", "--time-limit", "1s")
+    assert (status, "(at step 2 of 18): ended by SIGKILL." in out) == (1, True)
+    assert states(main(text, "--list")[1])[2] == f"failed with status 137 (at step 2 of {3 * STEPS})"
     calls.clear()
     assert main(text, "--report")[0] == 1
     assert main(text, "--report", "--", "--max-steps", 2)[0] == 0
@@ -164,32 +189,94 @@ def test_a_run_that_leaves_for_want_of_time_is_cut_and_the_next_begins(main, scr
     assert ", by " in out
 
 
-def test_other_settings_are_refused_by_name(main, scripts):
-    assert main("recipes: [small.yaml]\n", "--", "--max-steps", 1)[0] == 0
-    status, said = main("recipes: [small.yaml]\ncommon: {lr: 0.5}\n", "--list")
-    assert status == 2
-    assert "run small" in said
-    assert "--lr 0.001 -> 0.5" in said
-    assert len(said.splitlines()) == 1
+def test_a_reason_is_taken_from_the_script_that_failed(here):
+    code = "from cifar_dist.errors import leave; leave(2, 'no such thing.')"
+    assert study.Signals().run([sys.executable, "-c", code], here / "reason") == 2
+    assert (here / "reason").read_text() == "no such thing.\n"
 
 
-def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
+def test_a_folder_of_other_settings_is_in_the_way_of_its_run_alone(main, scripts):
+    calls, _ = scripts
+    two = "recipes: [small.yaml, {{recipe: small.yaml, name: big{}}}]\n"
+    assert main(two.format(""), "--", "--max-steps", 1)[0] == 0
+    changed = two.format(", lr: 0.5")
+    status, out = main(changed, "--list", "--", "--max-steps", 1)
+    assert status == 0
+    assert states(out) == ["finished", "in the way: runs/s/big has other settings (--lr 0.001 -> 0.5)"]
+    calls.clear()
+    for mode in ([], ["--slurm"]):
+        status, said = main(changed, *mode, "--", "--max-steps", 2)
+        assert (status, len(said.splitlines()), calls) == (2, 1, [])
+        assert "study s.yaml, run big: runs/s/big has other settings (--lr 0.001 -> 0.5); move runs/s/big away" in said
+    status, out = main(changed, "--report", "--", "--max-steps", 1)
+    assert (status, calls[0][1:]) == (1, ["runs/s/small"])
+    assert "study       big: not in the comparison, in the way: runs/s/big has other" in out
+    assert out.endswith("study       1 of 2 runs is finished: a report, no comparison\n")
+
+
+def test_a_run_that_is_running_is_left_to_that(here, main, scripts):
+    text = "recipes: [small.yaml]\ngrid: {seed: [0, 1]}\n"
+    run = here / "runs/s/small_seed1"
+    assert not is_running(run)
+    run.mkdir(parents=True)
+    with run_lock(run):
+        assert is_running(run)
+        assert states(main(text, "--list")[1]) == ["new", "running"]
+        assert "--array=0%4" in main(text, "--slurm")[1]
+        status, out = main(text, "--", "--max-steps", 1)
+        assert status == 1
+        assert "study       small_seed1: is running elsewhere" in out
+        assert len(scripts[0]) == 2
+    assert not is_running(run)
+    with (run / ".lock").open() as file:  # as another `is_running` does
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not is_running(run)
+    with run_lock(run):
+        pass
+
+
+def test_a_list_of_which_only_the_beginning_is_read(here):
+    (here / "s.yaml").write_text("recipes: [small.yaml]\n")
+    code = "from cifar_dist import errors, study; study.check_models = lambda _: None; errors.run_main(study.main)"
+    command = f"{shlex.join([sys.executable, '-c', code, 's.yaml', '--list'])} | true"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stderr == ""
+
+
+def test_a_study_given_to_train_is_told_where_it_belongs(here):
+    (here / "s.yaml").write_text("name: x\nrecipes: [small.yaml]\n")
+    with pytest.raises(UsageError, match=r"--config s.yaml: this is a study .* python -m cifar_dist.study s.yaml$"):
+        parse_command_line(["--config", "s.yaml"])
+
+
+def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     done = {0, 3, 5}
     monkeypatch.setattr(
-        study, "standing_of", lambda run, _: study.Standing(1, 2, finished=int(run.name[len("small_seed") :]) in done)
+        "cifar_dist.study_state.standing_of",
+        lambda run: study.Standing(1, 2, finished=int(run.name[len("small_seed") :]) in done),
     )
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1, 2, 3, 4, 5, 6, 7, 8]}\n"
     status, out = main(text, "--slurm", "--at-once", 2, "--", "--dataset", "/data/my set")
     assert status == 0
-    script = "sbatch() { printf '<%s>' \"$@\" >&2; echo >&2; echo '77;east'; }\n" + out
+    queued = "squeue() { [[ $* == *--me*--name=study-s* ]] && echo '%s|'; }\n"
+    idle = queued % "/elsewhere"
+    script = idle + "sbatch() { printf '<%s>' \"$@\" >&2; echo >&2; echo '77;east'; }\n" + out
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stderr
     words = "<slurm/study.sbatch><s.yaml>"
     assert ran.splitlines() == [
-        f"<--parsable><--array=1-2,4,6-8%2><--output=slurm-%A_%a.out>{words}<--><--dataset></data/my set>",
+        "<--parsable><--job-name=study-s><--array=1-2,4,6-8%2><--output=slurm-%A_%a.out>"
+        f"{words}<--><--dataset></data/my set>",
         f"<--dependency=afterany:77><--nodes=1>{words}<--report><--><--dataset></data/my set>",
     ]
-    refused = subprocess.run(["bash", "-c", "sbatch() { echo $# >&2; false; }\n" + out], capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr.split()) == (1, ["8"])  # no comparison of an array that is not there
+    sbatch = "sbatch() { echo $# >&2; false; }\n"
+    refused = subprocess.run(["bash", "-c", idle + sbatch + out], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.split()) == (1, ["9"])  # no comparison of an array that is not there
+    busy = subprocess.run(["bash", "-c", queued % here.resolve() + sbatch + out], capture_output=True, text=True)
+    assert (busy.returncode, len(busy.stderr.splitlines())) == (2, 1)
+    assert "s.yaml is queued or runs already" in busy.stderr
+    unknown = subprocess.run(["bash", "-c", "squeue() { false; }\n" + sbatch + out], capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stderr) == (1, "")
     done.update(range(9))
     assert main(text, "--slurm")[1] == "sbatch --nodes=1 slurm/study.sbatch s.yaml --report\n"
 
@@ -204,8 +291,12 @@ def test_slurm_gets_the_unfinished_runs(main, scripts, monkeypatch):
         ("recipes: [small.yaml]\ngrid: {lr: 1}\n", [], "a list of values for lr"),
         ("recipes: [small.yaml]\ngrid: {lr: []}\n", [], "a list of values for lr"),
         ("recipes: [small.yaml]\ngrid: [lr]\n", [], "grid is to be a list of `flag: value` lines"),
-        ("recipes: [small.yaml]\ngrid: {lr: [0.1, 1e-1]}\n", [], "2 runs are called small_lr0.1"),
-        ("recipes: [small.yaml, small.yaml]\n", [], "2 runs are called small;"),
+        ("recipes: [small.yaml]\ngrid: {lr: [0.1, 1e-1]}\n", [], "lr in grid has 0.1 and '1e-1', whose runs"),
+        ("recipes: [small.yaml]\ngrid: {seed: [0, 1, 0]}\n", [], "seed in grid has 0 and 0, whose runs would both"),
+        ("recipes: [small.yaml, ./small.yaml]\n", [], "entries of small.yaml and small.yaml both make a"),
+        ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", [], "s.yaml, run small: --model cnn5: timm has no such"),
+        ("recipes: [small.yaml]\ngrid: {model: [cnn4, cnn5]}\n", ["--list"], "run small_modelcnn5: --model cnn5"),
+        ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", ["--slurm"], "Did you mean cnn4"),
         ("recipes: [{recipe: small.yaml, name: comparison}]\n", [], "cannot be called comparison"),
         ("recipes: [{recipe: small.yaml, name: a/b}]\n", [], "becomes that of a folder"),
         ("recipes: [{name: x}]\n", [], "an entry of recipes is to be a file"),
@@ -256,7 +347,8 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
     (here / "s.yaml").write_text("recipes: [small.yaml]\ngrid: {seed: [0, 1]}\n")
     code = (
         "import pathlib, sys; from cifar_dist import errors, study; study.ROOT = pathlib.Path();"
-        "study.standing_of = lambda *_: study.Standing(0, 0, False); errors.run_main(study.main)"
+        "study.standing_of = lambda *_: study.Standing(0, 0, False);"
+        "study.check_models = lambda *_: None; errors.run_main(study.main)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, "s.yaml"]
@@ -270,3 +362,21 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
     assert f"stopped by {number.name}; the same command goes on" in out
     expected = "SIGTERM" if number == signal.SIGHUP else number.name
     assert (here / "asked").read_text() == f"{expected}\n"  # once, and the second run did not begin
+
+
+def test_a_job_that_fails_leaves_its_reason_beside_its_run(here):
+    for part in ("slurm", "cifar_dist"):
+        (here / part).symlink_to(ROOT / part)
+    (here / "s.yaml").write_text("recipes: [small.yaml]\n")
+    (here / "bin").mkdir()
+    for name, does in {"srun": "echo because. > $CIFAR_DIST_FAILURE_FILE; exit 2", "scontrol": "echo"}.items():
+        (here / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (here / "bin" / name).chmod(0o755)
+    job = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    job |= {"SLURM_TASKS_PER_NODE": "1", "SLURM_JOB_CPUS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {"SLURMD_NODENAME": "n", "VENV": sys.prefix, "NETWORK": "yes", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | job | {"PATH": f"{here / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "slurm/study.sbatch", "s.yaml"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "failed, not requeued: because." in done.stdout
+    assert failure_of(here / "runs/s/small") == "status 2: because."

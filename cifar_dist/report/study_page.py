@@ -58,7 +58,10 @@ def study_page(
         f"Study {study.name}: {title}" if study else title,
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
         [
-            Section("Missing runs", [Table(("run", "where it stood when last compared"), list(absent.items()))] if absent else []),
+            Section(
+                "Missing runs",
+                [Table(("run", "where it stood when last compared"), list(absent.items()))] if absent else [],
+            ),
             Section("Settings", _settings(members, groups)),
             Section("Accuracy", [*_accuracies(members, groups), *shown("grid", "curves")]),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
