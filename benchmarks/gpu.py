@@ -1,0 +1,228 @@
+"""Training speed on one GPU: images/s and MFU, the plain loop beside it, and what the data path costs.
+
+    python -m benchmarks.gpu --json FILE [--data DIR_WITH_HUB_PARQUET] [--models vit_base_patch16_224 …] [--minutes 7.5]
+
+Every row is one model trained in one way, in bf16 with AdamW, crop, flip and normalising: as train.py puts it together,
+or, for `plain`, as benchmarks/plain_loop.py does with a worker for each core. Rows come one after another in this
+process, the most important first; only one of them exists at a time. A row has a few windows of steps, each waited for
+at its end, after a warm-up that also compiles; its images/s are the median window's. A row that fails, or is not done
+in time, says so and the next one follows. The JSON file is written anew after every row.
+
+Columns: `x plain` against the plain loop's images/s; `no data` images/s with one batch that is on the device already;
+`batch` the milliseconds to make an augmented batch, waited for, and its share of a step; `busy` the share of a step
+in which the GPU computes (the rest it waits for Python); `ready` seconds until the first window, compiling included.
+Without a GPU the script runs, too, to be tried out. Without --data images are noise, and the plain loop is spared
+decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.gpu_rows import CORES, PLAIN, PRECISION, Bench, Case, Row, Way, fill
+from cifar_dist.config import DataConfig
+from cifar_dist.data import TrainingData, load_training_data
+from cifar_dist.data.resident import ResidentSet
+from cifar_dist.data.sources import open_source
+from cifar_dist.distributed import device_bytes, start
+from cifar_dist.durable import replace_text
+from cifar_dist.errors import first_line, run_main
+from cifar_dist.micro_batch import is_out_of_memory
+from cifar_dist.peak import device_peak
+from cifar_dist.run_folder import processor
+
+LONGEST_ROW_SECONDS = 120.0
+COMPILATIONS = 64  # of one block's code: a stochastic depth's rate is a constant to the compiler
+
+VIT = Case("vit_base_patch16_224", 224, 256, 3500, 1.4, 0.01)
+SWIN = Case("swin_base_patch4_window7_224", 224, 128, 2400, 2.0)
+NFNET = Case("dm_nfnet_f0", 224, 256)
+RESNET = Case("resnet18_cifar", 32, 1024, 60_000)
+WRN = Case("wrn28_10", 32, 512, 11_500)
+
+EAGER = Way("eager")
+FUSED = Way("fused windows", fused_windows=True)
+NHWC = Way("channels_last", channels_last=True)
+TUNED = Way("channels_last, tuned", channels_last=True, tunes=True)
+BLOCKS, WHOLE = Way("compiled blocks", compiles="blocks"), Way("compiled", compiles="model")
+WHOLE_FUSED = Way("compiled, fused windows", compiles="model", fused_windows=True)
+WHOLE_NHWC = Way("compiled, channels_last", compiles="model", channels_last=True)
+BLOCKS_FUSED = Way("compiled blocks, fused windows", compiles="blocks", fused_windows=True)
+
+ROWS: list[tuple[Case, Way]] = [
+    *((case, way) for case in (VIT, SWIN, RESNET, WRN, NFNET) for way in (PLAIN, EAGER)),
+    *((SWIN, FUSED), (VIT, BLOCKS), (RESNET, NHWC), (WRN, NHWC), (RESNET, TUNED), (WRN, TUNED), (NFNET, NHWC)),
+    *((VIT, WHOLE), (RESNET, WHOLE_NHWC), (WRN, WHOLE_NHWC), (SWIN, WHOLE_FUSED), (NFNET, WHOLE)),
+    (SWIN, BLOCKS_FUSED),
+]  # fmt: skip
+
+
+def noise(count: int) -> tuple[TrainingData, list[tuple[Image.Image, int]]]:
+    """A training set of random 32 px images, and the same as PIL images with labels."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(count) % 10
+    split = ResidentSet(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(count))
+    data = TrainingData(split, None, tuple("0123456789"), "noise", "noise", None)
+    return data, [(Image.fromarray(image), int(label)) for image, label in zip(images, labels, strict=True)]
+
+
+def real(folder: str, device_bytes: int) -> tuple[TrainingData, Any]:
+    """The train split of a folder of parquet files as the Hub has them, and the same as a `datasets.Dataset`."""
+    from datasets import load_dataset
+
+    config = DataConfig(dataset=folder, val_fraction=0.0, data_mode="resident")
+    columns = open_source(config).columns
+    files = [str(file) for file in sorted(Path(folder).rglob("train-*.parquet"))]
+    pictures = load_dataset("parquet", data_files={"train": files}, split="train")
+    return load_training_data(config, device_bytes), pictures.select_columns([columns.image, columns.label])
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in what takes longer."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(bench: Bench, row: Row, seconds: float) -> None:
+    """Fill in a row within so many seconds, or say in it why not; then let go of all that it held."""
+    if seconds < bench.seconds:
+        row.error = "no time left"
+        return
+    try:
+        with limited(min(seconds, LONGEST_ROW_SECONDS)):
+            fill(bench, row)
+    except Exception as error:  # whatever a compiler, a driver or a lack of memory raises
+        memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        row.error = "out of memory" if memory else f"{type(error).__name__}: {first_line(error)}"
+    bench.accelerator.free_memory()
+    torch.compiler.reset()
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+HEADER = (
+    "model                         way                             images/s  x plain    MFU   no data"
+    "  batch ms   share   busy  peak GiB  ready s"
+)
+
+
+def shown(value: float | None, form: str, width: int = 0) -> str:
+    """A number, or a dash where there is none."""
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def line(row: Row, plain: float | None) -> str:
+    """A row of the table."""
+    rate, memory = row.images_per_second, row.peak_memory_bytes
+    cells = [
+        shown(rate, ",.0f", 8),
+        shown(rate / plain if rate and plain else None, ".2f", 7),
+        shown(row.mfu, ".1%", 5),
+        shown(row.no_data_images_per_second, ",.0f", 8),
+        shown(None if row.batch_seconds is None else 1e3 * row.batch_seconds, ".2f", 8),
+        shown(row.share(row.batch_seconds), ".2%", 6),
+        shown(row.share(row.device_seconds), ".0%", 5),
+        shown(memory / 2**30 if memory else None, ".1f", 8),
+        shown(row.ready_seconds, ".1f", 7),
+    ]
+    return f"{row.case.model:28}  {row.way.name:30}  {'  '.join(cells)}  {row.error}".rstrip()
+
+
+def aims(rows: list[Row]) -> list[str]:
+    """Each aim beside the best that was measured, a line each."""
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        own = [row for row in rows if row.case == case and row.images_per_second]
+        plain = next((row.images_per_second for row in own if row.way == PLAIN), None)
+        best = max((row for row in own if row.way != PLAIN), key=lambda row: row.images_per_second or 0.0, default=None)
+        rate = best.images_per_second if best else None
+        share = best.share(best.batch_seconds) if best else None
+        found = [
+            ("images/s", rate, case.images_per_second, ",.0f", 1),
+            ("x plain", rate / plain if rate and plain else None, case.times_plain, ".2f", 1),
+            ("data share", share, case.data_share, ".2%", -1),
+        ]
+        for name, value, aim, form, sign in found:
+            if aim:
+                verdict = "not measured" if value is None else "met" if sign * (value - aim) >= 0 else "MISSED"
+                bound = "at least" if sign > 0 else "at most"
+                way = f" ({best.way.name})" if best else ""
+                lines.append(f"{case.model}: {name} {shown(value, form)}{way}, aim {bound} {aim:{form}}: {verdict}")
+    return lines
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of parquet files as on the Hub (default: 50,000 images of noise)")
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--seconds-per-row", type=float, default=5.0, help="of the windows with the data path")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which no row begins, and none goes on")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure row after row, print a table and the aims, write JSON."""
+    args, began = parse(words), time.monotonic()
+    torch._dynamo.config.recompile_limit = COMPILATIONS
+    accelerator = start(PRECISION)
+    device = accelerator.device
+    data, pictures = real(args.data, device_bytes(accelerator)) if args.data else noise(50_000)
+    peak = device_peak(device, PRECISION)
+    bench = Bench(accelerator, data, pictures, peak, args.seconds_per_row)
+    facts = {
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "cores": CORES,
+        "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
+        "cuda": torch.version.cuda,
+        "data": data.name,
+    }
+    print(f"{facts['hardware']}, {CORES} cores, peak {peak.flops_per_second / 1e12:,.1f} TFLOP/s ({peak.source})")
+    print(HEADER, flush=True)
+    rows: list[Row] = []
+    plain: dict[str, float | None] = {}
+    for case, way in ROWS:
+        if args.models and case.model not in args.models:
+            continue
+        row = Row(case, way)
+        attempt(bench, row, began + 60 * args.minutes - time.monotonic())
+        rows.append(row)
+        if way == PLAIN:
+            plain[case.model] = row.images_per_second
+        print(line(row, plain.get(case.model)), flush=True)
+        if args.json:
+            found = facts | {"rows": [row.as_json() for row in rows], "aims": aims(rows)}
+            replace_text(args.json, json.dumps(found, indent=1) + "\n")
+    print(*aims(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

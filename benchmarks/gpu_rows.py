@@ -1,0 +1,256 @@
+"""One model trained in one way, measured: the project's own training, or the plain loop; rows of `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers import set_fused_attn
+from torch import nn
+
+from benchmarks.plain_loop import PlainLoop, Setting
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.config import ModelConfig
+from cifar_dist.cost import measure
+from cifar_dist.data import TrainingData
+from cifar_dist.distributed import peak_memory_bytes, seed_everything
+from cifar_dist.engine import Meter, Stepper, train_step
+from cifar_dist.flops import Flops, Peak, count_flops, mfu
+from cifar_dist.models import build_model, input_config
+from cifar_dist.plan import Schedule, make_plan
+from cifar_dist.speed import durations
+from cifar_dist.stream_batches import make_batches
+from train import prepare
+
+PRECISION, LR = "bf16", "1e-4"
+WINDOWS = 5
+WARM_UP_STEPS = 3
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to train: pixels a side, images a step, and the aims on one H100 (0: none)."""
+
+    model: str
+    img_size: int
+    batch_size: int
+    images_per_second: float = 0.0
+    times_plain: float = 0.0
+    data_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """How it is trained.
+
+    Attributes:
+        name: in the table.
+        compiles: model (--compile), blocks (each repeated block alone) or nothing.
+        fused_windows: Swin's attention fused; timm has it off, TIMM_FUSED_ATTN=2 turns it on.
+        channels_last: --channels-last.
+        tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
+    """
+
+    name: str
+    compiles: str = ""
+    fused_windows: bool = False
+    channels_last: bool = False
+    tunes: bool = False
+
+
+PLAIN = Way("plain")
+
+
+@dataclass
+class Row:
+    """What was measured; None where it does not apply or was not reached.
+
+    Attributes:
+        case: the model.
+        way: how it was trained.
+        step_seconds: a step in each window.
+        no_data_step_seconds: the same with one batch that is on the device already.
+        batch_seconds: to make one augmented batch, waited for.
+        device_seconds: of a step that the GPU computes.
+        mfu: by the median window.
+        peak_memory_bytes: of tensors on the GPU; without one all that the process ever held.
+        ready_seconds: until the first window.
+        error: why it ended early.
+    """
+
+    case: Case
+    way: Way
+    step_seconds: list[float] = field(default_factory=list)
+    no_data_step_seconds: list[float] = field(default_factory=list)
+    batch_seconds: float | None = None
+    device_seconds: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    ready_seconds: float | None = None
+    error: str = ""
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the median window."""
+        return self.case.batch_size / statistics.median(self.step_seconds) if self.step_seconds else None
+
+    @property
+    def no_data_images_per_second(self) -> float | None:
+        """Of the median window without a data path."""
+        found = self.no_data_step_seconds
+        return self.case.batch_size / statistics.median(found) if found else None
+
+    def share(self, seconds: float | None) -> float | None:
+        """What part of a step so many seconds are."""
+        return seconds / statistics.median(self.step_seconds) if seconds and self.step_seconds else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the medians."""
+        return asdict(self) | {
+            "images_per_second": self.images_per_second,
+            "no_data_images_per_second": self.no_data_images_per_second,
+            "batch_share": self.share(self.batch_seconds),
+            "busy_share": self.share(self.device_seconds),
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What rows share.
+
+    Attributes:
+        accelerator: of this process.
+        data: the training set.
+        pictures: the same for the plain loop, see there.
+        peak: of the device, in bf16.
+        seconds: that a row's windows take.
+    """
+
+    accelerator: Accelerator
+    data: TrainingData
+    pictures: Any
+    peak: Peak
+    seconds: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self.accelerator.device
+
+
+class Ours:
+    """The project's training, put together as train.py does, without its log."""
+
+    def __init__(self, bench: Bench, case: Case, way: Way):
+        flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
+        switches = ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "model")
+        config = parse_command_line([*flags.split(), *switches]).config
+        seed_everything(0)
+        model = build_model(config.model, len(bench.data.class_names))
+        plan = make_plan(config, measure(config, bench.data, model), 1)
+        parallel = prepare(config, plan, model, bench.accelerator).parallel
+        for block in repeated_blocks(model) if way.compiles == "blocks" else []:
+            block.compile()
+        parallel.model.train()
+        self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
+        self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
+        self._stepper, self._meter = Stepper(parallel, 0.0), Meter(bench.accelerator, plan.batch_size)
+        self._device, self._step = bench.device, 0
+        self._fixed = self.batch()
+
+    def batch(self) -> list[Any]:
+        """The micro-batches of the next step."""
+        return list(self._batches(self._step))
+
+    def run(self, steps: int, fixed: bool = False) -> float:
+        """Train so many steps more, or on the same batch again and again; seconds until the device has done them."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._schedule.apply(self._step)
+            share, _ = train_step(self._stepper, self._fixed if fixed else self._batches(self._step))
+            self._meter.add(share)
+            self._step += 1
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The innermost blocks that stand in a row with others of their class; what of them is alike compiles once.
+
+    As `accelerate.utils.compile_regions`, which looks into nn.ModuleList alone; timm's rows are nn.Sequential.
+    """
+    found: list[nn.Module] = []
+    for row in model.modules():
+        blocks = list(row.children()) if isinstance(row, nn.Sequential | nn.ModuleList) else []
+        if len(blocks) > 1 and len(set(map(type, blocks))) == 1 and any(blocks[0].children()):
+            found += blocks
+    ids = set(map(id, found))
+    return [block for block in found if not ids & {id(inner) for inner in block.modules() if inner is not block}]
+
+
+def windows(run: Callable[[int], float], seconds: float) -> list[float]:
+    """Seconds of a step in each window of steps, for about `seconds` in all."""
+    step = run(WARM_UP_STEPS) / WARM_UP_STEPS
+    steps = max(1, round(seconds / WINDOWS / step))
+    return [run(steps) / steps for _ in range(WINDOWS)]
+
+
+def device_seconds(run: Callable[[int], float], device: torch.device) -> float | None:
+    """What the kernels of a step take together, by torch's profiler."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(WARM_UP_STEPS)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / WARM_UP_STEPS / 1e6
+
+
+@cache
+def flops_of(model: str, img_size: int) -> Flops:
+    """The project's count of a model's operations."""
+    with torch.device("meta"):
+        return count_flops(build_model(ModelConfig(model=model), 10), img_size)
+
+
+def fill(bench: Bench, row: Row) -> None:
+    """Measure a row; what is done when something fails stays in it."""
+    set_fused_attn(True, experimental=row.way.fused_windows)
+    torch.backends.cudnn.benchmark = row.way.tunes
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    (_fill_plain if row.way == PLAIN else _fill_ours)(bench, row)
+
+
+def _fill_ours(bench: Bench, row: Row) -> None:
+    began = time.perf_counter()
+    ours = Ours(bench, row.case, row.way)
+    ours.run(WARM_UP_STEPS)
+    _read(bench, row, ours.run, began)
+    row.no_data_step_seconds = windows(lambda steps: ours.run(steps, fixed=True), bench.seconds / 2)
+    row.batch_seconds = statistics.median(durations(ours.batch, bench.device, bench.seconds / 10))
+    row.device_seconds = device_seconds(ours.run, bench.device)
+
+
+def _fill_plain(bench: Bench, row: Row) -> None:
+    case, began = row.case, time.perf_counter()
+    setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, CORES, bench.device.type == "cpu")
+    with closing(PlainLoop(bench.pictures, setting)) as loop:
+        loop.run(WARM_UP_STEPS + (2 * CORES if bench.device.type == "cuda" else 0))  # uses up what was loaded ahead
+        _read(bench, row, loop.run, began)
+
+
+def _read(bench: Bench, row: Row, run: Callable[[int], float], began: float) -> None:
+    """What both loops tell."""
+    row.ready_seconds = time.perf_counter() - began
+    row.step_seconds = windows(run, bench.seconds)
+    row.peak_memory_bytes = peak_memory_bytes(bench.accelerator)
+    row.mfu = mfu(flops_of(row.case.model, row.case.img_size), row.images_per_second or 0.0, 1, bench.peak)
