@@ -219,7 +219,12 @@ class RunConfig:
         False, "try before training what fits into memory, and halve the micro-batch until it does; same global batch"
     )
     seed: int = option(0, "seed of order, augmentation, initial weights and dropout", type=any_seed)
-    precision: str = option("fp32", "compute type; weights stay fp32", choices=PRECISIONS)
+    precision: str = option(
+        "fp32",
+        "compute type; weights stay fp32; auto: fp32 or bf16, and --channels-last or not, whichever is measured to be "
+        "the fastest here before training",
+        choices=(*PRECISIONS, "auto"),
+    )
     patience: int | None = option(
         None, "stop after this many epochs without a better top-1 (early stopping)", type=positive_int
     )

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -35,7 +36,8 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     """Join the process group that the launcher asked for, or refuse.
 
     Args:
-        precision: fp32, bf16 or fp16; the compute type of autocast. ZeRO and FSDP set up bf16 themselves.
+        precision: fp32, bf16 or fp16; the compute type of autocast. ZeRO and FSDP set up bf16 themselves. With auto
+            Accelerate is to be started again (`restart`) once that is known.
         timeout_seconds: how long a process waits for the others, at the start and in any collective.
 
     Raises:
@@ -46,7 +48,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
     sharded = launch.deepspeed or launch.fsdp  # bf16 is torch's autocast there too, over fp32 weights and gradients
-    autocast = "no" if precision == "fp32" or (sharded and precision == "bf16") else precision
+    autocast = "no" if precision in ("fp32", "auto") or (sharded and precision == "bf16") else precision
     # Accelerate leaves out a timeout that equals its default for NCCL, and gloo's own is another.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1))
     if launch.on_cpu and launch.grouped:
@@ -66,6 +68,13 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     launch.check(accelerator.num_processes, accelerator.distributed_type)
     peers.remember(gather(accelerator, peers.me()))
     return accelerator
+
+
+def restart(accelerator: Accelerator, precision: str, timeout_seconds: int) -> Accelerator:
+    """Accelerate for another compute type, in the same process group; see `start`."""
+    accelerator.free_memory()
+    AcceleratorState._reset_state()
+    return start(precision, timeout_seconds)
 
 
 def keep_freed_memory() -> None:

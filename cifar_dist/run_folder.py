@@ -80,6 +80,8 @@ def changed_settings(config: Config) -> list[str]:
     if not saved.is_file():
         return []
     old, new = load_config(saved).flat(), config.flat()
+    if new["precision"] == "auto":  # it goes on as it began
+        new |= {name: old[name] for name in ("precision", "channels_last")}
     return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]

@@ -22,7 +22,7 @@ LAYERS = [
         *("control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"),
         *("evidence",),
     },
-    {"batches", "checkpoint", "micro_batch", "wandb_report"},
+    {"batches", "checkpoint", "micro_batch", "precision", "wandb_report"},
     {"engine", "report", "saver", "speed", "stream_batches", "study_state"},
     {"preview", "export", "peak", "features", "study"},
     {"scoring"},
