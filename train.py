@@ -72,6 +72,7 @@ from cifar_dist.stop_request import StopRequest
 from cifar_dist.tracking import Silent, Tracker
 from cifar_dist.train_state import TrainState
 from cifar_dist.wandb_run import wandb_mode
+from cifar_dist.whitening import whiten
 
 
 def main() -> None:
@@ -94,6 +95,7 @@ def main() -> None:
     model = build_model(fresh if resuming else config.model, len(data.class_names))
     if config.model.sync_bn:
         model = synchronise(model, accelerator.device)
+    whiten(model, data, config.model)
     config, accelerator = settle(config, model, accelerator, run_dir)
     features = decide(config, data, model, accelerator)
     sizes = measure(config, data, model)
@@ -110,14 +112,8 @@ def main() -> None:
         on_main(accelerator, lambda: write_preview(preview, config, plan, data, inputs))
         say(accelerator, f"preview     {preview}")
     if run_dir is not None:
-        belongs = {
-            "data_fingerprint": data.fingerprint,
-            "class_names": list(data.class_names),
-            "train_val_split": data.split_digest,
-            "data_mode": data.mode,
-        }
         lock = run_lock(run_dir)
-        on_main(accelerator, lambda: create_run_dir(lock, config, plan, belongs))
+        on_main(accelerator, lambda: create_run_dir(lock, config, plan, data.facts))
         pace = Pace(config.run)
         saver = Saver(run_dir, accelerator, pace, config.run.keep_last)
         with StopRequest(pace.time_is_up) as request:

@@ -19,7 +19,17 @@ LAYERS = [
         *("metrics", "statistics", "calibration", "label_errors", "flops", "explain"),
     },
     {
-        *("control", "engine_choice", "parallel", "cost", "figures", "tracking", "lost_work", "run_record"),
+        *(
+            "control",
+            "whitening",
+            "engine_choice",
+            "parallel",
+            "cost",
+            "figures",
+            "tracking",
+            "lost_work",
+            "run_record",
+        ),
         *("evidence",),
     },
     {"batches", "checkpoint", "micro_batch", "precision", "wandb_report"},

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,16 @@ class TrainingData:
             if split is not None:
                 digest.update(split.ids.cpu().numpy().tobytes() + split.labels.cpu().numpy().tobytes() + b"/")
         return digest.hexdigest()[:12]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's folder records of its data."""
+        return {
+            "data_fingerprint": self.fingerprint,
+            "class_names": list(self.class_names),
+            "train_val_split": self.split_digest,
+            "data_mode": self.mode,
+        }
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, parse_model_name, split_model_name_tag
 
 from cifar_dist.errors import UsageError, did_you_mean
-from cifar_dist.models import cifar_variants, cnn4, wide_resnet
+from cifar_dist.models import airbench, cifar_variants, cnn4, wide_resnet
 
 ALIASES = {
     "swin_tiny": "swin_tiny_patch4_window7_224",
@@ -25,7 +25,7 @@ ALIASES = {
     "deit_base": "deit_base_patch16_224",
     "nfnet_f0": "dm_nfnet_f0.dm_in1k",
 }
-NATIVE = tuple(sorted(name for module in (cifar_variants, cnn4, wide_resnet) for name in module.default_cfgs))
+NATIVE = tuple(sorted(name for module in (airbench, cifar_variants, cnn4, wide_resnet) for name in module.default_cfgs))
 
 
 def resolve_name(name: str) -> str:
