@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from timm.layers import set_fused_attn
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
@@ -219,6 +220,24 @@ def flops_of(model: str, img_size: int) -> Flops:
     """The project's count of a model's operations."""
     with torch.device("meta"):
         return count_flops(build_model(ModelConfig(model=model), 10), img_size)
+
+
+def count_operators(case: Case) -> int:
+    """Operators of forward and backward, without the optimizer's."""
+
+    class Counter(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Counter.found += 1
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = build_model(ModelConfig(model=case.model), 10)
+        images = torch.empty(2, 3, case.img_size, case.img_size)
+    with Counter():
+        model(images).sum().backward()
+    return Counter.found
 
 
 def fill(bench: Bench, row: Row) -> None:

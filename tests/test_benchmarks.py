@@ -6,13 +6,16 @@ import time
 from contextlib import closing
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import gpu, gpu_rows
+from benchmarks import gpu, gpu_rows, scaling
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.plain_loop import PlainLoop, Setting
+from benchmarks.scaling import Cluster, Link, Work
+from benchmarks.scaling_measured import fit, predicted
 from cifar_dist.models import build_model
 from cifar_dist.parallel import Replicated
 
@@ -85,3 +88,98 @@ def test_a_row_takes_the_median_window():
     row = Row(Case("any", 32, 10), Way("eager"), step_seconds=[1.0, 9.0, 2.0])
     assert row.images_per_second == 5
     assert row.share(0.5) == 0.25
+
+
+# alpha 1 s and 10 bytes/s in a node of 4, alpha 5 s and 4 bytes/s between nodes
+TOY = Cluster("toy", Link(1.0, 10.0), Link(5.0, 4.0), per_node=4)
+
+
+def ring_by_walking(count, nbytes, cluster):
+    """A reduce-scatter, step by step: each piece goes to the neighbour, over the mean hop and the narrowest place."""
+    nodes = -(-count // cluster.per_node)
+    hops = [cluster.outer.alpha_seconds] * nodes + [cluster.inner.alpha_seconds] * (count - nodes)
+    widths = [cluster.inner.bytes_per_second, cluster.outer.bytes_per_second]
+    alpha = sum(hops) / count if nodes > 1 else cluster.inner.alpha_seconds
+    width = min(widths) if nodes > 1 else widths[0]
+    return sum(alpha + nbytes / count / width for _ in range(count - 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_half_a_ring_step_by_step(count):
+    assert scaling.half_ring(count, 240, TOY) == pytest.approx(ring_by_walking(count, 240, TOY))
+
+
+def test_all_reduce_by_hand():
+    assert scaling.all_reduce(4, 40, TOY) == pytest.approx(2 * (3 * 1 + 3 / 4 * 40 / 10))
+    # 8 processes on 2 nodes: a ring takes 2 * 7 * ((6 * 1 + 2 * 5) / 8 + 40 / 8 / 4) = 45.5
+    assert scaling.all_reduce(8, 40, TOY) == pytest.approx(2 * (3 * 1 + 1 * 5) + 2 * 40 / 4)
+    assert scaling.all_reduce(8, 4000, TOY) == pytest.approx(2 * 7 * (2 + 4000 / 8 / 4))  # the ring sends less
+
+
+def test_what_does_not_hide_by_hand(monkeypatch):
+    monkeypatch.setattr(scaling, "DDP_BUCKET_BYTES", 20)
+    monkeypatch.setattr(scaling, "ZERO_BUCKET", 10)
+    monkeypatch.setattr(scaling, "FLAGS_BYTES", 0)
+    work = Work(parameters=20, image_seconds=0.0)  # 80 bytes: 4 buckets in DDP, 2 in ZeRO
+    flags = 2 * 1  # on two processes, two hops without bytes
+    one = 2 * (1 + 20 / 2 / 10)  # of DDP, 4 s
+    half = 1 + 40 / 2 / 10  # of ZeRO, 3 s
+
+    def exposed(engine, computing):
+        return scaling.exposed_seconds(work, engine, 2, computing, TOY)
+
+    assert exposed("ddp", 0.0) == pytest.approx(flags + 4 * one)
+    assert exposed("ddp", 12.0) == pytest.approx(flags + 4 * one - 3 / 4 * 8)
+    assert exposed("ddp", 1000.0) == pytest.approx(flags + one)
+    assert exposed("zero1", 1000.0) == exposed("zero2", 0.0) == pytest.approx(flags + 2 * 2 * half)
+    assert exposed("zero3", 0.0) == pytest.approx(flags + 3 * 2 * half)
+    assert exposed("zero3", 6.0) == pytest.approx(flags + (2 * half - 2) + (4 * half - 4))
+    assert exposed("zero3", 1000.0) == pytest.approx(flags + 2 * half)
+    assert scaling.exposed_seconds(work, "ddp", 1, 1.0, TOY) == 0
+
+
+def test_a_step_and_how_many_processes_it_is_worth():
+    work = Work(parameters=1, image_seconds=1.0, floor_seconds=4.0, update_seconds=8.0)
+    free = Cluster("free", Link(0.0, 1e30), Link(0.0, 1e30))
+    assert scaling.step_seconds(work, "ddp", 2, 16, free) == pytest.approx(16 + 8)
+    assert scaling.step_seconds(work, "zero2", 2, 16, free) == pytest.approx(16 + 8 / 2)
+    assert scaling.step_seconds(work, "ddp", 2, 1, free) == pytest.approx(4 + 8)
+    # batch 32: 40, 24, 16, 12, 12 s on 1, 2, 4, 8, 16 processes
+    assert scaling.last_gain(work, 32, free) == 8
+    assert scaling.last_gain(work, 6, free) == 1  # 14, 12, and 6 images are not for 4
+
+
+def test_the_noise_scale_doubles_what_a_training_needs():
+    assert scaling.examples_factor(100, 100) == 2
+    assert scaling.examples_factor(1, 1000) == pytest.approx(1.001)
+
+
+def test_alpha_and_beta_are_found_again_from_times():
+    link = Link(3e-4, 2e9)
+    times = [(n, 2 * 2 * 3e-4 + 2 * 2 / 3 * n / 2e9) for n in (1024, 65536, 2**25)]
+    found = fit(3, times)
+    assert found.alpha_seconds == pytest.approx(link.alpha_seconds)
+    assert found.bytes_per_second == pytest.approx(link.bytes_per_second)
+
+
+def test_a_prediction_hides_nothing_where_every_core_computes():
+    link = Link(0.0, 1e9)
+    crowded, spare = (predicted(2, 1.0, link, cores) for cores in (2, 3))
+    gradients = 4 * sum(
+        weight.numel() for weight in build_model(gpu_rows.ModelConfig("vit_tiny_patch16_224"), 10).parameters()
+    )
+    assert crowded == pytest.approx(1 + gradients / 1e9, rel=0.01)  # the position embedding of 224 pixels is larger
+    assert spare == pytest.approx(crowded)  # one bucket: nothing to hide behind
+
+
+def test_the_tables_take_their_numbers_from_the_code():
+    lines = list(scaling.tables(None))
+    for case in scaling.RECIPES:
+        with torch.device("meta"):
+            model = timm.create_model(case.model, num_classes=10)
+        millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+        first = next(line for line in lines if line.startswith(f"| {case.model} |"))
+        assert f"| {millions:.1f} |" in first
+        assert f"| {case.images_per_second:,.0f} |" in first
+    efficiency = [line for line in lines if line.startswith("| vit_base_patch16_224 | zero")]
+    assert len(efficiency) == 2 * 2  # zero1 with zero2, and zero3, on two clusters
