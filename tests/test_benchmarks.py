@@ -16,6 +16,8 @@ from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.plain_loop import PlainLoop, Setting
 from benchmarks.scaling import Cluster, Link, Work
 from benchmarks.scaling_measured import fit, predicted
+from cifar_dist.distributed import start
+from cifar_dist.flops import Peak
 from cifar_dist.models import build_model
 from cifar_dist.parallel import Replicated
 
@@ -57,6 +59,22 @@ def test_the_gpu_benchmark_measures_and_says_what_failed(monkeypatch, tmp_path, 
     assert len(steps) >= 2 * gpu_rows.WINDOWS + 3 * gpu_rows.WARM_UP_STEPS
     verdicts = [line.rsplit(": ", 1)[1] for line in said.splitlines() if ", aim at " in line]
     assert verdicts == ["MISSED", "met", "MISSED"]
+
+
+def test_steps_get_batches_of_their_own_unless_asked_for_the_same_one(monkeypatch):
+    monkeypatch.setattr(gpu_rows, "WARM_UP_STEPS", 0)
+    data, pictures = gpu.noise(64)
+    bench = gpu_rows.Bench(start("bf16"), data, pictures, Peak(1e12, "made up"), 0.01)
+    ours = gpu_rows.Ours(bench, Case("cnn4", 32, 16), Way("eager"))
+    asked, batches, seen = [], ours._batches, []
+    monkeypatch.setattr(ours, "_batches", lambda step: asked.append(step) or batches(step))
+    hook = ours._stepper.parallel.module.register_forward_pre_hook(lambda _, given: seen.append(given[0].sum().item()))
+    ours.run(4)
+    assert asked == [0, 1, 2, 3]
+    ours.run(3, fixed=True)
+    hook.remove()
+    assert asked == [0, 1, 2, 3]
+    assert len(set(seen[:4])) == 4 and len(set(seen[4:])) == 1
 
 
 def test_rows_end_in_time(monkeypatch, tmp_path, capsys):
