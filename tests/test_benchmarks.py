@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import gpu, gpu_rows, scaling
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
+from benchmarks.noise_scale import noise_scale
 from benchmarks.plain_loop import PlainLoop, Setting
 from benchmarks.scaling import Cluster, Link, Work
 from benchmarks.scaling_measured import fit, predicted
@@ -201,3 +202,14 @@ def test_the_tables_take_their_numbers_from_the_code():
         assert f"| {case.images_per_second:,.0f} |" in first
     efficiency = [line for line in lines if line.startswith("| vit_base_patch16_224 | zero")]
     assert len(efficiency) == 2 * 2  # zero1 with zero2, and zero3, on two clusters
+
+
+def test_the_noise_scale_of_made_up_gradients():
+    """Gradients of single images with mean (3, 4) and covariance 50 I in two of 100 numbers: 2 * 50 / 25 images."""
+    generator = torch.Generator().manual_seed(0)
+    batch, count = 8, 20_000
+    truth = torch.zeros(100)
+    truth[:2] = torch.tensor([3.0, 4.0])
+    noise = torch.zeros(count, 100)
+    noise[:, 50:52] = torch.randn(count, 2, generator=generator) * (50 / batch) ** 0.5
+    assert noise_scale(truth + noise, batch) == pytest.approx(4, rel=0.03)
