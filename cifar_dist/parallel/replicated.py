@@ -36,6 +36,7 @@ class Replicated:
         with warnings.catch_warnings():  # Accelerate has no name yet for what torch 2.15 calls forward_sync_buffers
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._parameters = list(self.model.parameters())
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -57,7 +58,11 @@ class Replicated:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this process's part of the gradient of the global batch's loss, the sum over processes of `loss`."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        if self.accelerator.scaler is None:
+            loss.backward()  # Accelerate's searches the file system for a package each time
+        else:
+            self.accelerator.backward(loss)
 
     def gradient_is_bad(self) -> torch.Tensor | None:
         """Clip the gradient; bool (), alike on every process, whether it is not finite. None where only `update` knows.
@@ -66,13 +71,18 @@ class Replicated:
         """
         unscaled = self.accelerator.scaler is None
         if self._clip_grad is not None:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+            norm = self.accelerator.clip_grad_norm_(self._parameters, self._clip_grad)
         elif unscaled:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return ~norm.isfinite() if unscaled else torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
 
     def update(self) -> bool:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""
+        if self.accelerator.scaler is None:
+            bare = self.optimizer.optimizer  # Accelerate's inspects signatures each time
+            bare.step()
+            bare.zero_grad()
+            return False
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self._overflows_for_ever(self.optimizer.step_was_skipped)
