@@ -1,0 +1,110 @@
+"""Training images/s on a CPU: as train.py does it, against the loop that everyone writes, in turn in one process.
+
+    python -m benchmarks.cpu --data DIR_WITH_HUB_PARQUET [--models cnn4:32:64 …] [--repeats 3] [--json FILE]
+
+A model is NAME:PIXELS:BATCH. Both train it with AdamW, crop, flip and normalising in bf16: ours with --precision auto's
+layout and the resident set, the other is benchmarks/plain_loop.py, loading with 0, 1 and 2 workers. Each repeat builds
+every loop anew, warms it up, and times one window of steps; `ratio` is the median over repeats of ours against the best
+of the others in the same repeat. The machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import noise, real
+from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
+from benchmarks.plain_loop import PlainLoop, Setting
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.distributed import device_bytes, start
+from cifar_dist.models import build_model
+from cifar_dist.peak import device_peak
+from cifar_dist.precision import measure
+from cifar_dist.run_folder import processor
+
+MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32")
+WORKERS = (0, 1, 2)
+
+
+def layout(bench: Bench, case: Case) -> tuple[bool, dict[str, float]]:
+    """Whether --precision auto would keep images NHWC in bf16, and what it measures."""
+    config = parse_command_line(["--model", case.model, "--batch-size", str(case.batch_size)]).config
+    rates = measure(config, build_model(config.model, 10), bench.accelerator)
+    own = {way: rate for way, rate in rates.items() if way.precision == PRECISION}
+    return max(own, key=lambda way: own[way]).channels_last, {str(way): rate for way, rate in rates.items()}
+
+
+def rate(loop: Ours | PlainLoop, case: Case, seconds: float) -> float:
+    """Images/s in a window of about so many seconds, after a warm-up."""
+    steps = max(2, round(seconds * WARM_UP_STEPS / loop.run(WARM_UP_STEPS)))
+    return case.batch_size * steps / loop.run(steps)
+
+
+def compare(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
+    """Images/s of every loop in every repeat."""
+    nhwc, probed = layout(bench, case)
+    way, found = Way("ours", channels_last=nhwc), []
+    for _ in range(repeats):
+        rates = {"ours": rate(Ours(bench, case, way), case, bench.seconds)}
+        bench.accelerator.free_memory()
+        for workers in WORKERS:
+            setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, workers, on_cpu=True)
+            with closing(PlainLoop(bench.pictures, setting)) as loop:
+                rates[f"{workers} workers"] = rate(loop, case, bench.seconds)
+        found.append(rates)
+    ratios = [rates["ours"] / max(value for name, value in rates.items() if name != "ours") for rates in found]
+    medians = {name: statistics.median(rates[name] for rates in found) for name in found[0]}
+    return {
+        "model": case.model, "img_size": case.img_size, "batch_size": case.batch_size, "channels_last": nhwc,
+        "probed": probed, "images_per_second": found, "medians": medians, "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Compare every model, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of parquet files as on the Hub (default: noise)")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each window")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    accelerator = start(PRECISION)
+    data, pictures = real(args.data, device_bytes(accelerator)) if args.data else noise(10_000)
+    bench = Bench(accelerator, data, pictures, device_peak(accelerator.device, PRECISION), args.seconds)
+    rows = []
+    print(f"{processor()}, {torch.get_num_threads()} threads; images/s, medians of {args.repeats}")
+    print(
+        "model                   pixels  batch  "
+        + "".join(f"{f'{n} workers':>11}" for n in WORKERS)
+        + "       ours  ratio"
+    )
+    for word in args.models:
+        name, pixels, batch_size = word.split(":")
+        row = compare(bench, Case(name, int(pixels), int(batch_size)), args.repeats)
+        rows.append(row)
+        plain = "".join(f"{row['medians'][f'{n} workers']:11,.0f}" for n in WORKERS)
+        print(
+            f"{name:22}  {pixels:>6}  {batch_size:>5}  {plain}  {row['medians']['ours']:9,.0f}  {row['ratio']:5.2f}",
+            flush=True,
+        )
+        if args.json:
+            facts = {
+                "hardware": processor(),
+                "threads": torch.get_num_threads(),
+                "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
+            }
+            args.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
