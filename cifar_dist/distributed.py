@@ -65,6 +65,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None
     if launch.on_cpu:
         keep_freed_memory()
+        share_cores()
     launch.check(accelerator.num_processes, accelerator.distributed_type)
     peers.remember(gather(accelerator, peers.me()))
     return accelerator
@@ -91,6 +92,18 @@ def keep_freed_memory() -> None:
     if not mallopt(m_mmap_threshold, 2**30):
         mallopt(m_mmap_threshold, 32 * 2**20)
     mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def share_cores() -> None:
+    """Give each of a node's processes its share of the cores.
+
+    torchrun and ``accelerate launch`` set ``OMP_NUM_THREADS`` to 1 where it is not set, however many cores there are;
+    without it each process would take them all. Any other number is the user's, and stays.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(cores // here, 1))
 
 
 def seed_everything(seed: int) -> None:

@@ -1,10 +1,13 @@
 """Starting Accelerate: what is refused instead of training wrongly in silence."""
 
+import os
+
 import pytest
 import torch
 
 from cifar_dist.distributed import on_main, seed_process, start
 from cifar_dist.errors import UsageError
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -41,3 +44,20 @@ def test_on_main_hands_over_results_and_errors():
     assert on_main(accelerator, lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         on_main(accelerator, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("threads, expected", [(None, 4), ("1", 4), ("3", 3)])
+def test_processes_share_the_cores_of_a_cpu(monkeypatch, threads, expected):
+    """1 is what torchrun sets where nothing is set; another number is the user's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+
+    def work():
+        torch.set_num_threads(int(threads or 9))  # as OpenMP has read it
+        start("fp32")
+        return torch.get_num_threads()
+
+    assert Ranks(work, 2).check().results == [expected] * 2

@@ -78,7 +78,7 @@ SAID = {
 RUNS = {
     "study_a/study.yaml": 4, "study_b/study.yaml": 4, "study_c/study.yaml": 3, "study_d/study.yaml": 6,
     "study_d/grid.yaml": 9, "study_e/study.yaml": 3, "best/study_a.yaml": 4, "best/study_b.yaml": 2,
-    "best/study_cd.yaml": 3, "best/study_e.yaml": 6, "best/fine_tuning.yaml": 8,
+    "best/study_cd.yaml": 3, "best/study_e.yaml": 6, "best/fine_tuning.yaml": 8, "best/vit_patches.yaml": 3,
 }  # fmt: skip
 
 
