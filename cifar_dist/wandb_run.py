@@ -180,11 +180,15 @@ def _forget_attempt() -> None:
 
 
 def _identity(file: Path) -> str:
-    """The id of the folder's W&B run; one that is missing, or torn by a kill, is drawn (again)."""
+    """The id of the folder's W&B run; one that is missing, or torn by a kill, is drawn (again).
+
+    An agent of a sweep has drawn one already, and W&B sets aside all others.
+    """
     found = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
-    if re.fullmatch("[0-9a-f]{8}", found):
+    if re.fullmatch("[0-9a-z]{8}", found):
         return found
-    drawn = secrets.token_hex(4)
+    given = os.environ.get("WANDB_RUN_ID", "") if "WANDB_SWEEP_ID" in os.environ else ""
+    drawn = given if re.fullmatch("[0-9a-z]{8}", given) else secrets.token_hex(4)
     aside = file.with_name(f".{file.name}.tmp")
     aside.write_text(drawn, encoding="utf-8")
     os.replace(aside, file)

@@ -19,6 +19,7 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.page import Table
 from cifar_dist.wandb_run import Mirror, log_report, wandb_mode
+from tests.conftest import ROOT
 
 
 def config(mode):
@@ -299,6 +300,23 @@ def test_online_says_nothing_of_sending(fake, tmp_path, capsys):
     mirror.log({"train/loss": 1.0}, 7)
     assert mirror.close() == "" and module.calls[-2:] == ["log", "finish"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_a_sweep_has_its_agents_id_also_for_the_report(tmp_path, monkeypatch):
+    """In a process of its own, since W&B reads the environment once."""
+    code = f"""if True:
+        from pathlib import Path
+        from tests.test_wandb_run import Mirror, config
+        mirror = Mirror(Path({str(tmp_path)!r}), config("offline"))
+        mirror.log({{"train/loss": 1.0}}, step=5)
+        mirror.close()"""
+    for own in ({"WANDB_SWEEP_ID": "abcdefgh", "WANDB_RUN_ID": "xyz0123w"}, {}):
+        environment = own_environment(**own)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "wandb_id").read_text() == "xyz0123w"
+    assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {"run-xyz0123w.wandb"}
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
 @pytest.mark.parametrize("torn", ["", "ab1", "\0\0\0\0\0\0\0\0", "0123456789"])
