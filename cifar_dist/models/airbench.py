@@ -1,4 +1,4 @@
-"""The small network of CIFAR-10 speed runs, registered with timm as ``airbench94``."""
+"""The small network of CIFAR-10 speed runs, registered with timm as ``airbench94``, and a narrower one for CPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from cifar_dist.models.cifar_variants import cifar_cfg
 
-WIDTHS = (64, 256, 256)
 PATCH = 2  # pixels a side that the first layer looks at
 LOGIT_SCALE = 1 / 9
 NOISE = 5e-4  # variance that a direction of the patches has at least, as whitening sees it
@@ -21,29 +20,35 @@ class Airbench94(nn.Module):
 
     The network of Jordan 2024 (arXiv:2404.00498), after Page 2019 ("How to train your ResNet 8"): the first layer is
     not trained but computed from training images (`whiten`); convolutions begin as the identity on the channels they
-    are given; BatchNorm has a short memory and no factor of its own; logits are divided by 9. 1.97 M parameters with
-    10 classes.
+    are given; BatchNorm has a short memory and no factor of its own; logits are divided by 9.
 
     Args:
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the images.
+        widths: channels of the three groups.
         drop_rate: dropout before the classifier.
     """
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        widths: tuple[int, int, int] = (64, 256, 256),
+        drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = WIDTHS[-1]
+        self.num_features = self.head_hidden_size = widths[-1]
         directions = 2 * in_chans * PATCH**2  # each with both signs
         self.whitening = nn.Conv2d(in_chans, directions, PATCH)
         self.whitening.weight.requires_grad_(False)
         self.act = nn.GELU()
-        pairs = zip((directions, *WIDTHS), WIDTHS, strict=False)
+        pairs = zip((directions, *widths), widths, strict=False)
         self.groups = nn.Sequential(*(self._group(ins, outs) for ins, outs in pairs))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.feature_info = [
-            {"num_chs": outs, "reduction": 2 ** (i + 1), "module": f"groups.{i}"} for i, outs in enumerate(WIDTHS)
+            {"num_chs": outs, "reduction": 2 ** (i + 1), "module": f"groups.{i}"} for i, outs in enumerate(widths)
         ]
 
     @staticmethod
@@ -86,7 +91,7 @@ class Airbench94(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; `global_pool` is timm's, and this model has one."""
         self.num_classes = num_classes
-        self.fc = nn.Linear(WIDTHS[-1], num_classes, bias=False) if num_classes > 0 else nn.Identity()
+        self.fc = nn.Linear(self.num_features, num_classes, bias=False) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) to (B, 256, H / 8 - 1, W / 8 - 1)."""
@@ -102,10 +107,18 @@ class Airbench94(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-default_cfgs = generate_default_cfgs({"airbench94": cifar_cfg(pool_size=(3, 3), first_conv="whitening")})
+_CFG = cifar_cfg(pool_size=(3, 3), first_conv="whitening")
+default_cfgs = generate_default_cfgs({"airbench94": _CFG, "airbench94_narrow": _CFG})
 
 
 @register_model
 def airbench94(pretrained: bool = False, **kwargs: Any) -> Airbench94:
-    """See `Airbench94`."""
+    """The network of the paper, see `Airbench94`: 1.97 M parameters with 10 classes."""
     return build_model_with_cfg(Airbench94, "airbench94", pretrained, **kwargs)
+
+
+@register_model
+def airbench94_narrow(pretrained: bool = False, **kwargs: Any) -> Airbench94:
+    """The same with 128 channels in its second group: 1.16 M parameters, and 0.55 of the arithmetic."""
+    arch = {"widths": (64, 128, 256)}
+    return build_model_with_cfg(Airbench94, "airbench94_narrow", pretrained, **{**arch, **kwargs})

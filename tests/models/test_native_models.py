@@ -39,13 +39,14 @@ def _dla34_by_hand():
     return stock - 3 * 16 * (49 - 9)
 
 
-def _airbench94_by_hand():
-    layers = ((24, 64), (64, 64), (64, 256), (256, 256), (256, 256), (256, 256))
+def _airbench94_by_hand(second=256):
+    layers = ((24, 64), (64, 64), (64, second), (second, second), (second, 256), (256, 256))
     return (24 * 12 + 24) + sum(9 * i * o + BN * o for i, o in layers) + 256 * 10
 
 
 PARAMETERS = {
     "airbench94": _airbench94_by_hand,
+    "airbench94_narrow": lambda: _airbench94_by_hand(128),
     "cnn4": _cnn4_by_hand,
     "wrn28_10": _wrn28_10_by_hand,
     "vit_small_cifar": _vit_by_hand,
@@ -54,9 +55,12 @@ PARAMETERS = {
     "resnet34_cifar": lambda: 21_282_122,
     "resnet50_cifar": lambda: 23_520_842,
 }
-FIXED = {"airbench94": 24 * 12 + 64 * 2 + 256 * 4}  # not trained: the whitening filters, BatchNorm's factors
+FIXED = {
+    name: 24 * 12 + 2 * (64 + second + 256) for name, second in (("airbench94", 256), ("airbench94_narrow", 128))
+}  # not trained: the whitening filters, BatchNorm's factors
 FEATURES = {
     "airbench94": (256, 3, 3),
+    "airbench94_narrow": (256, 3, 3),
     "cnn4": (128, 2, 2),
     "wrn28_10": (640, 8, 8),
     "vit_small_cifar": (65, 384),
