@@ -55,7 +55,7 @@ from cifar_dist.optim import make_optimizer
 from cifar_dist.pace import Pace
 from cifar_dist.parallel import wrap
 from cifar_dist.plan import Plan, Schedule, make_plan
-from cifar_dist.precision import settle
+from cifar_dist.precision import resolve_precision
 from cifar_dist.preview import check_preview, write_preview
 from cifar_dist.run_folder import (
     ask_for_requeue,
@@ -95,9 +95,9 @@ def main() -> None:
     model = build_model(fresh if resuming else config.model, len(data.class_names))
     if config.model.sync_bn:
         model = synchronise(model, accelerator.device)
-    whiten(model, data, config.model)
-    config, accelerator = settle(config, model, accelerator, run_dir)
+    whiten(model, data, config.model, accelerator)
     features = decide(config, data, model, accelerator)
+    config, accelerator = resolve_precision(config, model, accelerator, run_dir)
     sizes = measure(config, data, model)
     sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))

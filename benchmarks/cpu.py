@@ -25,9 +25,10 @@ from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.distributed import device_bytes, start
+from cifar_dist.errors import run_main
 from cifar_dist.models import build_model
 from cifar_dist.peak import device_peak
-from cifar_dist.precision import measure
+from cifar_dist.precision import measure_formats
 from cifar_dist.run_folder import processor
 
 MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32")
@@ -36,10 +37,12 @@ WORKERS = (0, 1, 2)
 
 def layout(bench: Bench, case: Case) -> tuple[bool, dict[str, float]]:
     """Whether --precision auto would keep images NHWC in bf16, and what it measures."""
-    config = parse_command_line(["--model", case.model, "--batch-size", str(case.batch_size)]).config
-    rates = measure(config, build_model(config.model, 10), bench.accelerator)
-    own = {way: rate for way, rate in rates.items() if way.precision == PRECISION}
-    return max(own, key=lambda way: own[way]).channels_last, {str(way): rate for way, rate in rates.items()}
+    config = parse_command_line(
+        f"--model {case.model} --img-size {case.img_size} --batch-size {case.batch_size}".split()
+    ).config
+    rates = measure_formats(config, build_model(config.model, 10), bench.accelerator)
+    own = {each: rate for each, rate in rates.items() if each.precision == PRECISION}
+    return max(own, key=lambda each: own[each]).channels_last, {str(each): rate for each, rate in rates.items()}
 
 
 def rate(loop: Ours | PlainLoop, case: Case, seconds: float) -> float:
@@ -107,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

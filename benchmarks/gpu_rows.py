@@ -153,7 +153,8 @@ class Ours:
 
     def __init__(self, bench: Bench, case: Case, way: Way):
         flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
-        switches = ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "model")
+        switches = ["--img-size", str(case.img_size)] * bool(case.img_size)
+        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "model")
         config = parse_command_line([*flags.split(), *switches]).config
         seed_everything(0)
         model = build_model(config.model, len(bench.data.class_names))

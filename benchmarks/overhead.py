@@ -25,6 +25,7 @@ from benchmarks.gpu import noise
 from benchmarks.gpu_rows import LR, PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.distributed import autocast, start
+from cifar_dist.errors import run_main
 from cifar_dist.models import build_model, input_config
 from cifar_dist.optim import make_optimizer
 from cifar_dist.peak import device_peak
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

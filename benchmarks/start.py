@@ -42,7 +42,7 @@ def first_step(flags: list[str], run_dir: Path) -> float:
     environment = os.environ | {"WANDB_MODE": "disabled"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         while not (log.is_file() and "train/loss" in log.read_text()):
-            if process.poll():
+            if process.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
             time.sleep(POLL_SECONDS)
         return time.perf_counter() - began

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -133,7 +134,8 @@ def _recipe_argv(path: Path) -> list[str]:
     source = f"--config {path}"
     settings = read_mapping(path, source)
     if "recipes" in settings:
-        raise UsageError(f"{source}: this is a study of several runs; start it by: python -m cifar_dist.study {path}")
+        command = f"python -m cifar_dist.study {shlex.quote(str(path))}"
+        raise UsageError(f"{source}: this is a study of several runs; start it by: {command}")
     return flags_of(settings, source)
 
 

@@ -8,11 +8,12 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -47,8 +48,8 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     launch = prepare_environment(precision)
     if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
-    sharded = launch.deepspeed or launch.fsdp  # bf16 is torch's autocast there too, over fp32 weights and gradients
-    autocast = "no" if precision in ("fp32", "auto") or (sharded and precision == "bf16") else precision
+    sharded = launch.deepspeed or launch.fsdp
+    autocast = _mixed_precision(precision, sharded)
     # Accelerate leaves out a timeout that equals its default for NCCL, and gloo's own is another.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1))
     if launch.on_cpu and launch.grouped:
@@ -71,9 +72,16 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     return accelerator
 
 
+def _mixed_precision(precision: str, sharded: bool) -> str:
+    """What Accelerate is told; under ZeRO and FSDP the engines here set up bf16."""
+    return "no" if precision in ("fp32", "auto") or (sharded and precision == "bf16") else precision
+
+
 def restart(accelerator: Accelerator, precision: str, timeout_seconds: int) -> Accelerator:
-    """Accelerate for another compute type, in the same process group; see `start`."""
-    accelerator.free_memory()
+    """Accelerate for another compute type, in the same process group; see `start`. It stays if it has that already."""
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if _mixed_precision(precision, sharded) == accelerator.mixed_precision:
+        return accelerator
     AcceleratorState._reset_state()
     return start(precision, timeout_seconds)
 
@@ -95,15 +103,16 @@ def keep_freed_memory() -> None:
 
 
 def share_cores() -> None:
-    """Give each of a node's processes its share of the cores.
+    """Give each of a node's processes its share of the cores, where torchrun has left them one thread each.
 
-    torchrun and ``accelerate launch`` set ``OMP_NUM_THREADS`` to 1 where it is not set, however many cores there are;
-    without it each process would take them all. Any other number is the user's, and stays.
+    torchrun, and ``accelerate launch`` through it, set ``OMP_NUM_THREADS`` to 1 where the user has not set it.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // here, 1))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    with suppress(psutil.Error):  # without a look at what torchrun was given, its 1 is taken for the user's
+        if "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ():
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 def seed_everything(seed: int) -> None:

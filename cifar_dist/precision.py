@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,19 @@ from accelerate import Accelerator
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config, InputConfig
-from cifar_dist.control import BeforeStep
+from cifar_dist.control import BeforeStep, any_of
 from cifar_dist.distributed import autocast, gather, restart, say
+from cifar_dist.errors import UsageError
+from cifar_dist.micro_batch import is_out_of_memory
 from cifar_dist.models import input_config
 
-WORTH = 1.05  # times as fast as fp32 in the usual layout, to be taken instead
+MIN_SPEEDUP = 1.05  # over fp32 in the usual layout, to be taken instead
 ROUNDS = 3
 STEP_SECONDS = 0.3  # long enough to be timed
 
 
 @dataclass(frozen=True)
-class Way:
+class ComputeFormat:
     """How to compute: `precision`, fp32 or bf16, and whether images are kept NHWC."""
 
     precision: str
@@ -31,87 +34,127 @@ class Way:
         return self.precision + (" channels-last" if self.channels_last else "")
 
 
-def settle(
+def resolve_precision(
     config: Config, model: torch.nn.Module, accelerator: Accelerator, run_dir: Path | None
 ) -> tuple[Config, Accelerator]:
     """Put what ``--precision auto`` stands for in its place; without it all stays as it is.
 
     A run that goes on keeps what it began with, since another type would be another training. Of several processes all
-    measure at the same time, as they will train, and the first one decides.
+    measure at the same time, as they will train, and the first one decides. What is timed is eager, without the
+    optimizer and without gradients being shared.
 
     Args:
         config: the run's configuration.
         model: as built, or with weights; it stays as it is, but goes to the device.
         accelerator: of this process, started without a compute type.
-        run_dir: the run's folder, if there is one.
+        run_dir: the run's folder; None where nothing is trained, and so nothing measured.
 
     Returns:
         The configuration with a precision and a layout, and Accelerate for it.
+
+    Raises:
+        UsageError: the model does not fit into memory.
     """
     if config.run.precision != "auto":
         return config, accelerator
-    saved = None if run_dir is None else run_dir / "config.yaml"
-    if saved is not None and saved.is_file():
-        began = load_config(saved)
-        way = Way(began.run.precision, began.model.channels_last)
+    if run_dir is None:
+        say(accelerator, "precision   auto: measured when a training begins; this is fp32's plan")
+        chosen = ComputeFormat("fp32", config.model.channels_last)
+    elif (run_dir / "config.yaml").is_file():
+        began = load_config(run_dir / "config.yaml")
+        chosen = ComputeFormat(began.run.precision, began.model.channels_last)
     else:
-        rates = gather(accelerator, measure(config, model, accelerator))[0]
-        way = fastest(rates)
+        rates = gather(accelerator, measure_formats(config, model, accelerator))[0]
+        chosen = fastest(rates)
         shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-        say(accelerator, f"precision   {way}, measured here (images/s without optimizer: {shown})")
+        say(accelerator, f"precision   {chosen}, measured here (images/s without optimizer: {shown})")
     config = replace(
         config,
-        run=replace(config.run, precision=way.precision),
-        model=replace(config.model, channels_last=way.channels_last),
+        run=replace(config.run, precision=chosen.precision),
+        model=replace(config.model, channels_last=chosen.channels_last),
     )
-    return config, restart(accelerator, way.precision, config.run.ddp_timeout)
+    return config, restart(accelerator, chosen.precision, config.run.ddp_timeout)
 
 
-def fastest(rates: dict[Way, float]) -> Way:
-    """The way with the most images/s, or the first one if none is clearly faster."""
+def fastest(rates: dict[ComputeFormat, float]) -> ComputeFormat:
+    """The format with the most images/s, or the first one if none is clearly faster."""
     first = next(iter(rates))
-    best = max(rates, key=lambda way: rates[way])
-    return best if rates[best] >= WORTH * rates[first] else first
+    best = max(rates, key=lambda each: rates[each])
+    return best if rates[best] >= MIN_SPEEDUP * rates[first] else first
 
 
-def measure(config: Config, model: torch.nn.Module, accelerator: Accelerator) -> dict[Way, float]:
-    """Images/s of forward and backward passes in every way, the best of some that are made in turn.
+def measure_formats(config: Config, model: torch.nn.Module, accelerator: Accelerator) -> dict[ComputeFormat, float]:
+    """Images/s of forward and backward passes in every format, the best of some that are made in turn.
 
-    ``--channels-last`` leaves only ways with it; a GPU without bf16 of its own, only fp32.
+    ``--channels-last`` leaves only formats with it; a GPU without bf16 of its own, only fp32. All processes make as
+    many passes, since layers may talk to those of other processes (SyncBatchNorm).
+
+    Raises:
+        UsageError: the model does not fit into memory.
     """
-    bf16 = accelerator.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    device = accelerator.device
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     layouts = (True,) if config.model.channels_last else (False, True)
-    ways = [Way(precision, layout) for precision in (("fp32", "bf16") if bf16 else ("fp32",)) for layout in layouts]
+    precisions = ("fp32", "bf16") if bf16 else ("fp32",)
+    formats = [ComputeFormat(precision, layout) for precision in precisions for layout in layouts]
     most = config.run.micro_batch_size or max(config.run.batch_size // accelerator.num_processes, 1)
-    inputs, model = input_config(model, config.model), model.to(accelerator.device).train()
-    before = BeforeStep(model, accelerator.device)
+    inputs, model = input_config(model, config.model), model.to(device).train()
+    before = BeforeStep(model, device)
     before.keep()
     try:
-        count = 1
-        while _seconds(model, accelerator, inputs, count, ways[0]) < STEP_SECONDS and count < most:
-            count = min(2 * count, most)
-        for way in ways[1:]:
-            _seconds(model, accelerator, inputs, count, way)  # a first pass chooses kernels
-        times = [[_seconds(model, accelerator, inputs, count, way) for way in ways] for _ in range(ROUNDS)]
+        count = _count(accelerator, model, inputs, formats[0], most)
+        for each in formats[1:]:
+            _seconds(model, device, inputs, count, each)  # a first pass chooses kernels
+        times = [[_seconds(model, device, inputs, count, each) for each in formats] for _ in range(ROUNDS)]
     finally:
         model.to(memory_format=torch.contiguous_format)
         before.put_back()
         for parameter in model.parameters():
             parameter.grad = None
-    return {way: count / min(column) for way, column in zip(ways, zip(*times, strict=True), strict=True)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # the trial is not the training
+    return {each: count / min(column) for each, column in zip(formats, zip(*times, strict=True), strict=True)}
 
 
-def _seconds(model: torch.nn.Module, accelerator: Accelerator, inputs: InputConfig, count: int, way: Way) -> float:
-    """Seconds of a forward and backward pass of `count` images."""
-    layout = torch.channels_last if way.channels_last else torch.contiguous_format
+def _count(
+    accelerator: Accelerator, model: torch.nn.Module, inputs: InputConfig, each: ComputeFormat, most: int
+) -> int:
+    """Images for a pass that is long enough and fits, on every process; at least two, which BatchNorm wants."""
+    count, fitted = min(2, most), 0
+    while True:
+        seconds = _seconds(model, accelerator.device, inputs, count, each)
+        if any_of(accelerator, math.isinf(seconds)):
+            if not fitted:
+                raise UsageError("--precision auto: not even two images fit into memory; take a smaller model.")
+            return fitted
+        fitted = count
+        if any_of(accelerator, seconds >= STEP_SECONDS) or count == most:
+            return count
+        count = min(2 * count, most)
+
+
+def _seconds(
+    model: torch.nn.Module, device: torch.device, inputs: InputConfig, count: int, each: ComputeFormat
+) -> float:
+    """Seconds of a forward and backward pass of `count` images; infinite where they do not fit into memory."""
+    layout = torch.channels_last if each.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
-    images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=accelerator.device)
-    images = images.contiguous(memory_format=layout)
-    wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else bool
-    wait()
-    began = time.perf_counter()
-    with autocast(accelerator.device, way.precision):
-        loss = model(images).float().logsumexp(1).sum()
-    loss.backward()
-    wait()
+    try:
+        images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=device).contiguous(memory_format=layout)
+        _wait(device)
+        began = time.perf_counter()
+        with autocast(device, each.precision):
+            loss = model(images).float().logsumexp(1).sum()
+        loss.backward()
+        _wait(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
     return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -189,6 +189,8 @@ def train_all(study: Study, found: Sequence[Standing], signals: Signals) -> list
     for run, before in zip(study.runs, found, strict=True):
         if signals.first:
             break
+        if before.is_due:
+            before = standing_of(run)  # hours may have passed
         if not before.is_due:
             say(run, "finished before" if before.finished else "is running elsewhere, and left to that")
         elif not train(run, before, signals):
@@ -261,8 +263,8 @@ def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
     array += ["--output=slurm-%A_%a.out", *script, *word]
     busy = f"slurm       failed: {study.path} is queued or runs already; wait, or: scancel --me --name={name}"
     return (  # where there are several clusters, sbatch says NUMBER;CLUSTER
-        f"queued=$(squeue --me --noheader --name={name} --format='%Z|') || exit\n"
-        f'case $queued in *"$(pwd -P)|"*) echo {shlex.quote(busy)} >&2; exit 2 ;; esac\n'
+        f"queued=$(squeue --me --noheader --name={name} --format='|%Z|') || exit\n"
+        f'case $queued in *"|$(pwd -P)|"*) echo {shlex.quote(busy)} >&2; exit 2 ;; esac\n'
         f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)}'
     )
 

@@ -42,19 +42,15 @@ def save_record(runs_dir: Path, record: StudyRecord) -> None:
 
 
 def record_of(folders: Sequence[Path]) -> StudyRecord | None:
-    """The record of the study that all these runs are of; None where there is no such study.
-
-    Raises:
-        UsageError: the record is damaged.
-    """
+    """The record of the study that all these runs are of; None where there is no such study, or no whole record."""
     paths = [folder.resolve() for folder in folders]
     file = paths[0].parent / RECORD
     if any(path.parent != file.parent for path in paths) or not file.is_file():
         return None
     try:
         record = StudyRecord(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{file} is damaged ({error}); remove it.") from None
+    except (ValueError, TypeError):
+        return None
     return record if all(path.name in record.runs for path in paths) else None
 
 

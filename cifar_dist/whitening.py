@@ -5,26 +5,29 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.data import TrainingData
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
+from cifar_dist.distributed import on_main
 from cifar_dist.errors import UsageError
 from cifar_dist.models import input_config
 
-IMAGES = 5000  # as many as the source of the method takes
+IMAGES, AT_A_TIME = 5000, 500  # as many as the source of the method takes; a bound on memory
 
 
-def whiten(model: torch.nn.Module, data: TrainingData, config: ModelConfig) -> None:
+def whiten(model: torch.nn.Module, data: TrainingData, config: ModelConfig, accelerator: Accelerator) -> None:
     """Give a model with a whitening layer the first training images; others stay as they are.
 
-    Every process does so from the same images, and its first process's weights are all's.
+    The first process computes the layer for all: the signs of its directions may depend on the machine.
 
     Args:
-        model: as built, on the CPU; ``model.whiten(images)`` takes normalised float images (N, 3, S, S).
+        model: as built, on the CPU, with a layer ``whitening`` and a method ``whiten``; see `Airbench94.whiten`.
         data: the training data.
         config: the model's configuration; with weights of its own there is nothing to compute.
+        accelerator: of this process.
 
     Raises:
         UsageError: the images are streamed.
@@ -37,4 +40,11 @@ def whiten(model: torch.nn.Module, data: TrainingData, config: ModelConfig) -> N
             " not keep; take --data-mode resident."
         )
     preprocess = Preprocess(input_config(model, config), torch.device("cpu"), torch.float32)
-    cast(Any, model).whiten(preprocess(data.train.images[:IMAGES]))
+    images = data.train.images[:IMAGES].split(AT_A_TIME)
+    network = cast(Any, model)
+
+    def computed() -> dict[str, torch.Tensor]:
+        network.whiten(preprocess(part) for part in images)
+        return network.whitening.state_dict()
+
+    network.whitening.load_state_dict(on_main(accelerator, computed))

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the scripts of this folder share. They source it in the repository's folder, those of jobs inside the job.
 
+failed="" # the file that tells a study how its run ended; study.sbatch names it
+
 say() { printf 'slurm       %s\n' "$*"; }
 
 fail() { # STATUS REASON, noted in the file $failed if a script has named one

@@ -2,6 +2,7 @@
 
 import os
 
+import psutil
 import pytest
 import torch
 
@@ -46,17 +47,18 @@ def test_on_main_hands_over_results_and_errors():
         on_main(accelerator, lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("threads, expected", [(None, 4), ("1", 4), ("3", 3)])
-def test_processes_share_the_cores_of_a_cpu(monkeypatch, threads, expected):
-    """1 is what torchrun sets where nothing is set; another number is the user's."""
+@pytest.mark.parametrize("by_user, launcher, expected", [(False, True, 4), (True, True, 1), (False, False, 1)])
+def test_processes_share_the_cores_that_torchrun_leaves_idle(monkeypatch, by_user, launcher, expected):
+    """Not where the 1 is the user's, and not without torchrun, where each process may have cores of its own."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
-    if threads is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    environment = {"OMP_NUM_THREADS": "1"} if by_user else {}
+    monkeypatch.setattr(psutil.Process, "environ", lambda _: environment)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
 
     def work():
-        torch.set_num_threads(int(threads or 9))  # as OpenMP has read it
+        torch.set_num_threads(1)
         start("fp32")
         return torch.get_num_threads()
 

@@ -32,8 +32,8 @@ LAYERS = [
         ),
         *("evidence",),
     },
-    {"batches", "checkpoint", "micro_batch", "precision", "wandb_report"},
-    {"engine", "report", "saver", "speed", "stream_batches", "study_state"},
+    {"batches", "checkpoint", "micro_batch", "wandb_report"},
+    {"engine", "precision", "report", "saver", "speed", "stream_batches", "study_state"},
     {"preview", "export", "peak", "features", "study"},
     {"scoring"},
 ]

@@ -1,18 +1,24 @@
 """A first layer that is computed from the training images."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.data.stream import StreamSet
+from cifar_dist.distributed import start
 from cifar_dist.errors import UsageError
 from cifar_dist.models import build_model, input_config
 from cifar_dist.whitening import IMAGES, whiten
+from tests.ranks import Ranks
 from tests.test_same_training import run
 
 CONFIG = ModelConfig(model="airbench94")
+ACCELERATOR = Accelerator(cpu=True)
 
 
 class Data:
@@ -36,7 +42,7 @@ def resident():
 def test_patches_leave_the_layer_uncorrelated_and_of_equal_variance(resident):
     """By numpy, over the patches of the images that it was made from."""
     model = build_model(CONFIG, 10)
-    whiten(model, resident, CONFIG)
+    whiten(model, resident, CONFIG, ACCELERATOR)
     input = input_config(model, CONFIG)
     pixels = (resident.train.images[:IMAGES].numpy() / 255.0 - input.mean) / input.std
     corners = [pixels[:, y : 31 + y, x : 31 + x] for y in (0, 1) for x in (0, 1)]
@@ -55,7 +61,7 @@ def test_patches_leave_the_layer_uncorrelated_and_of_equal_variance(resident):
 
 def test_a_convolution_is_what_the_filters_say(resident):
     model = build_model(CONFIG, 10)
-    whiten(model, resident, CONFIG)
+    whiten(model, resident, CONFIG, ACCELERATOR)
     image = torch.rand(1, 3, 32, 32)
     patch = image[0, :, 4:6, 7:9].flatten()
     expected = model.whitening.weight.flatten(1) @ patch
@@ -63,19 +69,31 @@ def test_a_convolution_is_what_the_filters_say(resident):
 
 
 def test_other_models_and_given_weights_stay(resident):
-    whiten(build_model(ModelConfig(model="cnn4"), 10), resident, ModelConfig(model="cnn4"))
+    whiten(build_model(ModelConfig(model="cnn4"), 10), resident, ModelConfig(model="cnn4"), ACCELERATOR)
     model = build_model(CONFIG, 10)
     before = model.whitening.weight.clone()
-    whiten(model, resident, ModelConfig(model="airbench94", init_weights="file.safetensors"))
+    whiten(model, resident, ModelConfig(model="airbench94", init_weights="file.safetensors"), ACCELERATOR)
     assert torch.equal(model.whitening.weight, before)
 
 
 def test_a_stream_has_no_images_to_look_at():
     with pytest.raises(UsageError, match="--data-mode stream"):
-        whiten(build_model(CONFIG, 10), Data(StreamSet.__new__(StreamSet)), CONFIG)
+        whiten(build_model(CONFIG, 10), Data(StreamSet.__new__(StreamSet)), CONFIG, ACCELERATOR)
 
 
-def test_train_py_whitens_once_and_keeps_it(tmp_path):
+def test_all_processes_have_the_first_ones_layer(resident):
+    def work():
+        accelerator = start("fp32")
+        model, rank = build_model(CONFIG, 10), int(os.environ["RANK"])
+        data = Data(resident.train.take(torch.arange(100 * rank, IMAGES + 100 * rank)))  # as another machine's signs
+        whiten(model, data, CONFIG, accelerator)
+        return model.whitening.weight.tolist()
+
+    first, second = Ranks(work, 2).check().results
+    assert first == second
+
+
+def test_train_py_whitens_and_does_not_train_the_layer(tmp_path):
     flags = ["--dataset", "digits", "--model", "airbench94", "--wandb", "disabled", "--opt", "nmuon", "--lr", "0.02"]
     for max_steps in (1, 2):
         run(*flags, "--max-steps", max_steps, "--run-dir", tmp_path / "run", "--resume", "auto")

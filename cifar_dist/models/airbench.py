@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,15 +68,17 @@ class Airbench94(nn.Module):
         return nn.Sequential(*first, convolution(out_channels), norm(), nn.GELU())
 
     @torch.no_grad()
-    def whiten(self, images: torch.Tensor) -> None:
+    def whiten(self, batches: Iterable[torch.Tensor]) -> None:
         """Let the first layer whiten the patches of these images: uncorrelated directions of equal variance.
 
         Args:
-            images: float (N, 3, H, W), normalised as in training.
+            batches: float (B, 3, H, W) each, normalised as in training.
         """
-        layer = self.whitening
-        patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        layer, count, products = self.whitening, 0, torch.zeros(())
+        for images in batches:
+            patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+            count, products = count + len(patches), products + patches.T @ patches
+        variances, directions = torch.linalg.eigh(products / count)
         filters = (directions / (variances + NOISE).sqrt()).T.reshape(-1, *layer.weight.shape[1:])
         layer.weight.copy_(torch.cat([filters, -filters]))
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

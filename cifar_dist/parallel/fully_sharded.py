@@ -75,10 +75,6 @@ class FullySharded(Replicated):
         groups = [group | {"params": [names[n] for n in group["params"]]} for group in optimizer_state["param_groups"]]
         set_optimizer_state_dict(model, self._bare, {"state": states, "param_groups": groups}, options=_WHOLE)
 
-    @property
-    def _bare(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer  # inside Accelerate's wrapper
-
 
 def _names(named: Any) -> list[str]:
     """Parameter names in the order of the optimizer's groups."""

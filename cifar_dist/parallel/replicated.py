@@ -79,13 +79,16 @@ class Replicated:
     def update(self) -> bool:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""
         if self.accelerator.scaler is None:
-            bare = self.optimizer.optimizer  # Accelerate's inspects signatures each time
-            bare.step()
-            bare.zero_grad()
+            self._bare.step()  # Accelerate's inspects signatures each time
+            self._bare.zero_grad()
             return False
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self._overflows_for_ever(self.optimizer.step_was_skipped)
+
+    @property
+    def _bare(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer  # inside Accelerate's wrapper
 
     def _overflows_for_ever(self, overflowed: bool) -> bool:
         """Whether fp16 gradients overflow at whatever loss scale: then they are not too large, but not finite."""
