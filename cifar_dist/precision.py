@@ -63,6 +63,7 @@ def resolve_precision(
     elif (run_dir / "config.yaml").is_file():
         began = load_config(run_dir / "config.yaml")
         chosen = ComputeFormat(began.run.precision, began.model.channels_last)
+        say(accelerator, f"precision   {chosen}, as the run began")
     else:
         rates = gather(accelerator, measure_formats(config, model, accelerator))[0]
         chosen = fastest(rates)

@@ -174,7 +174,12 @@ def _run(folder: Path, flags: Sequence[str], further: Sequence[str], source: str
     if (command.config.run.run_dir, command.config.run.resume) != (str(folder), "auto"):
         raise UsageError(f"{source}: the study gives --run-dir and --resume itself; leave them out after --.")
     if not command.trains or any(word.partition("=")[0] == "--config" for word in further):
-        raise UsageError(f"{source}: --config, --plan and --preview-augment are for train.py; leave them out after --.")
+        raise UsageError(f"{source}: --config, --plan and --preview-augment are for a single run; leave them out.")
+    if command.config.run.precision == "auto":
+        raise UsageError(
+            f"{source}: --precision auto may choose otherwise for each run, which a comparison would show as a setting;"
+            " name fp32 or bf16."
+        )
     return StudyRun(folder.name, folder, tuple(arguments), command.config)
 
 

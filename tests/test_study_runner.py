@@ -259,7 +259,7 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1, 2, 3, 4, 5, 6, 7, 8]}\n"
     status, out = main(text, "--slurm", "--at-once", 2, "--", "--dataset", "/data/my set")
     assert status == 0
-    queued = "squeue() { [[ $* == *--me*--name=study-s* ]] && echo '%s|'; }\n"
+    queued = "squeue() { [[ $* == *--me*--name=study-s* ]] && echo '|%s|'; }\n"
     idle = queued % "/elsewhere"
     script = idle + "sbatch() { printf '<%s>' \"$@\" >&2; echo >&2; echo '77;east'; }\n" + out
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stderr
@@ -308,8 +308,9 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [small.yaml]\ngrid: {lr: [-1]}\n", [], "run small_lr-1: argument --lr: -1 is outside"),
         ("recipes: [small.yaml]\ncommon: {sync_bn: 3}\n", [], "sync_bn is true or false"),
         ("recipes: [small.yaml]\n", ["--", "--run-dir", "x"], "leave them out after --"),
-        ("recipes: [small.yaml]\n", ["--", "--config", "small.yaml"], "leave them out after --"),
-        ("recipes: [small.yaml]\n", ["--", "--plan"], "leave them out after --"),
+        ("recipes: [small.yaml]\n", ["--", "--config", "small.yaml"], "are for a single run"),
+        ("recipes: [small.yaml]\n", ["--", "--plan"], "are for a single run"),
+        ("recipes: [small.yaml]\n", ["--", "--precision", "auto"], "name fp32 or bf16"),
         ("recipes: [small.yaml]\n", ["--", "--epoch", "x"], "Did you mean --epochs"),
         ("recipes: [small.yaml]\n", ["--arguments", "1"], "--arguments 1: the study has runs 0 to 0"),
         ("recipes: [small.yaml]\n", ["--list", "--report"], "not allowed with"),
