@@ -55,7 +55,7 @@ def test_a_study_is_an_array_and_then_its_comparison(cluster, tmp_path):
     environment = cluster.environment | {"VENV": sys.prefix, "NETWORK": "no", "OMP_NUM_THREADS": "1"}
 
     def study():
-        line = ["bash", "slurm/study.sh", "--cpus-per-task=1", "two.yaml", "--", "--lr", "2e-3"]
+        line = ["bash", "slurm/study.sh", "--cpus-per-task=1", "--hold", "two.yaml", "--", "--lr", "2e-3"]
         return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     def submit():
@@ -66,8 +66,10 @@ def test_a_study_is_an_array_and_then_its_comparison(cluster, tmp_path):
 
     said, report = submit()
     array = re.search(r"job (\d+) is the array", said)[1]
-    again = study()  # while the array is queued or runs
+    again = study()  # while the array is queued
     assert (again.returncode, "two.yaml is queued or runs already" in again.stderr) == (2, True), again.stderr
+    cluster.query("scontrol", "release", array)
+    cluster.query("scontrol", "release", str(report))
     assert cluster.wait(report, *slurm_cycles.ENDED, seconds=300)["JobState"] == "COMPLETED"
     assert sorted(path.name for path in tmp_path.glob("slurm-*_*.out")) == [
         f"slurm-{array}_{task}.out" for task in (0, 1)
