@@ -95,7 +95,8 @@ def main() -> None:
     model = build_model(fresh if resuming else config.model, len(data.class_names))
     if config.model.sync_bn:
         model = synchronise(model, accelerator.device)
-    whiten(model, data, config.model, accelerator)
+    if not resuming:
+        whiten(model, data, config.model, accelerator)
     features = decide(config, data, model, accelerator)
     config, accelerator = resolve_precision(config, model, accelerator, run_dir)
     sizes = measure(config, data, model)

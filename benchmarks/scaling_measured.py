@@ -133,7 +133,7 @@ def measure(data: str, to: Path | None) -> None:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "accelerate", "timm")},
-        "recipe": {"data": data, "model": MODEL, "batch": BATCH},
+        "recipe": {"data": Path(data).name, "model": MODEL, "batch": BATCH},
     }
     print(f"{facts['hardware']}, {facts['cores']} cores, load before {facts['load_average']:.1f}")
     with tempfile.TemporaryDirectory() as name:

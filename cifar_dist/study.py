@@ -83,7 +83,7 @@ def main() -> None:
         put(slurm_script(study, found, arguments.at_once) + "\n")
         return
     signals = listening()
-    failed = train_all(study, found, signals)
+    failed = train_all(study, signals)
     if signals.first:
         print(f"study       stopped by {signals.first}; the same command goes on with it", flush=True)
     compared = bool(signals.first) or compare(study, signals)
@@ -183,14 +183,13 @@ def refuse_what_is_in_the_way(study: Study, found: Sequence[Standing]) -> None:
         )
 
 
-def train_all(study: Study, found: Sequence[Standing], signals: Signals) -> list[StudyRun]:
+def train_all(study: Study, signals: Signals) -> list[StudyRun]:
     """Train what is not finished, until asked to stop; the runs that failed."""
     failed = []
-    for run, before in zip(study.runs, found, strict=True):
+    for run in study.runs:
         if signals.first:
             break
-        if before.is_due:
-            before = standing_of(run)  # hours may have passed
+        before = standing_of(run)  # as it is now: those before took hours
         if not before.is_due:
             say(run, "finished before" if before.finished else "is running elsewhere, and left to that")
         elif not train(run, before, signals):
