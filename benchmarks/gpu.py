@@ -9,8 +9,9 @@ at its end, after a warm-up that also compiles; its images/s are the median wind
 in time, says so and the next one follows. The JSON file is written anew after every row.
 
 Columns: `x plain` against the plain loop's images/s; `no data` images/s with one batch that is on the device already;
-`batch` the milliseconds to make an augmented batch, waited for, and its share of a step; `busy` the share of a step
-in which the GPU computes (the rest it waits for Python); `ready` seconds until the first window, compiling included.
+`batch` the milliseconds to make an augmented batch, waited for; `data` the share of a step that the data path adds,
+by the two rates; `busy` the share of a step in which the GPU computes (the rest it waits for Python); `ready` seconds
+until the first window, compiling included.
 Without a GPU the script runs, too, to be tried out. Without --data images are noise, and the plain loop is spared
 decoding.
 """
@@ -54,21 +55,24 @@ NFNET = Case("dm_nfnet_f0", 224, 256)
 RESNET = Case("resnet18_cifar", 32, 1024, 60_000)
 WRN = Case("wrn28_10", 32, 512, 11_500)
 
-EAGER = Way("eager")
-FUSED = Way("fused windows", fused_windows=True)
+EAGER, GRAPHS = Way("eager"), Way("--compile", compiles="graphs")
 NHWC = Way("channels_last", channels_last=True)
+GRAPHS_NHWC = Way("--compile, channels_last", channels_last=True, compiles="graphs")
+WHOLE_NHWC = Way("compiled, no graphs, channels_last", channels_last=True, compiles="model")
 TUNED = Way("channels_last, tuned", channels_last=True, tunes=True)
-BLOCKS, WHOLE = Way("compiled blocks", compiles="blocks"), Way("compiled", compiles="model")
-WHOLE_FUSED = Way("compiled, fused windows", compiles="model", fused_windows=True)
-WHOLE_NHWC = Way("compiled, channels_last", compiles="model", channels_last=True)
+SAME = Way("channels_last, deterministic", channels_last=True, deterministic=True)
+FUSED = Way("fused windows", fused_windows=True)
+GRAPHS_FUSED = Way("--compile, fused windows", compiles="graphs", fused_windows=True)
+BLOCKS = Way("compiled blocks", compiles="blocks")
 BLOCKS_FUSED = Way("compiled blocks, fused windows", compiles="blocks", fused_windows=True)
 
 ROWS: list[tuple[Case, Way]] = [
-    *((case, way) for case in (VIT, SWIN, RESNET, WRN, NFNET) for way in (PLAIN, EAGER)),
-    *((SWIN, FUSED), (VIT, BLOCKS), (RESNET, NHWC), (WRN, NHWC), (RESNET, TUNED), (WRN, TUNED), (NFNET, NHWC)),
-    *((VIT, WHOLE), (RESNET, WHOLE_NHWC), (WRN, WHOLE_NHWC), (SWIN, WHOLE_FUSED), (NFNET, WHOLE)),
-    (SWIN, BLOCKS_FUSED),
-]  # fmt: skip
+    *((VIT, way) for way in (PLAIN, EAGER, GRAPHS, BLOCKS)),
+    *((SWIN, way) for way in (PLAIN, EAGER, GRAPHS_FUSED, FUSED, BLOCKS_FUSED)),
+    *((RESNET, way) for way in (PLAIN, NHWC, GRAPHS_NHWC, SAME, WHOLE_NHWC, TUNED)),
+    *((WRN, way) for way in (PLAIN, NHWC, GRAPHS_NHWC, SAME, TUNED)),
+    *((NFNET, way) for way in (PLAIN, NHWC, GRAPHS_NHWC)),
+]
 
 
 def noise(count: int) -> tuple[TrainingData, list[tuple[Image.Image, int]]]:
@@ -127,7 +131,7 @@ def attempt(bench: Bench, row: Row, seconds: float) -> None:
 
 HEADER = (
     "model                         way                             images/s  x plain    MFU   no data"
-    "  batch ms   share   busy  peak GiB  ready s"
+    "  batch ms    data   busy  peak GiB  ready s"
 )
 
 
@@ -145,8 +149,8 @@ def line(row: Row, plain: float | None) -> str:
         shown(row.mfu, ".1%", 5),
         shown(row.no_data_images_per_second, ",.0f", 8),
         shown(None if row.batch_seconds is None else 1e3 * row.batch_seconds, ".2f", 8),
-        shown(row.share(row.batch_seconds), ".2%", 6),
-        shown(row.share(row.device_seconds), ".0%", 5),
+        shown(row.data_share, ".2%", 6),
+        shown(row.busy_share, ".0%", 5),
         shown(memory / 2**30 if memory else None, ".1f", 8),
         shown(row.ready_seconds, ".1f", 7),
     ]
@@ -161,7 +165,7 @@ def aims(rows: list[Row]) -> list[str]:
         plain = next((row.images_per_second for row in own if row.way == PLAIN), None)
         best = max((row for row in own if row.way != PLAIN), key=lambda row: row.images_per_second or 0.0, default=None)
         rate = best.images_per_second if best else None
-        share = best.share(best.batch_seconds) if best else None
+        share = best.data_share if best else None
         found = [
             ("images/s", rate, case.images_per_second, ",.0f", 1),
             ("x plain", rate / plain if rate and plain else None, case.times_plain, ".2f", 1),

@@ -55,10 +55,12 @@ class Way:
 
     Attributes:
         name: in the table.
-        compiles: model (--compile), blocks (each repeated block alone) or nothing.
+        compiles: graphs (--compile: the whole model, run as CUDA graphs), model (the whole model, kernel after kernel),
+            blocks (each repeated block alone) or nothing.
         fused_windows: Swin's attention fused; timm has it off, TIMM_FUSED_ATTN=2 turns it on.
         channels_last: --channels-last.
         tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
+        deterministic: cuDNN takes only algorithms that give the same every time (torch.backends.cudnn.deterministic).
     """
 
     name: str
@@ -66,6 +68,7 @@ class Way:
     fused_windows: bool = False
     channels_last: bool = False
     tunes: bool = False
+    deterministic: bool = False
 
 
 PLAIN = Way("plain")
@@ -105,22 +108,32 @@ class Row:
         return self.case.batch_size / statistics.median(self.step_seconds) if self.step_seconds else None
 
     @property
+    def data_share(self) -> float | None:
+        """What part of a step the data path is: what a batch that is there already saves."""
+        if not (self.step_seconds and self.no_data_step_seconds):
+            return None
+        return 1 - statistics.median(self.no_data_step_seconds) / statistics.median(self.step_seconds)
+
+    @property
     def no_data_images_per_second(self) -> float | None:
         """Of the median window without a data path."""
         found = self.no_data_step_seconds
         return self.case.batch_size / statistics.median(found) if found else None
 
-    def share(self, seconds: float | None) -> float | None:
-        """What part of a step so many seconds are."""
-        return seconds / statistics.median(self.step_seconds) if seconds and self.step_seconds else None
+    @property
+    def busy_share(self) -> float | None:
+        """The part of a step in which the GPU computes."""
+        if not (self.step_seconds and self.device_seconds):
+            return None
+        return self.device_seconds / statistics.median(self.step_seconds)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the medians."""
         return asdict(self) | {
             "images_per_second": self.images_per_second,
             "no_data_images_per_second": self.no_data_images_per_second,
-            "batch_share": self.share(self.batch_seconds),
-            "busy_share": self.share(self.device_seconds),
+            "data_share": self.data_share,
+            "busy_share": self.busy_share,
         }
 
 
@@ -154,14 +167,14 @@ class Ours:
     def __init__(self, bench: Bench, case: Case, way: Way):
         flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
         switches = ["--img-size", str(case.img_size)] * bool(case.img_size)
-        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "model")
+        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "graphs")
         config = parse_command_line([*flags.split(), *switches]).config
         seed_everything(0)
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
         parallel = prepare(config, plan, model, bench.accelerator).parallel
-        for block in repeated_blocks(model) if way.compiles == "blocks" else []:
-            block.compile()
+        for part in {"blocks": repeated_blocks(model), "model": [model]}.get(way.compiles, []):
+            part.compile()
         parallel.model.train()
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
         self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
@@ -170,8 +183,8 @@ class Ours:
         self._fixed = self.batch()
 
     def batch(self) -> list[Any]:
-        """The micro-batches of the next step."""
-        return list(self._batches(self._step))
+        """The next step's one micro-batch, and no other."""
+        return [next(self._batches(self._step))]
 
     def run(self, steps: int, fixed: bool = False) -> float:
         """Train so many steps more, or on the same batch again and again; seconds until the device has done them."""
@@ -245,6 +258,7 @@ def fill(bench: Bench, row: Row) -> None:
     """Measure a row; what is done when something fails stays in it."""
     set_fused_attn(True, experimental=row.way.fused_windows)
     torch.backends.cudnn.benchmark = row.way.tunes
+    torch.backends.cudnn.deterministic = row.way.deterministic
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     (_fill_plain if row.way == PLAIN else _fill_ours)(bench, row)

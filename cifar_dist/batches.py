@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -78,6 +79,8 @@ class Batches:
         self._augment = Augment(config.augment, input, config.run.seed, self._device, parallel.input_dtype)
         mixes = config.augment.mixup or config.augment.cutmix
         self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if mixes else None
+        self._looks_ahead = self._device.type == "cuda"
+        self._ahead: tuple[int, Iterator[Batch]] = (-1, iter(()))
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
 
     def sample_ids(self, step: int) -> list[int]:
@@ -88,8 +91,25 @@ class Batches:
         """This process's rows of step `step`, a micro-batch at a time."""
         raise NotImplementedError
 
+    def _is_there(self, step: int) -> bool:
+        """Whether the rows of step `step` can be had without waiting."""
+        return True
+
     def __call__(self, step: int) -> Iterator[Batch]:
-        """Yield this process's micro-batches of optimizer step `step`."""
+        """Yield this process's micro-batches of optimizer step `step`.
+
+        Who asks for one more than there are has the next step's first one made ahead. Training does, when a step's
+        last backward pass is under way on the GPU and before it waits for it: so that the GPU need not wait in turn.
+        """
+        known, ahead = self._ahead
+        self._ahead = (-1, iter(()))
+        micro_batches = ahead if known == step else self._micro_batches(step)
+        yield from micro_batches
+        if self._looks_ahead and step + 1 < self._plan.total_steps and self._is_there(step + 1):
+            upcoming = self._micro_batches(step + 1)
+            self._ahead = (step + 1, chain([next(upcoming)], upcoming))
+
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
         plan, epoch = self._plan, step // self._plan.steps_per_epoch
         for micro, part in enumerate(self._parts(step)):
             images, targets = self._input(part, epoch), part.labels

@@ -37,7 +37,7 @@ class Wish:
 
 
 def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -> Verdict:
-    """One reduction over all processes and the step's one host sync.
+    """One reduction over all processes, if there are several, and the step's one host sync.
 
     Args:
         accelerator: of this process.
@@ -45,10 +45,11 @@ def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -
         wish: what this process would have the others do.
         lost: whether this process has no data.
     """
+    if accelerator.num_processes == 1:
+        return Verdict(bool(bad) or lost, wish.stop, wish.save, wish.writing, lost)
     others = (lost, wish.stop, wish.save, wish.writing)
     flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in others)])
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     bad_anywhere, lost, stop, save, writing = (flag > 0 for flag in flags.tolist())
     return Verdict(bad=bad_anywhere or lost, stop=stop, save=save, writing=writing, lost=lost)
 
@@ -71,22 +72,25 @@ class BeforeStep:
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device):
-        self._buffers, self._device = list(module.buffers()), device
-        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
-        self._random: list[torch.Tensor] = []
+        self._device, self._random = device, list[torch.Tensor]()
+        of_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in module.buffers():
+            of_type.setdefault(buffer.dtype, []).append(buffer)
+        # A list for each type: on a GPU torch copies the tensors of a mixed one by one.
+        self._lists = [(buffers, [torch.empty_like(buffer) for buffer in buffers]) for buffers in of_type.values()]
 
     def keep(self) -> None:
         """Remember the state before a step."""
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+        for buffers, kept in self._lists:
+            torch._foreach_copy_(kept, buffers)
         self._random = [torch.get_rng_state()]
         if self._device.type == "cuda":
             self._random.append(torch.cuda.get_rng_state(self._device))
 
     def put_back(self) -> None:
         """Undo what the step has changed."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+        for buffers, kept in self._lists:
+            torch._foreach_copy_(buffers, kept)
         torch.set_rng_state(self._random[0])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(self._random[1], self._device)

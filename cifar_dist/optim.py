@@ -36,6 +36,14 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
         raise UsageError(f"--opt {config.opt} cannot be built ({error}); take another.") from None
 
 
+def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let torch's own Adam, AdamW and SGD update all weights of a GPU in one kernel instead of a dozen a list."""
+    for group in optimizer.param_groups:
+        if "fused" in group and all(parameter.is_cuda for parameter in group["params"]):
+            group["fused"] = True
+    return optimizer
+
+
 def state_per_parameter(config: OptimConfig) -> int:
     """Numbers the optimizer keeps per trained weight, counted on a matrix of one thousand.
 

@@ -66,6 +66,9 @@ class StreamBatches(Batches):
         place = np.concatenate([np.r_[self._slice(micro)] for micro in range(self._plan.grad_accum_steps)])
         return batch.rows[place], (batch.real[place] / batch.real.sum()).astype(np.float32)
 
+    def _is_there(self, step: int) -> bool:
+        return step == self._next and not self._queue.empty()
+
     def _parts(self, step: int) -> Iterator[Part]:
         found, size = self._fetch(step), self._plan.micro_batch_size
         tensors = (torch.from_numpy(array) for array in (found.images, found.labels, found.rows, found.weights))

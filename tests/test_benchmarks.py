@@ -23,7 +23,7 @@ from cifar_dist.models import build_model
 from cifar_dist.parallel import Replicated
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-TINY = Case("test_vit", 160, 4, images_per_second=1e12, times_plain=1e-6, data_share=1e-9)
+TINY = Case("test_vit", 160, 4, images_per_second=1e12, times_plain=1e-6, data_share=-1e9)
 
 
 def pictures(count):
@@ -56,7 +56,7 @@ def test_the_gpu_benchmark_measures_and_says_what_failed(monkeypatch, tmp_path, 
     assert not plain["error"] and not ours["error"]
     assert len(plain["step_seconds"]) == len(ours["step_seconds"]) == gpu_rows.WINDOWS
     assert ours["mfu"] / plain["mfu"] == pytest.approx(ours["images_per_second"] / plain["images_per_second"])
-    assert ours["batch_share"] > 0 and ours["no_data_images_per_second"] > 0
+    assert ours["data_share"] < 1 and ours["no_data_images_per_second"] > 0
     assert len(steps) >= 2 * gpu_rows.WINDOWS + 3 * gpu_rows.WARM_UP_STEPS
     verdicts = [line.rsplit(": ", 1)[1] for line in said.splitlines() if ", aim at " in line]
     assert verdicts == ["MISSED", "met", "MISSED"]
@@ -106,7 +106,9 @@ def test_blocks_that_are_compiled_alone_are_the_innermost_of_a_row():
 def test_a_row_takes_the_median_window():
     row = Row(Case("any", 32, 10), Way("eager"), step_seconds=[1.0, 9.0, 2.0])
     assert row.images_per_second == 5
-    assert row.share(0.5) == 0.25
+    row.no_data_step_seconds, row.device_seconds = [1.5, 0.1, 7.0], 1.8
+    assert row.data_share == pytest.approx(0.25)
+    assert row.busy_share == pytest.approx(0.9)
 
 
 # alpha 1 s and 10 bytes/s in a node of 4, alpha 5 s and 4 bytes/s between nodes

@@ -262,6 +262,37 @@ def test_every_optimizer_of_timm_goes_on_exactly(tmp_path, accelerator, opt):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("fused", [(True, None), (None, True), (True, True)])
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_a_run_goes_on_where_the_optimizer_is_fused_or_is_not(tmp_path, accelerator, opt, fused):
+    """As when a run moves from a GPU to a CPU or back; torch's fused kernels are there for CPUs, too."""
+    runs = []
+    for choice in (*fused, None):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5)
+        optimizer = make_optimizer(model, OptimConfig(opt=opt, lr=1e-2))
+        for group in optimizer.param_groups:
+            group["fused"] = choice
+        runs.append(Trained(Replicated(accelerator, model, optimizer, None), None))
+    before, after, whole = runs
+
+    def step(run, number):
+        run.parallel.model(torch.full((3, 6), float(number))).square().sum().backward()
+        run.parallel.update()
+
+    for number in (1, 2):
+        step(before, number)
+        step(whole, number)
+    save(tmp_path, before, TrainState(step=2), best=True)
+    resume(tmp_path, after)
+    assert {group["fused"] for group in after.parallel.optimizer.param_groups} == {fused[1]}
+    assert {group["fused"] for group in before.parallel.optimizer_state()["param_groups"]} == {None}
+    for run in (after, whole):
+        step(run, 3)
+    for mine, other in zip(after.parallel.module.parameters(), whole.parallel.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
 def test_moments_keep_their_parameters_memory_layout(tmp_path, accelerator):
     whole = trained(accelerator, steps=2)
     save(tmp_path, whole, TrainState(step=2), best=True)

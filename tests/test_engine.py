@@ -135,6 +135,26 @@ def test_mixup_trains_and_does_not_depend_on_what_was_drawn_before(accelerator, 
     assert not torch.equal(first.targets, next(batches(4)).targets)
 
 
+def test_batches_made_ahead_are_those_that_are_asked_for(accelerator):
+    """As on a GPU: each micro-batch is made once, and the next step's first one before it is asked for."""
+    flags = ["--batch-size", "16", "--micro-batch-size", "8", "--model", "cnn4", "--epochs", "2", "--cutmix", "1.0"]
+    config = parse_command_line(flags).config
+    plan = make_plan(config, Sizes(50, 0, None, 10, 0, 0, 0, 0), 1)
+    parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
+    plain, ahead = (ResidentBatches(images(50), config, plan, INPUT, parallel) for _ in range(2))
+    made = []
+    parts = ahead._parts
+    ahead._parts = lambda step: (made.append(step) or part for part in parts(step))
+    ahead._looks_ahead = True
+    for step in range(plan.total_steps):
+        for mine, other in zip(ahead(step), plain(step), strict=True):
+            assert torch.equal(mine.images, other.images)
+            assert torch.equal(mine.targets, other.targets)
+            assert mine.last == other.last
+        assert made == [k for k in range(plan.total_steps) for _ in range(2)][: 2 * step + 3]
+    assert torch.equal(next(ahead(1)).images, next(plain(1)).images)  # another step than the one made ahead
+
+
 @pytest.mark.parametrize("count, batch_size", [(37, 8), (40, 8), (5, 64)])
 def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
     data = images(count)

@@ -10,6 +10,7 @@ from cifar_dist.config import Config
 from cifar_dist.distributed import engine_name
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import refuses_average
+from cifar_dist.optim import fuse
 from cifar_dist.parallel.replicated import Replicated
 from cifar_dist.plan import Plan
 
@@ -51,4 +52,4 @@ def wrap(
         from cifar_dist.parallel.fully_sharded import FullySharded
 
         return FullySharded(accelerator, model, optimizer, config)
-    return Replicated(accelerator, model, optimizer, config.optim.clip_grad)
+    return Replicated(accelerator, model, fuse(optimizer), config.optim.clip_grad)

@@ -107,7 +107,7 @@ class Replicated:
 
     def optimizer_state(self) -> dict[str, Any]:
         """The whole ``state_dict`` of the optimizer as torch writes it; to be called on every process."""
-        return self.optimizer.state_dict()
+        return _with_fused(self.optimizer.state_dict(), [None] * len(self.optimizer.param_groups))
 
     def scaler_state(self) -> dict[str, Any]:
         """The fp16 loss scaler's numbers; empty without one."""
@@ -121,8 +121,15 @@ class Replicated:
     def load(self, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
         """Put back what `weights` and `optimizer_state` returned, be it on another engine."""
         self.module.load_state_dict(weights)
-        self.optimizer.load_state_dict(optimizer_state)
+        fused = [group.get("fused") for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(_with_fused(optimizer_state, fused))
         _lay_out_like_parameters(self.optimizer)
+
+
+def _with_fused(state: dict[str, Any], choices: list[bool | None]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` updated in one kernel, or not: that is the machine's choice, not the run's."""
+    groups = zip(state["param_groups"], choices, strict=True)
+    return state | {"param_groups": [g | {"fused": fused} if "fused" in g else g for g, fused in groups]}
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
