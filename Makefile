@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 DEMO_RUN := runs/demo
 
-.PHONY: demo test check env clean
+.PHONY: demo test test-gpu check env clean
 
 demo: env  ## train on real images, no download, and write a report
 	rm -rf $(DEMO_RUN)
@@ -12,6 +12,9 @@ demo: env  ## train on real images, no download, and write a report
 
 test: env check  ## style, types, and the whole test suite
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-gpu: env  ## on a machine with a GPU: a run cut there ends as the whole one, and the pixels are a CPU's
+	CIFAR_DIST_TEST_GPU=1 $(RUN) -m pytest tests/test_train.py tests/data/test_augment.py
 
 check: env
 	$(VENV)/bin/ruff check .

@@ -158,9 +158,7 @@ def prepare(config: Config, plan: Plan, model: torch.nn.Module, accelerator: Acc
     decay = config.optim.model_ema_decay
     ema = None if decay is None else ModelEmaV3(model, decay=decay)
     if config.model.compile:
-        whole_steps = engine_name(accelerator) == "single" and plan.grad_accum_steps == 1
-        # On a GPU a step's kernels are then launched together, as CUDA graphs: small models wait for Python otherwise.
-        model.compile(mode="reduce-overhead" if whole_steps and accelerator.device.type == "cuda" else "default")
+        model.compile(mode=config.model.compile_mode)
     return Trained(wrap(accelerator, model, make_optimizer(model, config.optim), config, plan), ema)
 
 

@@ -55,12 +55,13 @@ class Way:
 
     Attributes:
         name: in the table.
-        compiles: graphs (--compile: the whole model, run as CUDA graphs), model (the whole model, kernel after kernel),
-            blocks (each repeated block alone) or nothing.
+        compiles: model (--compile), graphs (with --compile-mode reduce-overhead, as CUDA graphs), blocks (each repeated
+            block alone) or nothing.
         fused_windows: Swin's attention fused; timm has it off, TIMM_FUSED_ATTN=2 turns it on.
         channels_last: --channels-last.
         tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
-        deterministic: cuDNN takes only algorithms that give the same every time (torch.backends.cudnn.deterministic).
+        deterministic: cuDNN takes only algorithms that give the same every time, as in train.py; else any, as in the
+            plain loop.
     """
 
     name: str
@@ -68,10 +69,10 @@ class Way:
     fused_windows: bool = False
     channels_last: bool = False
     tunes: bool = False
-    deterministic: bool = False
+    deterministic: bool = True
 
 
-PLAIN = Way("plain")
+PLAIN = Way("plain", deterministic=False)
 
 
 @dataclass
@@ -167,14 +168,15 @@ class Ours:
     def __init__(self, bench: Bench, case: Case, way: Way):
         flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
         switches = ["--img-size", str(case.img_size)] * bool(case.img_size)
-        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles == "graphs")
+        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles in ("model", "graphs"))
+        switches += ["--compile-mode", "reduce-overhead"] * (way.compiles == "graphs")
         config = parse_command_line([*flags.split(), *switches]).config
         seed_everything(0)
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
         parallel = prepare(config, plan, model, bench.accelerator).parallel
-        for part in {"blocks": repeated_blocks(model), "model": [model]}.get(way.compiles, []):
-            part.compile()
+        for block in repeated_blocks(model) if way.compiles == "blocks" else []:
+            block.compile()
         parallel.model.train()
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
         self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)

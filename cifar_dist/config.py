@@ -138,6 +138,11 @@ class ModelConfig:
     sync_bn: bool = option(False, "batch statistics over all processes (SyncBatchNorm)")
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")
+    compile_mode: str = option(
+        "default",
+        "torch.compile's mode; reduce-overhead: on a GPU as CUDA graphs, for models so small that the GPU waits for Python",
+        choices=("default", "reduce-overhead"),
+    )
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     if launch.on_cpu:
         keep_freed_memory()
         share_cores()
+    torch.backends.cudnn.deterministic = True  # else fp32 gradients of convolutions are summed in any order
     launch.check(accelerator.num_processes, accelerator.distributed_type)
     peers.remember(gather(accelerator, peers.me()))
     return accelerator

@@ -211,6 +211,8 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
             f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
             " take a whole number."
         )
+    if config.model.compile_mode != "default" and not config.model.compile:
+        raise UsageError(f"--compile-mode {config.model.compile_mode} goes with --compile; give both.")
     if run.patience and not sizes.num_val:
         raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
     if optim.min_lr and optim.sched in ("step", "constant"):

@@ -124,7 +124,8 @@ def _count(
     """Images for a pass that is long enough and fits, on every process; at least two, which BatchNorm wants."""
     count, fitted = min(2, most), 0
     while True:
-        seconds = _seconds(model, accelerator.device, inputs, count, each)
+        # The first pass of a size also loads and chooses kernels, which on a GPU takes longer than the pass.
+        seconds = min(_seconds(model, accelerator.device, inputs, count, each) for _ in range(2))
         if any_of(accelerator, math.isinf(seconds)):
             if not fitted:
                 raise UsageError("--precision auto: not even two images fit into memory; take a smaller model.")

@@ -21,6 +21,7 @@ from cifar_dist.run_folder import processor
 FASTER = 1.02  # what a doubled batch must bring
 FEWEST_RUNS = 3
 IMAGE_SIDE = 32  # pixels of CIFAR's images
+MISSES = 2  # sizes in a row that bring nothing, after which the search ends: one may have been disturbed
 TRIES = 20  # of a batch size, in the time of the search
 WARM_UP_RUNS = 2
 
@@ -80,8 +81,8 @@ def measure_speed(
 ) -> Speed:
     """Measure latency, then which batch size is fastest, then speed, memory and energy at that size.
 
-    Batch sizes double from 1 while that makes more images per second and there is memory and time for it. Every pass is
-    waited for.
+    Batch sizes double from 1 until two in a row make no more images per second, or memory or time are at an end. Every
+    pass is waited for.
 
     Args:
         model: images (B, 3, S, S) in, logits (B, K) out; it is left on the device, in evaluation mode.
@@ -151,9 +152,9 @@ def _wait(device: torch.device) -> None:
 
 def _fastest_batch(trial: _Trial, best_rate: float, seconds: float) -> int:
     """Images at a time that make most images per second, of 1, which make `best_rate`, 2, 4 and so on."""
-    fastest, size = 1, 2
+    fastest, size, missed = 1, 2, 0
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while missed < MISSES and time.perf_counter() < end:
         try:
             rate = size / min(durations(trial.answering(size), trial.device, seconds / TRIES))
         except RuntimeError as error:
@@ -161,8 +162,10 @@ def _fastest_batch(trial: _Trial, best_rate: float, seconds: float) -> int:
                 raise
             break
         if rate < FASTER * best_rate:
-            break
-        fastest, best_rate, size = size, rate, 2 * size
+            missed += 1
+        else:
+            fastest, best_rate, missed = size, rate, 0
+        size *= 2
     if trial.device.type == "cuda":
         torch.cuda.empty_cache()
     return fastest

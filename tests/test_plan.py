@@ -183,6 +183,7 @@ def test_global_batch_is_split_exactly(processes, micro, expected):
         (["--batch-size", "96", "--micro-batch-size", "20"], 2, "--micro-batch-size 20 does not divide the 48"),
         (["--batch-size", "50000"], 1, "larger than the 45000 training images"),
         (["--warmup-epochs", "10"], 1, "--warmup-epochs 10 must be less than --epochs 10, else"),
+        (["--compile-mode", "reduce-overhead"], 1, "--compile-mode reduce-overhead goes with --compile; give both"),
         (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
