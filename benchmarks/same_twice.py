@@ -1,6 +1,6 @@
 """Does the same command give the same weights, bit for bit? Each model is trained twice by train.py, and compared.
 
-    python -m benchmarks.same_twice [--dataset digits] [--models cnn4:32 …] [--precisions fp32 bf16] [--flags --channels-last]
+    python -m benchmarks.same_twice [--dataset digits] [--models cnn4:32 …] [--precisions fp32 bf16] [--flags "…"]
 
 A model is NAME:PIXELS. Printed is the largest difference between two weights of the runs; 0 says that all are equal.
 """

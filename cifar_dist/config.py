@@ -140,7 +140,7 @@ class ModelConfig:
     compile: bool = option(False, "torch.compile the model")
     compile_mode: str = option(
         "default",
-        "torch.compile's mode; reduce-overhead: on a GPU as CUDA graphs, for models so small that the GPU waits for Python",
+        "torch.compile's mode; reduce-overhead: as CUDA graphs, for models so small that the GPU waits for Python",
         choices=("default", "reduce-overhead"),
     )
 

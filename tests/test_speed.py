@@ -87,7 +87,7 @@ def test_the_batch_grows_while_that_pays(measured):
 
 
 def test_one_disturbed_size_does_not_end_the_search(measured):
-    """As another program on the same GPU did, which left a network of 100,000 images/s with the 700 of one at a time."""
+    """As another program on the same GPU did: a fast network was left with what it does one image at a time."""
     found = measured(Paced(lambda count: 0.01 if count != 2 else 0.05))
     assert found.batch_size > 2
 
