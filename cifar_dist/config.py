@@ -139,9 +139,7 @@ class ModelConfig:
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")
     compile_mode: str = option(
-        "default",
-        "torch.compile's mode; reduce-overhead: as CUDA graphs, for models so small that the GPU waits for Python",
-        choices=("default", "reduce-overhead"),
+        "default", "reduce-overhead: as CUDA graphs, for small models on a GPU", choices=("default", "reduce-overhead")
     )
 
 

@@ -17,6 +17,7 @@ from cifar_dist.distributed import autocast, gather, restart, say
 from cifar_dist.errors import UsageError
 from cifar_dist.micro_batch import is_out_of_memory
 from cifar_dist.models import input_config
+from cifar_dist.models.attention import use_fast_attention
 
 MIN_SPEEDUP = 1.05  # over fp32 in the usual layout, to be taken instead
 ROUNDS = 3
@@ -142,6 +143,7 @@ def _seconds(
     """Seconds of a forward and backward pass of `count` images; infinite where they do not fit into memory."""
     layout = torch.channels_last if each.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
+    changed = use_fast_attention(model, device, each.precision)
     try:
         images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=device).contiguous(memory_format=layout)
         _wait(device)
@@ -154,6 +156,9 @@ def _seconds(
         if not is_out_of_memory(error):
             raise
         return math.inf
+    finally:
+        for module in changed:
+            module.fused_attn = True  # type: ignore[assignment]
     return time.perf_counter() - began
 
 

@@ -1,0 +1,31 @@
+"""Which of its two implementations of attention a timm model computes with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+
+def use_fast_attention(model: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:
+    """Let attention in bf16 on a CPU be plain matrix products instead of torch's fused kernel.
+
+    There that kernel makes a training step of a ViT 1.1 to 1.9 times as long (benchmarks/results/speed.md); in fp32 it
+    does not, and on a GPU it is the faster one. Results differ by rounding. Where ``TIMM_FUSED_ATTN`` is set, it
+    decides.
+
+    Args:
+        model: any; only layers that timm has fused are changed.
+        device: where it computes.
+        precision: fp32, bf16 or fp16.
+
+    Returns:
+        The layers that were changed, for who wants to set ``fused_attn`` back.
+    """
+    if device.type != "cpu" or precision != "bf16" or "TIMM_FUSED_ATTN" in os.environ:
+        return []
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    return fused

@@ -1,0 +1,77 @@
+"""Attention in bf16 on a CPU: plain products that give what the fused kernel gives."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.config import ModelConfig
+from cifar_dist.models import build_model
+from cifar_dist.models.attention import use_fast_attention
+from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.precision import ComputeFormat, measure_formats
+from train import prepare
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def vit(monkeypatch):
+    monkeypatch.delenv("TIMM_FUSED_ATTN", raising=False)
+    torch.manual_seed(0)
+    return build_model(ModelConfig(model="test_vit", img_size=64), 10)
+
+
+def fused(model):
+    return [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+
+
+def test_only_in_bf16_and_only_on_a_cpu(vit, monkeypatch):
+    layers = len(fused(vit))
+    assert fused(vit) == [True] * layers
+    assert use_fast_attention(vit, CPU, "fp32") == use_fast_attention(vit, CUDA, "bf16") == []
+    monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
+    assert use_fast_attention(vit, CPU, "bf16") == []
+    assert fused(vit) == [True] * layers
+    monkeypatch.delenv("TIMM_FUSED_ATTN")
+    assert len(use_fast_attention(vit, CPU, "bf16")) == layers > 0
+    assert fused(vit) == [False] * layers
+    assert use_fast_attention(vit, CPU, "bf16") == []
+
+
+def test_the_two_agree(vit):
+    images = torch.randn(3, 3, 64, 64)
+    found = []
+    for _ in range(2):
+        vit.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = vit(images).float()
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in vit.parameters())])
+        use_fast_attention(vit, CPU, "bf16")
+    differs = [float((one - two).norm() / one.norm()) for one, two in zip(*found, strict=True) if one.norm() > 1e-3]
+    assert 0 < max(differs) < 0.05
+
+
+@pytest.mark.parametrize("precision, expected", [("bf16", False), ("fp32", True)])
+def test_training_uses_it(vit, precision, expected):
+    config = parse_command_line(["--model", "test_vit", "--img-size", "64", "--precision", precision]).config
+    plan = make_plan(config, Sizes(1000, 0, None, 10, 0, 0, 0, 0), 1)
+    prepare(config, plan, vit, Accelerator(cpu=True))
+    assert set(fused(vit)) == {expected}
+
+
+def test_formats_are_compared_as_they_would_train(vit, monkeypatch):
+    seen = {}
+    forward = vit.forward
+
+    def noted(images):
+        seen.setdefault(torch.is_autocast_enabled("cpu"), set()).update(fused(vit))
+        return forward(images)
+
+    monkeypatch.setattr(vit, "forward", noted)
+    flags = ["--model", "test_vit", "--img-size", "64", "--precision", "auto", "--batch-size", "2"]
+    rates = measure_formats(parse_command_line(flags).config, vit, Accelerator(cpu=True))
+    assert ComputeFormat("bf16", False) in rates
+    assert seen == {False: {True}, True: {False}}
+    assert set(fused(vit)) == {True}
