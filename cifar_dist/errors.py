@@ -161,6 +161,9 @@ def run_main(main: Callable[[], None]) -> None:
         leave(FAILURE_STATUS, f"{error} Checkpoints are from before that.")
     except KeyboardInterrupt:
         leave(FAILURE_STATUS, "interrupted (train.py goes on from its last checkpoint with --resume auto).")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else leaving would write to it once more
+        leave(FAILURE_STATUS, "what read the output has gone (train.py goes on with --resume auto).")
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""

@@ -146,8 +146,10 @@ def arguments_of(study: Study, number: int) -> tuple[str, ...]:
 
 def listed(study: Study, found: Sequence[Standing]) -> list[str]:
     """A line a run: number, state, name, command."""
+    states, names = max(len(str(standing)) for standing in found), max(len(run.name) for run in study.runs)
     return [
-        f"{number}  {standing}  {run.name}  {shlex.join(['python', 'train.py', *run.arguments])}\n"
+        f"{number:<{len(str(len(found) - 1))}}  {standing!s:{states}}  {run.name:{names}}  "
+        f"{shlex.join(['python', 'train.py', *run.arguments])}\n"
         for number, (run, standing) in enumerate(zip(study.runs, found, strict=True))
     ]
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,18 @@ def test_one_process_of_a_node_speaks(environment, speaks, monkeypatch, capsys):
         run_main(refuse)
     assert left.value.code == 2
     assert capsys.readouterr().err == ("train.py: error: --lr is 7; take less.\n" if speaks else "")
+
+
+def test_an_output_that_nobody_reads_any_more_is_said_without_a_traceback():
+    """As with ``| head -1``."""
+    script = "from cifar_dist.errors import run_main\nrun_main(lambda: [print(line) for line in range(10**6)])"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == (
+            b"-c: error: what read the output has gone (train.py goes on with --resume auto).\n"
+        )
+    assert process.returncode == 1
 
 
 def test_other_processes_of_a_node_fail_in_a_line(monkeypatch, capsys):
