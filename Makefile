@@ -13,7 +13,7 @@ demo: env  ## train on real images, no download, and write a report
 test: env check  ## style, types, and the whole test suite
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-test-gpu: env  ## on a machine with a GPU: a run cut there ends as the whole one, and the pixels are a CPU's
+test-gpu: env  ## the tests of train.py and of augmentation on an NVIDIA GPU
 	CIFAR_DIST_TEST_GPU=1 $(RUN) -m pytest tests/test_train.py tests/data/test_augment.py
 
 check: env

@@ -50,7 +50,7 @@ from cifar_dist.features import Features, Feed, decide, make_feed
 from cifar_dist.lost_work import Heartbeat, lost_work
 from cifar_dist.micro_batch import fitting
 from cifar_dist.models import build_model, input_config, resolve_name
-from cifar_dist.models.attention import use_fast_attention
+from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.pace import Pace
@@ -100,6 +100,7 @@ def main() -> None:
         whiten(model, data, config.model, accelerator)
     features = decide(config, data, model, accelerator)
     config, accelerator = resolve_precision(config, model, accelerator, run_dir)
+    use_plain_attention(model, accelerator.device, config.run.precision)
     sizes = measure(config, data, model)
     sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
@@ -154,7 +155,6 @@ def claim(config: Config) -> Path:
 
 def prepare(config: Config, plan: Plan, model: torch.nn.Module, accelerator: Accelerator) -> Trained:
     """Put the model on its device, with its optimizer and, if asked for, its moving average."""
-    use_fast_attention(model, accelerator.device, config.run.precision)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model = model.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
     decay = config.optim.model_ema_decay

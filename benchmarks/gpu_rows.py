@@ -26,6 +26,7 @@ from cifar_dist.distributed import peak_memory_bytes, seed_everything
 from cifar_dist.engine import Meter, Stepper, train_step
 from cifar_dist.flops import Flops, Peak, count_flops, mfu
 from cifar_dist.models import build_model, input_config
+from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.plan import Schedule, make_plan
 from cifar_dist.speed import durations
 from cifar_dist.stream_batches import make_batches
@@ -174,6 +175,7 @@ class Ours:
         seed_everything(0)
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
+        use_plain_attention(model, bench.device, PRECISION)
         parallel = prepare(config, plan, model, bench.accelerator).parallel
         for block in repeated_blocks(model) if way.compiles == "blocks" else []:
             block.compile()

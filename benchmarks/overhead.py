@@ -27,6 +27,7 @@ from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.distributed import autocast, start
 from cifar_dist.errors import run_main
 from cifar_dist.models import build_model, input_config
+from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.optim import make_optimizer
 from cifar_dist.peak import device_peak
 from cifar_dist.run_folder import processor
@@ -42,6 +43,7 @@ class Bare:
         self._device = device
         model = build_model(ModelConfig(model=name), 10)
         size = input_config(model, ModelConfig(model=name)).img_size
+        use_plain_attention(model, device, PRECISION)
         self._model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._optimizer = make_optimizer(self._model, OptimConfig(lr=float(LR)))
         images = torch.randn(batch_size, 3, size, size, device=device)

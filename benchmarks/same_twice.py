@@ -13,6 +13,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -43,8 +44,8 @@ def main() -> None:
         flags += ["--batch-size", "64", "--max-steps", args.steps, *args.flags]
         with tempfile.TemporaryDirectory() as folder:
             first, second = (weights(Path(folder) / run, flags) for run in "ab")
-        largest = max((first[key].double() - second[key].double()).abs().max().item() for key in first)
-        print(f"{name:30}  {precision}  {largest:.1e}", flush=True)
+        differences = torch.stack([(first[key].double() - second[key].double()).abs().max() for key in first])
+        print(f"{name:30}  {precision}  {differences.max():.1e}", flush=True)  # nan where one of them is
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ else of where rows come from.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -100,6 +101,7 @@ class Batches:
 
         Who asks for one more than there are has the next step's first one made ahead. Training does, when a step's
         last backward pass is under way on the GPU and before it waits for it: so that the GPU need not wait in turn.
+        That takes no memory which a step has not needed before, but keeps it through an evaluation.
         """
         known, ahead = self._ahead
         self._ahead = (-1, iter(()))
@@ -107,7 +109,8 @@ class Batches:
         yield from micro_batches
         if self._looks_ahead and step + 1 < self._plan.total_steps and self._is_there(step + 1):
             upcoming = self._micro_batches(step + 1)
-            self._ahead = (step + 1, chain([next(upcoming)], upcoming))
+            with suppress(Exception):  # it comes again when that step asks, and this one is not yet made
+                self._ahead = (step + 1, chain([next(upcoming)], upcoming))
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:
         plan, epoch = self._plan, step // self._plan.steps_per_epoch

@@ -10,6 +10,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UsageError, did_you_mean
 
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # on GPUs; Adagrad's is for CPUs
+
 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `config` names over the model's trainable parameters.
@@ -38,9 +40,9 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
 
 def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let torch's own Adam, AdamW and SGD update all weights of a GPU in one kernel instead of a dozen a list."""
-    for group in optimizer.param_groups:
-        if "fused" in group and all(parameter.is_cuda for parameter in group["params"]):
-            group["fused"] = True
+    if isinstance(optimizer, FUSED):
+        for group in optimizer.param_groups:
+            group["fused"] = all(parameter.is_cuda for parameter in group["params"]) or None
     return optimizer
 
 

@@ -172,6 +172,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     _refuse_contradictions(config, sizes)
     _refuse_augmentation(config)
     engine = engine or ("single" if num_processes == 1 else "ddp")
+    _refuse_graphs(config, engine, accumulation)
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
     schedule_steps = run.epochs * updates
     total = min(schedule_steps, run.max_steps or schedule_steps)
@@ -211,14 +212,23 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
             f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
             " take a whole number."
         )
-    if config.model.compile_mode != "default" and not config.model.compile:
-        raise UsageError(f"--compile-mode {config.model.compile_mode} goes with --compile; give both.")
     if run.patience and not sizes.num_val:
         raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
     if optim.min_lr and optim.sched in ("step", "constant"):
         raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
+
+
+def _refuse_graphs(config: Config, engine: str, accumulation: int) -> None:
+    if (mode := config.model.compile_mode) == "default":
+        return
+    if not config.model.compile:
+        raise UsageError(f"--compile-mode {mode} goes with --compile; give both.")
+    if accumulation > 1:  # torch's graphs write each micro-batch's gradient over the one before
+        raise UsageError(f"--compile-mode {mode} takes a step's images at once; leave out --micro-batch-size, or it.")
+    if engine not in ("single", "ddp"):
+        raise UsageError(f"--compile-mode {mode} is not for {engine}, which moves weights about; leave it out.")
 
 
 def _refuse_augmentation(config: Config) -> None:

@@ -17,7 +17,7 @@ from cifar_dist.distributed import autocast, gather, restart, say
 from cifar_dist.errors import UsageError
 from cifar_dist.micro_batch import is_out_of_memory
 from cifar_dist.models import input_config
-from cifar_dist.models.attention import use_fast_attention
+from cifar_dist.models.attention import use_plain_attention
 
 MIN_SPEEDUP = 1.05  # over fp32 in the usual layout, to be taken instead
 ROUNDS = 3
@@ -126,8 +126,9 @@ def _count(
     count, fitted = min(2, most), 0
     while True:
         # The first pass of a size also loads and chooses kernels, which on a GPU takes longer than the pass.
-        seconds = min(_seconds(model, accelerator.device, inputs, count, each) for _ in range(2))
-        if any_of(accelerator, math.isinf(seconds)):
+        first, second = (_seconds(model, accelerator.device, inputs, count, each) for _ in range(2))
+        seconds = min(first, second)
+        if any_of(accelerator, math.isinf(first) or math.isinf(second)):
             if not fitted:
                 raise UsageError("--precision auto: not even two images fit into memory; take a smaller model.")
             return fitted
@@ -143,7 +144,7 @@ def _seconds(
     """Seconds of a forward and backward pass of `count` images; infinite where they do not fit into memory."""
     layout = torch.channels_last if each.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
-    changed = use_fast_attention(model, device, each.precision)
+    changed = use_plain_attention(model, device, each.precision)
     try:
         images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=device).contiguous(memory_format=layout)
         _wait(device)

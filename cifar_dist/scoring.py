@@ -25,7 +25,6 @@ from cifar_dist.evidence import Evidence, choose
 from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
 from cifar_dist.flops import count_flops
 from cifar_dist.models import build_model, count_parameters, input_config
-from cifar_dist.models.attention import use_fast_attention
 from cifar_dist.peak import device_peak
 from cifar_dist.predictions import About, Scored, predictions_file, save_predictions
 from cifar_dist.run_record import Run
@@ -90,7 +89,6 @@ def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
     except RuntimeError:
         raise UsageError(f"{run.folder}: checkpoint {aim.which} does not fit the model of its config.yaml.") from None
     inputs = input_config(model, run.config.model)
-    use_fast_attention(model, accelerator.device, aim.precision)
     return Subject(run, aim, stored, model.to(accelerator.device).eval(), inputs, accelerator)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1")
 
-if os.environ.get("CIFAR_DIST_TEST_GPU") != "1":  # the same tests on every machine: `make test-gpu` has those of GPUs
+if os.environ.get("CIFAR_DIST_TEST_GPU") != "1":  # `make test-gpu` has what needs NVIDIA's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).parent.parent

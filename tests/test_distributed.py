@@ -30,6 +30,7 @@ def test_fp16_needs_an_accelerator():
 @pytest.mark.parametrize("precision, found", [("fp32", "no"), ("bf16", "bf16")])
 def test_precision_is_what_was_asked_for(precision, found):
     assert start(precision).mixed_precision == found
+    assert torch.backends.cudnn.deterministic  # or a GPU's fp32 convolutions would be others in every run
 
 
 def test_random_streams_depend_on_seed_and_step():

@@ -153,6 +153,10 @@ def test_batches_made_ahead_are_those_that_are_asked_for(accelerator):
             assert mine.last == other.last
         assert made == [k for k in range(plan.total_steps) for _ in range(2)][: 2 * step + 3]
     assert torch.equal(next(ahead(1)).images, next(plain(1)).images)  # another step than the one made ahead
+    ahead._parts = lambda step: parts(step) if step < 2 else iter([1 / 0])
+    assert len(list(ahead(1))) == 2  # what step 2 raises is not step 1's
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(2))
 
 
 @pytest.mark.parametrize("count, batch_size", [(37, 8), (40, 8), (5, 64)])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.optim import make_optimizer, state_per_parameter
+from cifar_dist.optim import fuse, make_optimizer, state_per_parameter
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,20 @@ def test_optimizers_that_need_more_are_refused_in_one_line(opt):
 def test_unknown_optimizer_suggests_near_ones():
     with pytest.raises(UsageError, match=r"--opt adamx: .*Did you mean .*adam"):
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="adamx"))
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+def test_on_a_gpu_torchs_own_are_fused():
+    """Only those that torch 2.11 has for GPUs; the weights here only say that they are on one."""
+    cuda = type("Cuda", (torch.nn.Parameter,), {"is_cuda": True})
+    chosen = set()
+    for opt in list_optimizers():
+        if opt.startswith(("bnb", "fused")):
+            continue
+        here = fuse(make_optimizer(torch.nn.Linear(5, 3), OptimConfig(opt=opt)))
+        assert not any(group.get("fused") for group in here.param_groups), opt
+        for group in here.param_groups:
+            group["params"] = [cuda(parameter.data) for parameter in group["params"]]
+        if any(group.get("fused") for group in fuse(here).param_groups):
+            chosen.add(opt)
+    assert chosen == {"adam", "adamw", "momentum", "nesterov", "sgd"}

@@ -176,6 +176,19 @@ def test_global_batch_is_split_exactly(processes, micro, expected):
     assert expected[0] * expected[1] * processes == 96
 
 
+GRAPHS = ["--compile", "--compile-mode", "reduce-overhead"]
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "fsdp2"])
+def test_cuda_graphs_are_for_whole_weights(engine):
+    config = parse_command_line(GRAPHS).config
+    if engine in ("single", "ddp"):
+        assert make_plan(config, SIZES, 1, engine).engine == engine
+    else:
+        with pytest.raises(UsageError, match=f"not for {engine}"):
+            make_plan(config, SIZES, 1, engine)
+
+
 @pytest.mark.parametrize(
     "argv, processes, said",
     [
@@ -184,6 +197,7 @@ def test_global_batch_is_split_exactly(processes, micro, expected):
         (["--batch-size", "50000"], 1, "larger than the 45000 training images"),
         (["--warmup-epochs", "10"], 1, "--warmup-epochs 10 must be less than --epochs 10, else"),
         (["--compile-mode", "reduce-overhead"], 1, "--compile-mode reduce-overhead goes with --compile; give both"),
+        ([*GRAPHS, "--batch-size", "64", "--micro-batch-size", "32"], 1, "takes a step's images at once"),
         (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),

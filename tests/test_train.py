@@ -117,6 +117,15 @@ def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_pa
     assert steps == sorted(set(steps))
 
 
+def test_the_compiler_is_told_its_mode(start, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: told.append(given))
+    settings = [*DIGITS, "--epochs", 1, "--max-steps", 1, "--compile"]
+    assert start(*settings, "--run-dir", tmp_path / "a") == 0
+    assert start(*settings, "--compile-mode", "reduce-overhead", "--run-dir", tmp_path / "b") == 0
+    assert told == [{"mode": "default"}, {"mode": "reduce-overhead"}]
+
+
 def test_a_frozen_backbone_stays_as_it_was(start, tmp_path):
     settings = [*DIGITS, "--epochs", 1, "--freeze", "backbone", "--opt", "momentum", "--lr", 0.1]
     for steps in (1, 9):

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 
-def use_fast_attention(model: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:
+def use_plain_attention(model: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:
     """Let attention in bf16 on a CPU be plain matrix products instead of torch's fused kernel.
 
-    There that kernel makes a training step of a ViT 1.1 to 1.9 times as long (benchmarks/results/speed.md); in fp32 it
-    does not, and on a GPU it is the faster one. Results differ by rounding. Where ``TIMM_FUSED_ATTN`` is set, it
-    decides.
+    There a training step of a ViT takes up to 1.9 times as long with that kernel (benchmarks/results/speed.md); in fp32
+    it does not, and on a GPU the kernel is the faster one. The gradient is as near to fp32's either way. Plain products
+    take memory with the square of the tokens. Where ``TIMM_FUSED_ATTN`` is set, it decides.
 
     Args:
         model: any; only layers that timm has fused are changed.

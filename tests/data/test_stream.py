@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -167,6 +168,22 @@ def test_a_stream_goes_on_at_any_step_with_another_number_of_processes(folder, s
     expected = seen(alone, range(plan.total_steps))[step : steps.stop]
     parts = [seen(batches_of(folder, process=process, processes=3)[0], steps) for process in range(3)]
     assert [sorted(itertools.chain(*part)) for part in zip(*parts, strict=True)] == [sorted(ids) for ids in expected]
+
+
+def test_a_stream_is_not_waited_for_ahead_of_its_step(folder):
+    """Else the share of time that steps wait for data would count time in which a GPU still computes."""
+    batches, _, _ = batches_of(folder)
+    assert not batches._is_there(0)  # nobody has begun to read
+    batches._fetch(0)
+    end = time.monotonic() + 20
+    while not batches._is_there(1):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert not batches._is_there(2)
+    batches.close()
+    while not batches._queue.empty():
+        batches._queue.get()
+    assert not batches._is_there(1)
 
 
 def test_rows_stay_within_the_window_and_are_well_mixed(folder):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import train
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
-from cifar_dist.models.attention import use_fast_attention
-from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.precision import ComputeFormat, measure_formats
-from train import prepare
+from tests.test_same_training import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -29,14 +29,14 @@ def fused(model):
 def test_only_in_bf16_and_only_on_a_cpu(vit, monkeypatch):
     layers = len(fused(vit))
     assert fused(vit) == [True] * layers
-    assert use_fast_attention(vit, CPU, "fp32") == use_fast_attention(vit, CUDA, "bf16") == []
+    assert use_plain_attention(vit, CPU, "fp32") == use_plain_attention(vit, CUDA, "bf16") == []
     monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
-    assert use_fast_attention(vit, CPU, "bf16") == []
+    assert use_plain_attention(vit, CPU, "bf16") == []
     assert fused(vit) == [True] * layers
     monkeypatch.delenv("TIMM_FUSED_ATTN")
-    assert len(use_fast_attention(vit, CPU, "bf16")) == layers > 0
+    assert len(use_plain_attention(vit, CPU, "bf16")) == layers > 0
     assert fused(vit) == [False] * layers
-    assert use_fast_attention(vit, CPU, "bf16") == []
+    assert use_plain_attention(vit, CPU, "bf16") == []
 
 
 def test_the_two_agree(vit):
@@ -48,17 +48,20 @@ def test_the_two_agree(vit):
             logits = vit(images).float()
         logits.square().sum().backward()
         found.append([logits.detach(), *(parameter.grad for parameter in vit.parameters())])
-        use_fast_attention(vit, CPU, "bf16")
+        use_plain_attention(vit, CPU, "bf16")
     differs = [float((one - two).norm() / one.norm()) for one, two in zip(*found, strict=True) if one.norm() > 1e-3]
     assert 0 < max(differs) < 0.05
 
 
 @pytest.mark.parametrize("precision, expected", [("bf16", False), ("fp32", True)])
-def test_training_uses_it(vit, precision, expected):
-    config = parse_command_line(["--model", "test_vit", "--img-size", "64", "--precision", precision]).config
-    plan = make_plan(config, Sizes(1000, 0, None, 10, 0, 0, 0, 0), 1)
-    prepare(config, plan, vit, Accelerator(cpu=True))
-    assert set(fused(vit)) == {expected}
+def test_training_uses_it(tmp_path, monkeypatch, precision, expected):
+    """From before memory is tried (--auto-micro-batch) on."""
+    monkeypatch.delenv("TIMM_FUSED_ATTN", raising=False)
+    seen, fitting = [], train.fitting
+    monkeypatch.setattr(train, "fitting", lambda *given: seen.append(fused(given[1])) or fitting(*given))
+    flags = "--dataset digits --model test_vit --img-size 32 --wandb disabled --max-steps 1 --auto-micro-batch"
+    run(*flags.split(), "--precision", precision, "--run-dir", tmp_path / "run")
+    assert set(seen[0]) == {expected}
 
 
 def test_formats_are_compared_as_they_would_train(vit, monkeypatch):
