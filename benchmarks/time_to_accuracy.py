@@ -1,0 +1,152 @@
+"""Time to the same top-1 on a CPU: trained as train.py does it, and by the loop that everyone writes, in one process.
+
+    python -m benchmarks.time_to_accuracy --data DIR_WITH_HUB_PARQUET [--models cnn4 …] [--json FILE]
+
+Both start from the same weights and train with AdamW at the same constant learning rate, crop, flip and normalising in
+bf16: ours with --precision auto's layout and the resident set, the other is benchmarks/plain_loop.py without workers.
+They train in turn, a chunk of steps each, and are scored in between by the same code on the first images of the test
+split, normalised as in their own training. All steps are timed, but not building and scoring. A race ends when both
+reached the target, or after --minutes of steps of both together. Not alike are the order of the images, what is drawn
+for them, and what weight decay is applied to (ours spares biases and norms).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cpu import layout
+from benchmarks.gpu import real
+from benchmarks.gpu_rows import PRECISION, Bench, Case, Ours, Way
+from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
+from cifar_dist.config import DataConfig, InputConfig, ModelConfig
+from cifar_dist.data import load_test_data
+from cifar_dist.data.augment import Preprocess
+from cifar_dist.data.resident import ResidentSet
+from cifar_dist.distributed import device_bytes, seed_everything, start
+from cifar_dist.durable import replace_text
+from cifar_dist.engine import Evaluator
+from cifar_dist.errors import run_main
+from cifar_dist.models import input_config
+from cifar_dist.peak import device_peak
+from cifar_dist.run_folder import processor
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Top-1 `target` at `learning_rate`, scored every `chunk` steps on `test_images` images, `races` times."""
+
+    model: str
+    img_size: int
+    batch_size: int
+    learning_rate: float
+    target: float
+    chunk: int
+    test_images: int
+    races: int = 1
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a loop was after so many steps: their seconds, and the top-1 (a fraction) they led to."""
+
+    steps: float
+    seconds: float
+    top1: float
+
+
+GOALS = (
+    Goal("cnn4", 32, 64, 1e-3, 0.60, 100, 5000, races=3),
+    Goal("resnet18_cifar", 32, 128, 1e-3, 0.45, 16, 2000),
+    Goal("resnet18", 224, 32, 1e-3, 0.30, 20, 1000),
+    Goal("vit_tiny_patch16_224", 224, 32, 3e-4, 0.25, 20, 1000),
+)
+
+
+def reached(marks: Sequence[Mark], target: float) -> Mark | None:
+    """Where top-1 first was `target`, on the line between two marks; None if it never was."""
+    for before, after in pairwise(marks):
+        if before.top1 < target <= after.top1:
+            part = (target - before.top1) / (after.top1 - before.top1)
+            steps = before.steps + part * (after.steps - before.steps)
+            return Mark(steps, before.seconds + part * (after.seconds - before.seconds), target)
+    return None
+
+
+def score(bench: Bench, loop: Ours | PlainLoop, goal: Goal, test: ResidentSet) -> float:
+    """Top-1 of what a loop trains, on images that are normalised and resized as in its training."""
+    own = InputConfig(goal.img_size, MEAN, STD, "bilinear")
+    if isinstance(loop, Ours):
+        own = input_config(loop.model, ModelConfig(model=goal.model, img_size=goal.img_size))
+    preprocess = Preprocess(own, bench.device, torch.float32)
+    found = Evaluator(bench.accelerator, preprocess, 100, PRECISION).scores(loop.model, test)
+    loop.model.train()
+    return found["top1"]
+
+
+def race(bench: Bench, goal: Goal, test: ResidentSet, seed: int, limit_seconds: float) -> dict[str, Any]:
+    """Train both, in turn, until both are there or `limit_seconds` are over."""
+    case, test = Case(goal.model, goal.img_size, goal.batch_size), test.take(torch.arange(goal.test_images))
+    nhwc, _ = layout(bench, case)
+    setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, 0, True, goal.learning_rate)
+    flags = f"--lr {goal.learning_rate} --sched constant --seed {seed}"
+    loops: dict[str, Any] = {"ours": Ours(bench, case, Way("ours", channels_last=nhwc), flags)}
+    seed_everything(seed)
+    with closing(PlainLoop(bench.pictures, setting)) as loops["plain"]:
+        marks = {name: [Mark(0, 0.0, score(bench, loop, goal, test))] for name, loop in loops.items()}
+        while sum(own[-1].seconds for own in marks.values()) < limit_seconds:
+            for name, loop in loops.items():
+                steps, seconds = marks[name][-1].steps + goal.chunk, marks[name][-1].seconds + loop.run(goal.chunk)
+                marks[name].append(Mark(steps, seconds, score(bench, loop, goal, test)))
+            print(case.model, *(f"  {name} {own[-1]}" for name, own in marks.items()), flush=True)
+            if all(reached(own, goal.target) for own in marks.values()):
+                break
+    bench.accelerator.free_memory()
+    return asdict(goal) | {"seed": seed, "channels_last": nhwc} | summary(marks["ours"], marks["plain"], goal.target)
+
+
+def summary(ours: list[Mark], plain: list[Mark], target: float) -> dict[str, Any]:
+    """The marks, and what they say: ratios are of plain's seconds to ours."""
+    mine, theirs = reached(ours, target), reached(plain, target)
+    return {
+        "reached": {"ours": mine and asdict(mine), "plain": theirs and asdict(theirs)},
+        "ratio": theirs.seconds / mine.seconds if mine and theirs else None,
+        "ratio_of_a_step": plain[-1].seconds / ours[-1].seconds,
+        "marks": {"ours": [asdict(mark) for mark in ours], "plain": [asdict(mark) for mark in plain]},
+    }
+
+
+def main(words: list[str] | None = None) -> None:
+    """Race in every model, print a line each, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of parquet files as on the Hub")
+    parser.add_argument("--models", nargs="+", default=[goal.model for goal in GOALS])
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training in a race, both loops together")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(words)
+    accelerator = start(PRECISION)
+    data, pictures = real(args.data, device_bytes(accelerator))
+    test = load_test_data(DataConfig(dataset=args.data)).test
+    bench = Bench(accelerator, data, pictures, device_peak(accelerator.device, PRECISION), 0.0)
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")}
+    facts = {"hardware": processor(), "threads": torch.get_num_threads(), "versions": versions}
+    rows = []
+    for goal in GOALS:
+        for seed in range(goal.races if goal.model in args.models else 0):
+            rows.append(race(bench, goal, test, seed, 60 * args.minutes))
+            print(goal.model, *(rows[-1][name] for name in ("reached", "ratio", "ratio_of_a_step")), flush=True)
+            if args.json:
+                replace_text(args.json, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
