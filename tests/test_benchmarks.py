@@ -156,7 +156,8 @@ def test_a_race_gives_both_the_same_steps_and_rates(small_race, monkeypatch):
     assert steps == [(each, 3e-3, (0.9, 0.999), 0.05) for each in (ours, plain) * 4]
     marks = {name: [(mark["steps"], mark["seconds"]) for mark in own] for name, own in found["marks"].items()}
     assert marks == {"ours": [(0, 0), (2, 2), (4, 4)], "plain": [(0, 0), (2, 5), (4, 12)]}
-    assert found["ratio_of_a_turn"] == 3
+    assert found["step_seconds"] == {"ours": 1, "plain": 3}
+    assert found["ratio_at_median"] == pytest.approx(3 * 3 / (2 + 5 / 6 * 2))
     assert found["reached"]["ours"]["seconds"] == pytest.approx(2 + 5 / 6 * 2)
     assert found["ratio"] == pytest.approx((5 + 1 / 2 * 7) / (2 + 5 / 6 * 2))
 
