@@ -5,8 +5,7 @@
 AdamW at one rate, bf16, same first weights: ours as benchmarks.cpu has it, the other benchmarks/plain_loop.py, no
 workers. In turn they train a few steps, once no other process computes; after a chunk the same code scores both on the
 first test images. A race ends when both reached the target, or after --minutes of steps. `ratio` is of all steps'
-seconds, `ratio_at_median` of steps times a median step's. Not alike: the images' order and draws, and what weight decay
-spares.
+seconds, `ratio_at_median` of steps times a median step's. The images' order and draws differ.
 """
 
 from __future__ import annotations
