@@ -164,15 +164,15 @@ class Bench:
 
 
 class Ours:
-    """The project's training, put together as train.py does, without its log."""
+    """The project's training of `model`, put together as train.py does, without its log; flags in `more` win."""
 
-    def __init__(self, bench: Bench, case: Case, way: Way):
+    def __init__(self, bench: Bench, case: Case, way: Way, more: str = ""):
         flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
         switches = ["--img-size", str(case.img_size)] * bool(case.img_size)
         switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles in ("model", "graphs"))
         switches += ["--compile-mode", "reduce-overhead"] * (way.compiles == "graphs")
-        config = parse_command_line([*flags.split(), *switches]).config
-        seed_everything(0)
+        config = parse_command_line([*flags.split(), *switches, *more.split()]).config
+        seed_everything(config.run.seed)
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
         use_plain_attention(model, bench.device, PRECISION)
@@ -183,7 +183,7 @@ class Ours:
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
         self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
         self._stepper, self._meter = Stepper(parallel, 0.0), Meter(bench.accelerator, plan.batch_size)
-        self._device, self._step = bench.device, 0
+        self.model, self._device, self._step = model, bench.device, 0
         self._fixed = self.batch()
 
     def batch(self) -> list[Any]:

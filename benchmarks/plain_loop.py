@@ -20,6 +20,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
@@ -27,7 +28,7 @@ from torchvision import transforms as T
 import cifar_dist.models  # noqa: F401  its models become timm's
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-EPOCHS = 10_000  # that the schedule spans; nobody gets that far
+EPOCHS = 10_000  # nobody gets that far
 LR, WEIGHT_DECAY, NUM_CLASSES = 1e-4, 0.05, 10
 
 
@@ -42,6 +43,7 @@ class Setting:
         precision: fp32 or bf16 (Accelerate's autocast).
         workers: processes that load; 0 loads between the steps.
         on_cpu: even where there is a GPU.
+        learning_rate: of every step.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Setting:
     precision: str
     workers: int
     on_cpu: bool = False
+    learning_rate: float = LR
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
@@ -101,11 +104,16 @@ class PlainLoop:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         model = timm.create_model(setting.model, num_classes=NUM_CLASSES).to(self.accelerator.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, epochs=EPOCHS, steps_per_epoch=len(loader))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=WEIGHT_DECAY)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # constant, but stepped as any
         self._prepared = self.accelerator.prepare(model, optimizer, loader, scheduler)
         self.losses: list[float] = []
         self._steps = self._train()
+
+    @property
+    def model(self) -> nn.Module:
+        """What it trains."""
+        return self._prepared[0]
 
     def _train(self) -> Iterator[None]:
         model, optimizer, loader, scheduler = self._prepared

@@ -10,13 +10,16 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torchvision.transforms.functional import normalize
 
-from benchmarks import gpu, gpu_rows, scaling
+from benchmarks import gpu, gpu_rows, scaling, time_to_accuracy
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.noise_scale import noise_scale
-from benchmarks.plain_loop import PlainLoop, Setting
+from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
 from benchmarks.scaling import Cluster, Link, Work
 from benchmarks.scaling_measured import fit, predicted
+from benchmarks.time_to_accuracy import Goal, Mark, race, reached
 from cifar_dist.distributed import start
 from cifar_dist.flops import Peak
 from cifar_dist.models import build_model
@@ -109,6 +112,85 @@ def test_a_row_takes_the_median_window():
     row.no_data_step_seconds, row.device_seconds = [1.5, 0.1, 7.0], 1.8
     assert row.data_share == pytest.approx(0.25)
     assert row.busy_share == pytest.approx(0.9)
+
+
+def test_when_a_target_was_first_reached_by_hand():
+    marks = [Mark(0, 0.0, 0.1), Mark(10, 2.0, 0.3), Mark(20, 6.0, 0.5), Mark(30, 8.0, 0.2), Mark(40, 9.0, 0.6)]
+    assert reached(marks, 0.35) == Mark(pytest.approx(12.5), pytest.approx(3.0), 0.35)
+    assert reached(marks, 0.5) == Mark(20, 6.0, 0.5)
+    assert reached(marks, 0.61) is None
+
+
+@pytest.fixture
+def small_race(monkeypatch):
+    """A race on noise: two chunks of two turns of a step, of 1, 3, 1, 2, … seconds."""
+    data, pictures = gpu.noise(96)
+    bench = gpu_rows.Bench(start("bf16"), data, pictures, Peak(1e12, "made up"), 0.0)
+    goal, seconds = (
+        Goal("cnn4", 32, 16, 3e-3, target=0.8, chunk=2, test_images=50),
+        iter([1.0, 3.0, 1.0, 2.0, 1.0, 4.0, 1.0, 3.0]),
+    )
+    monkeypatch.setattr(time_to_accuracy, "TURNS", 2)
+    monkeypatch.setattr(time_to_accuracy, "BUSY_PERCENT", 100)
+    monkeypatch.setattr(time_to_accuracy, "layout", lambda *_: (True, {}))
+    for kind in (gpu_rows.Ours, PlainLoop):
+        monkeypatch.setattr(kind, "run", lambda self, count, run=kind.run: run(self, count) and next(seconds))
+    return lambda: race(bench, goal, data.train, seed=7, limit_seconds=8)
+
+
+def test_a_race_gives_both_the_same_steps_and_rates(small_race, monkeypatch):
+    steps, top1 = [], {gpu_rows.Ours: iter([0.1, 0.3, 0.9]), PlainLoop: iter([0.1, 0.7, 0.9])}
+    monkeypatch.setattr(time_to_accuracy, "score", lambda _, loop, *__: next(top1[type(loop)]))
+
+    def note(optimizer, *_):
+        groups = optimizer.param_groups
+        (rates,) = {(group["lr"], group["betas"]) for group in groups}
+        steps.append((id(optimizer), *rates, max(group["weight_decay"] for group in groups)))
+
+    hook = register_optimizer_step_post_hook(note)
+    found = small_race()
+    hook.remove()
+    del steps[0]  # to count the optimizer's state
+    ours, plain = steps[0][0], steps[1][0]
+    assert ours != plain
+    assert steps == [(each, 3e-3, (0.9, 0.999), 0.05) for each in (ours, plain) * 4]
+    marks = {name: [(mark["steps"], mark["seconds"]) for mark in own] for name, own in found["marks"].items()}
+    assert marks == {"ours": [(0, 0), (2, 2), (4, 4)], "plain": [(0, 0), (2, 5), (4, 12)]}
+    assert found["step_seconds"] == {"ours": 1, "plain": 3}
+    assert found["ratio_at_median"] == pytest.approx(3 * 3 / (2 + 5 / 6 * 2))
+    assert found["reached"]["ours"]["seconds"] == pytest.approx(2 + 5 / 6 * 2)
+    assert found["ratio"] == pytest.approx((5 + 1 / 2 * 7) / (2 + 5 / 6 * 2))
+
+
+def test_a_race_scores_both_on_torchvisions_images_and_begins_with_the_same_weights(small_race, monkeypatch):
+    weights, by_hand, score = [], {"ours": [], "plain": []}, time_to_accuracy.score
+
+    def score_again(bench, loop, goal, test):
+        name, own = "plain", (MEAN, STD)
+        if isinstance(loop, gpu_rows.Ours):
+            name, own = "ours", (loop.model.default_cfg["mean"], loop.model.default_cfg["std"])
+        weights.append({key: value.clone() for key, value in loop.model.state_dict().items()})
+        seen = []
+        hook = loop.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        found = score(bench, loop, goal, test)
+        hook.remove()
+        assert loop.model.training and test.ids.tolist() == list(range(50))
+        images = normalize(test.images.permute(0, 3, 1, 2) / 255, *own)
+        torch.testing.assert_close(torch.cat(seen)[:50], images, check_stride=False)
+        loop.model.eval()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            by_hand[name].append((loop.model(images).argmax(1) == test.labels).float().mean().item())
+        loop.model.train()
+        return found
+
+    monkeypatch.setattr(time_to_accuracy, "score", score_again)
+    found = small_race()
+    assert found["reached"] == {"ours": None, "plain": None} and found["ratio"] is None
+    marks = {name: [mark["top1"] for mark in own] for name, own in found["marks"].items()}
+    one_image = 0.0201  # may be rounded to the other side
+    assert marks["ours"] == pytest.approx(by_hand["ours"], abs=one_image)
+    assert marks["plain"] == pytest.approx(by_hand["plain"], abs=one_image)
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 # alpha 1 s and 10 bytes/s in a node of 4, alpha 5 s and 4 bytes/s between nodes
