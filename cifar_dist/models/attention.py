@@ -11,9 +11,9 @@ from torch import nn
 def use_plain_attention(model: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:
     """Let attention in bf16 on a CPU be plain matrix products instead of torch's fused kernel.
 
-    There a training step of a ViT takes up to 1.9 times as long with that kernel (benchmarks/results/speed.md); in fp32
-    it does not, and on a GPU the kernel is the faster one. The gradient is as near to fp32's either way. Plain products
-    take memory with the square of the tokens. Where ``TIMM_FUSED_ATTN`` is set, it decides.
+    There a training step of a ViT takes 1.1 to 2 times as long with that kernel (benchmarks/results/speed.md); in fp32
+    it does not. The gradient is as near to fp32's either way. Plain products take memory with the square of the tokens.
+    Where ``TIMM_FUSED_ATTN`` is set, it decides.
 
     Args:
         model: any; only layers that timm has fused are changed.
