@@ -27,6 +27,7 @@ def bare(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(peers, "place", "")  # a training of an earlier test of this process has been somewhere
 
 
 @pytest.mark.parametrize(

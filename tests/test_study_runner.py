@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def test_names_and_precedence(main):
     assert names(out) == [
         f"{stem}_lr{lr}_seed{seed}" for stem in ("small", "big") for lr in ("5e-5", "7e-4") for seed in (0, 1)
     ]
-    numbers, states, _, commands = zip(*(line.split("  ") for line in out.splitlines()), strict=True)
+    numbers, states, _, commands = zip(*(re.split("  +", line) for line in out.splitlines()), strict=True)
     assert numbers == tuple(map(str, range(8)))
     assert set(states) == {"new"}
     configs = [parse_command_line(shlex.split(command)[2:]).config for command in commands]
