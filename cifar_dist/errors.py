@@ -163,7 +163,10 @@ def run_main(main: Callable[[], None]) -> None:
         leave(FAILURE_STATUS, "interrupted (train.py goes on from its last checkpoint with --resume auto).")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else leaving would write to it once more
-        leave(FAILURE_STATUS, "what read the output has gone (train.py goes on with --resume auto).")
+        leave(
+            FAILURE_STATUS,
+            "what read the output has gone (with --resume auto train.py goes on from its last checkpoint).",
+        )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""

@@ -57,7 +57,7 @@ def test_an_output_that_nobody_reads_any_more_is_said_without_a_traceback():
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
         assert process.stderr.read() == (
-            b"-c: error: what read the output has gone (train.py goes on with --resume auto).\n"
+            b"-c: error: what read the output has gone (with --resume auto train.py goes on from its last checkpoint).\n"
         )
     assert process.returncode == 1
 

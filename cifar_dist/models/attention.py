@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
@@ -13,7 +11,6 @@ def use_plain_attention(model: nn.Module, device: torch.device, precision: str) 
 
     There a training step of a ViT takes 1.1 to 2 times as long with that kernel (benchmarks/results/speed.md); in fp32
     it does not. The gradient is as near to fp32's either way. Plain products take memory with the square of the tokens.
-    Where ``TIMM_FUSED_ATTN`` is set, it decides.
 
     Args:
         model: any; only layers that timm has fused are changed.
@@ -23,7 +20,7 @@ def use_plain_attention(model: nn.Module, device: torch.device, precision: str) 
     Returns:
         The layers that were changed, for who wants to set ``fused_attn`` back.
     """
-    if device.type != "cpu" or precision != "bf16" or "TIMM_FUSED_ATTN" in os.environ:
+    if device.type != "cpu" or precision != "bf16":
         return []
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:

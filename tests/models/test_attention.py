@@ -27,14 +27,11 @@ def fused(model):
     return [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
 
 
-def test_only_in_bf16_and_only_on_a_cpu(vit, monkeypatch):
+def test_only_in_bf16_and_only_on_a_cpu(vit):
     layers = len(fused(vit))
     assert fused(vit) == [True] * layers
     assert use_plain_attention(vit, CPU, "fp32") == use_plain_attention(vit, CUDA, "bf16") == []
-    monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
-    assert use_plain_attention(vit, CPU, "bf16") == []
     assert fused(vit) == [True] * layers
-    monkeypatch.delenv("TIMM_FUSED_ATTN")
     assert len(use_plain_attention(vit, CPU, "bf16")) == layers > 0
     assert fused(vit) == [False] * layers
     assert use_plain_attention(vit, CPU, "bf16") == []
