@@ -226,9 +226,8 @@ def _refuse_graphs(config: Config, engine: str, accumulation: int) -> None:
     if not config.model.compile:
         raise UsageError(f"--compile-mode {mode} goes with --compile; give both.")
     if accumulation > 1:  # torch's graphs write each micro-batch's gradient over the one before
-        raise UsageError(
-            f"--compile-mode {mode} takes a step's images at once; leave out --micro-batch-size, or take --compile-mode default."
-        )
+        cure = "leave out --micro-batch-size, or take --compile-mode default"
+        raise UsageError(f"--compile-mode {mode} takes a step's images at once; {cure}.")
     if engine not in ("single", "ddp"):
         raise UsageError(f"--compile-mode {mode} is not for {engine}, which moves weights about; leave it out.")
 
