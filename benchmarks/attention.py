@@ -10,12 +10,12 @@ import argparse
 import json
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig
 from cifar_dist.durable import replace_text
 from cifar_dist.models import build_model
@@ -39,10 +39,8 @@ def step_seconds(model: nn.Module, images: torch.Tensor, precision: str) -> floa
 
 def compare(name: str, pixels: int, batch_size: int, precision: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of each step in both ways, after one of each that does not count."""
-    model, images = (
-        build_model(ModelConfig(model=name, img_size=pixels), 10),
-        torch.randn(batch_size, 3, pixels, pixels),
-    )
+    model = build_model(ModelConfig(model=name, img_size=pixels), 10)
+    images = torch.randn(batch_size, 3, pixels, pixels)
     layers = [module for module in model.modules() if hasattr(module, "fused_attn")]
     found: dict[str, list[float]] = {"fused": [], "plain": []}
     for _ in range(repeats + 1):
@@ -77,9 +75,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        versions = {package: version(package) for package in ("torch", "timm")}
-        facts = {"hardware": processor(), "threads": torch.get_num_threads(), "versions": versions}
-        replace_text(args.json, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        replace_text(args.json, json.dumps(facts("torch", "timm") | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 from contextlib import closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.gpu import noise, real
 from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
+from benchmarks.machine import facts
 from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.distributed import device_bytes, start
@@ -101,12 +101,8 @@ def main() -> None:
             flush=True,
         )
         if args.json:
-            facts = {
-                "hardware": processor(),
-                "threads": torch.get_num_threads(),
-                "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
-            }
-            args.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            where = facts("torch", "torchvision", "timm", "accelerate", "pillow")
+            args.json.write_text(json.dumps(where | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

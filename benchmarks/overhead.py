@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import noise
 from benchmarks.gpu_rows import LR, PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
+from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.distributed import autocast, start
 from cifar_dist.errors import run_main
@@ -30,7 +30,6 @@ from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.optim import make_optimizer
 from cifar_dist.peak import device_peak
-from cifar_dist.run_folder import processor
 
 MODELS = ("cnn4:8", "cnn4:64", "cnn4:256", "resnet18_cifar:32", "vit_tiny_patch16_224:16")
 WAY = Way("ours", channels_last=True)
@@ -105,12 +104,7 @@ def main() -> None:
         )
         accelerator.free_memory()
     if args.json:
-        facts = {
-            "hardware": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else processor(),
-            "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
-        }
-        args.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(facts("torch", "timm", "accelerate") | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

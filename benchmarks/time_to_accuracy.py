@@ -15,7 +15,6 @@ import json
 import statistics
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from benchmarks.cpu import layout
 from benchmarks.gpu import real
 from benchmarks.gpu_rows import PRECISION, Bench, Case, Ours, Way
+from benchmarks.machine import facts
 from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
 from cifar_dist.config import DataConfig, InputConfig, ModelConfig
 from cifar_dist.data import load_test_data
@@ -37,7 +37,6 @@ from cifar_dist.engine import Evaluator
 from cifar_dist.errors import run_main
 from cifar_dist.models import input_config
 from cifar_dist.peak import device_peak
-from cifar_dist.run_folder import processor
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,13 @@ def main(words: list[str] | None = None) -> None:
     args, accelerator = parser.parse_args(words), start(PRECISION)
     data, pictures = real(args.data, device_bytes(accelerator))
     bench = Bench(accelerator, data, pictures, device_peak(accelerator.device, PRECISION), 0.0)
-    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")}
-    facts = {"hardware": processor(), "threads": torch.get_num_threads(), "versions": versions}
+    where = facts("torch", "torchvision", "timm", "accelerate", "pillow")
     test, rows = load_test_data(DataConfig(dataset=args.data)).test, []
     for goal in GOALS:
         for seed in range(goal.races if goal.model in args.models else 0):
             rows.append(race(bench, goal, test, seed, 60 * args.minutes))
             print(goal.model, *(rows[-1][name] for name in ("reached", "ratio", "ratio_at_median")), flush=True)
-            replace_text(args.json, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            replace_text(args.json, json.dumps(where | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,10 +126,8 @@ def small_race(monkeypatch):
     """A race on noise: two chunks of two turns of a step, of 1, 3, 1, 2, … seconds."""
     data, pictures = gpu.noise(96)
     bench = gpu_rows.Bench(start("bf16"), data, pictures, Peak(1e12, "made up"), 0.0)
-    goal, seconds = (
-        Goal("cnn4", 32, 16, 3e-3, target=0.8, chunk=2, test_images=50),
-        iter([1.0, 3.0, 1.0, 2.0, 1.0, 4.0, 1.0, 3.0]),
-    )
+    goal = Goal("cnn4", 32, 16, 3e-3, target=0.8, chunk=2, test_images=50)
+    seconds = iter([1.0, 3.0, 1.0, 2.0, 1.0, 4.0, 1.0, 3.0])
     monkeypatch.setattr(time_to_accuracy, "TURNS", 2)
     monkeypatch.setattr(time_to_accuracy, "BUSY_PERCENT", 100)
     monkeypatch.setattr(time_to_accuracy, "layout", lambda *_: (True, {}))
