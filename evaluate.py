@@ -99,6 +99,7 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
     subject = scoring.load_subject(run, aim, accelerator)
     data = scoring.test_data(run, aim.other)
     scored, val = scoring.score_test(subject, data), scoring.score_val(subject)
+    say(accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
 
     def save() -> None:
         scoring.save_findings(subject, scored, val, data)

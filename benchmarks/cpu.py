@@ -1,10 +1,11 @@
-"""Training images/s on a CPU: as train.py does it, against the loop that everyone writes, in turn in one process.
+"""Training images/s on a CPU: as train.py does it, against the loop that everyone writes, in turn.
 
     python -m benchmarks.cpu --data DIR_WITH_HUB_PARQUET [--models cnn4:32:64 …] [--repeats 3] [--json FILE]
 
 A model is NAME:PIXELS:BATCH. Both train it with AdamW, crop, flip and normalising in bf16: ours with --precision auto's
-layout and the resident set, the other is benchmarks/plain_loop.py, loading with 0, 1 and 2 workers. Each repeat builds
-every loop anew, warms it up, and times one window of steps; `ratio` is the median over repeats of ours against the best
+layout and the resident set, the other is benchmarks/plain_loop.py, loading with 0, 1 and 2 workers. Each repeat starts
+every loop in a process of its own, as each would be run (train.py tells malloc to keep freed memory, which would serve
+the other, too), warms it up, and times one window of steps; `ratio` is the median over repeats of ours against the best
 of the others in the same repeat. The machine should have nothing else to do.
 """
 
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.gpu import noise, real
+from benchmarks.gpu import noise, plain_pictures, real
 from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from benchmarks.machine import facts
 from benchmarks.plain_loop import PlainLoop, Setting
@@ -33,14 +37,23 @@ from cifar_dist.run_folder import processor
 
 MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32")
 WORKERS = (0, 1, 2)
+NOISE = 10_000  # images, without --data
+T = TypeVar("T")
 
 
-def layout(bench: Bench, case: Case) -> tuple[bool, dict[str, float]]:
+def make_bench(data: str | None) -> Bench:
+    """Accelerate as train.py starts it, and the data."""
+    accelerator = start(PRECISION)
+    split, pictures = real(data, device_bytes(accelerator)) if data else noise(NOISE)
+    return Bench(accelerator, split, pictures, device_peak(accelerator.device, PRECISION), 0.0)
+
+
+def layout(data: str | None, case: Case) -> tuple[bool, dict[str, float]]:
     """Whether --precision auto would keep images NHWC in bf16, and what it measures."""
     config = parse_command_line(
         f"--model {case.model} --img-size {case.img_size} --batch-size {case.batch_size}".split()
     ).config
-    rates = measure_formats(config, build_model(config.model, 10), bench.accelerator)
+    rates = measure_formats(config, build_model(config.model, 10), make_bench(data).accelerator)
     own = {each: rate for each, rate in rates.items() if each.precision == PRECISION}
     return max(own, key=lambda each: own[each]).channels_last, {str(each): rate for each, rate in rates.items()}
 
@@ -51,17 +64,33 @@ def rate(loop: Ours | PlainLoop, case: Case, seconds: float) -> float:
     return case.batch_size * steps / loop.run(steps)
 
 
-def compare(bench: Bench, case: Case, repeats: int) -> dict[str, Any]:
+def our_rate(data: str | None, case: Case, nhwc: bool, seconds: float) -> float:
+    """Images/s of ours."""
+    return rate(Ours(make_bench(data), case, Way("ours", channels_last=nhwc)), case, seconds)
+
+
+def plain_rate(data: str | None, case: Case, workers: int, seconds: float) -> float:
+    """Images/s of the loop that everyone writes; nothing of ours was started in its process."""
+    pictures = plain_pictures(data) if data else noise(NOISE)[1]
+    setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, workers, on_cpu=True)
+    with closing(PlainLoop(pictures, setting)) as loop:
+        return rate(loop, case, seconds)
+
+
+def alone(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def compare(data: str | None, case: Case, seconds: float, repeats: int) -> dict[str, Any]:
     """Images/s of every loop in every repeat."""
-    nhwc, probed = layout(bench, case)
-    way, found = Way("ours", channels_last=nhwc), []
+    nhwc, probed = alone(layout, data, case)
+    found = []
     for _ in range(repeats):
-        rates = {"ours": rate(Ours(bench, case, way), case, bench.seconds)}
-        bench.accelerator.free_memory()
+        rates = {"ours": alone(our_rate, data, case, nhwc, seconds)}
         for workers in WORKERS:
-            setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, workers, on_cpu=True)
-            with closing(PlainLoop(bench.pictures, setting)) as loop:
-                rates[f"{workers} workers"] = rate(loop, case, bench.seconds)
+            rates[f"{workers} workers"] = alone(plain_rate, data, case, workers, seconds)
         found.append(rates)
     ratios = [rates["ours"] / max(value for name, value in rates.items() if name != "ours") for rates in found]
     medians = {name: statistics.median(rates[name] for rates in found) for name in found[0]}
@@ -81,9 +110,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    accelerator = start(PRECISION)
-    data, pictures = real(args.data, device_bytes(accelerator)) if args.data else noise(10_000)
-    bench = Bench(accelerator, data, pictures, device_peak(accelerator.device, PRECISION), args.seconds)
     rows = []
     print(f"{processor()}, {torch.get_num_threads()} threads; images/s, medians of {args.repeats}")
     print(
@@ -93,7 +119,7 @@ def main() -> None:
     )
     for word in args.models:
         name, pixels, batch_size = word.split(":")
-        row = compare(bench, Case(name, int(pixels), int(batch_size)), args.repeats)
+        row = compare(args.data, Case(name, int(pixels), int(batch_size)), args.seconds, args.repeats)
         rows.append(row)
         plain = "".join(f"{row['medians'][f'{n} workers']:11,.0f}" for n in WORKERS)
         print(

@@ -85,15 +85,20 @@ def noise(count: int) -> tuple[TrainingData, list[tuple[Image.Image, int]]]:
     return data, [(Image.fromarray(image), int(label)) for image, label in zip(images, labels, strict=True)]
 
 
-def real(folder: str, device_bytes: int) -> tuple[TrainingData, Any]:
-    """The train split of a folder of parquet files as the Hub has them, and the same as a `datasets.Dataset`."""
+def plain_pictures(folder: str) -> Any:
+    """The train split of a folder of parquet files as the Hub has them, as a `datasets.Dataset`."""
     from datasets import load_dataset
 
-    config = DataConfig(dataset=folder, val_fraction=0.0, data_mode="resident")
-    columns = open_source(config).columns
+    columns = open_source(DataConfig(dataset=folder)).columns
     files = [str(file) for file in sorted(Path(folder).rglob("train-*.parquet"))]
     pictures = load_dataset("parquet", data_files={"train": files}, split="train")
-    return load_training_data(config, device_bytes), pictures.select_columns([columns.image, columns.label])
+    return pictures.select_columns([columns.image, columns.label])
+
+
+def real(folder: str, device_bytes: int) -> tuple[TrainingData, Any]:
+    """That split for ours, and as `plain_pictures`."""
+    config = DataConfig(dataset=folder, val_fraction=0.0, data_mode="resident")
+    return load_training_data(config, device_bytes), plain_pictures(folder)
 
 
 @contextmanager

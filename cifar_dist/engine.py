@@ -235,5 +235,11 @@ class Evaluator:
         Raises:
             Stopped: `stop` said so on some process meanwhile.
         """
-        parts = self._scored(model, split, stop, mirrored)
+        from tqdm.auto import tqdm
+
+        batches = -(-len(split) // (self.batch_size * self.accelerator.num_processes))
+        quiet = None if self.accelerator.is_main_process else True  # None: shown in a terminal only
+        parts = tqdm(
+            self._scored(model, split, stop, mirrored), "images seen", batches, leave=False, disable=quiet, unit="batch"
+        )
         return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]

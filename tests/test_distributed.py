@@ -1,6 +1,10 @@
 """Starting Accelerate: what is refused instead of training wrongly in silence."""
 
 import os
+import platform
+import resource
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -31,6 +35,25 @@ def test_fp16_needs_an_accelerator():
 def test_precision_is_what_was_asked_for(precision, found):
     assert start(precision).mixed_precision == found
     assert torch.backends.cudnn.deterministic  # or a GPU's fp32 convolutions would be others in every run
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+@pytest.mark.parametrize("asked, least, most", [(False, 19, 21), (True, 1, 3)])
+def test_freed_memory_is_not_faulted_in_again(asked, least, most):
+    """Counted by the kernel, of twenty blocks of 64 MiB one after another; a page has at least 4 KiB."""
+    script = """
+import ctypes, resource, sys, torch
+from cifar_dist.distributed import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which some machines give unasked
+if sys.argv[1] == "True":
+    keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(asked)], capture_output=True, text=True, check=True)
+    assert least < int(done.stdout) / (2**26 / resource.getpagesize()) < most
 
 
 def test_random_streams_depend_on_seed_and_step():
