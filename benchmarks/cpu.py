@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from benchmarks.gpu import noise, plain_pictures, real
 from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
@@ -48,12 +49,12 @@ def make_bench(data: str | None) -> Bench:
     return Bench(accelerator, split, pictures, device_peak(accelerator.device, PRECISION), 0.0)
 
 
-def layout(data: str | None, case: Case) -> tuple[bool, dict[str, float]]:
+def layout(case: Case, accelerator: Accelerator | None = None) -> tuple[bool, dict[str, float]]:
     """Whether --precision auto would keep images NHWC in bf16, and what it measures."""
     config = parse_command_line(
         f"--model {case.model} --img-size {case.img_size} --batch-size {case.batch_size}".split()
     ).config
-    rates = measure_formats(config, build_model(config.model, 10), make_bench(data).accelerator)
+    rates = measure_formats(config, build_model(config.model, 10), accelerator or start(PRECISION))
     own = {each: rate for each, rate in rates.items() if each.precision == PRECISION}
     return max(own, key=lambda each: own[each]).channels_last, {str(each): rate for each, rate in rates.items()}
 
@@ -85,7 +86,7 @@ def alone(work: Callable[..., T], *arguments: Any) -> T:
 
 def compare(data: str | None, case: Case, seconds: float, repeats: int) -> dict[str, Any]:
     """Images/s of every loop in every repeat."""
-    nhwc, probed = alone(layout, data, case)
+    nhwc, probed = alone(layout, case)
     found = []
     for _ in range(repeats):
         rates = {"ours": alone(our_rate, data, case, nhwc, seconds)}
