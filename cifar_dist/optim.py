@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UsageError, did_you_mean
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # on GPUs; Adagrad's is for CPUs
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # for both CPUs and GPUs
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -39,10 +39,14 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let torch's own Adam, AdamW and SGD update all weights of a GPU in one kernel instead of a dozen a list."""
+    """Let torch's own Adam, AdamW and SGD update a weight in one pass over it, on a GPU all weights in one kernel.
+
+    On a CPU torch then takes numbers in the order in which they lie in memory, unchecked: a gradient and moments must
+    be laid out as their weight. Autograd sees to the one, torch's optimizers and `Replicated.load` to the other.
+    """
     if isinstance(optimizer, FUSED):
         for group in optimizer.param_groups:
-            group["fused"] = all(parameter.is_cuda for parameter in group["params"]) or None
+            group["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in group["params"]) or None
     return optimizer
 
 

@@ -1,5 +1,7 @@
 """The optimizer factory against plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from timm.optim import list_optimizers
@@ -57,17 +59,37 @@ def test_unknown_optimizer_suggests_near_ones():
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
-def test_on_a_gpu_torchs_own_are_fused():
-    """Only those that torch 2.11 has for GPUs; the weights here only say that they are on one."""
-    cuda = type("Cuda", (torch.nn.Parameter,), {"is_cuda": True})
+def test_torchs_own_are_fused_on_cpus_and_gpus():
+    """Only those that torch 2.11 has for both."""
     chosen = set()
     for opt in list_optimizers():
         if opt.startswith(("bnb", "fused")):
             continue
         here = fuse(make_optimizer(torch.nn.Linear(5, 3), OptimConfig(opt=opt)))
-        assert not any(group.get("fused") for group in here.param_groups), opt
-        for group in here.param_groups:
-            group["params"] = [cuda(parameter.data) for parameter in group["params"]]
-        if any(group.get("fused") for group in fuse(here).param_groups):
+        if any(group.get("fused") for group in here.param_groups):
             chosen.add(opt)
+        for group in here.param_groups:
+            group["params"] = [torch.nn.Parameter(parameter.to("meta")) for parameter in group["params"]]
+        assert not any(group.get("fused") for group in fuse(here).param_groups), opt
     assert chosen == {"adam", "adamw", "momentum", "nesterov", "sgd"}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("opt", ["adam", "adamw", "sgd"])
+def test_fused_is_the_same_update(opt, layout):
+    """Also of weights that lie channels last, whose gradients torch's kernel takes as they lie in memory."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 5, 1))
+    one = torch.nn.Sequential(*layers).to(memory_format=layout)
+    other = copy.deepcopy(one)
+    config = OptimConfig(opt=opt, lr=0.01, weight_decay=0.1)
+    pairs = [(one, fuse(make_optimizer(one, config))), (other, make_optimizer(other, config))]
+    for _ in range(4):
+        images = torch.randn(2, 3, 8, 8)
+        for model, optimizer in pairs:
+            for half in images.split(1):  # two gradients are added up
+                model(half).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
