@@ -28,7 +28,7 @@ from cifar_dist.distributed import autocast, start
 from cifar_dist.errors import run_main
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
-from cifar_dist.optim import make_optimizer
+from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.peak import device_peak
 
 MODELS = ("cnn4:8", "cnn4:64", "cnn4:256", "resnet18_cifar:32", "vit_tiny_patch16_224:16")
@@ -44,7 +44,7 @@ class Bare:
         size = input_config(model, ModelConfig(model=name)).img_size
         use_plain_attention(model, device, PRECISION)
         self._model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self._optimizer = make_optimizer(self._model, OptimConfig(lr=float(LR)))
+        self._optimizer = fuse(make_optimizer(self._model, OptimConfig(lr=float(LR))))
         images = torch.randn(batch_size, 3, size, size, device=device)
         self._images = images.contiguous(memory_format=torch.channels_last)
         self._labels = torch.arange(batch_size, device=device) % 10

@@ -56,8 +56,8 @@ PARAMETERS = {
     "resnet50_cifar": lambda: 23_520_842,
 }
 FIXED = {
-    name: 24 * 12 + 2 * (64 + second + 256) for name, second in (("airbench94", 256), ("airbench94_narrow", 128))
-}  # not trained: the whitening filters, BatchNorm's factors
+    name: 24 * 12 + 24 + 2 * (64 + second + 256) for name, second in (("airbench94", 256), ("airbench94_narrow", 128))
+}  # not trained: the whitening layer, BatchNorm's factors
 FEATURES = {
     "airbench94": (256, 3, 3),
     "airbench94_narrow": (256, 3, 3),
