@@ -17,22 +17,22 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
-from benchmarks.gpu import noise, plain_pictures, real
+from benchmarks.gpu import noise, ours, plain_pictures
 from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from benchmarks.machine import facts
 from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.distributed import device_bytes, start
 from cifar_dist.errors import run_main
+from cifar_dist.flops import Peak
 from cifar_dist.models import build_model
-from cifar_dist.peak import device_peak
 from cifar_dist.precision import measure_formats
 from cifar_dist.run_folder import processor
 
@@ -40,13 +40,6 @@ MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", 
 WORKERS = (0, 1, 2)
 NOISE = 10_000  # images, without --data
 T = TypeVar("T")
-
-
-def make_bench(data: str | None) -> Bench:
-    """Accelerate as train.py starts it, and the data."""
-    accelerator = start(PRECISION)
-    split, pictures = real(data, device_bytes(accelerator)) if data else noise(NOISE)
-    return Bench(accelerator, split, pictures, device_peak(accelerator.device, PRECISION), 0.0)
 
 
 def layout(case: Case, accelerator: Accelerator | None = None) -> tuple[bool, dict[str, float]]:
@@ -59,23 +52,28 @@ def layout(case: Case, accelerator: Accelerator | None = None) -> tuple[bool, di
     return max(own, key=lambda each: own[each]).channels_last, {str(each): rate for each, rate in rates.items()}
 
 
-def rate(loop: Ours | PlainLoop, case: Case, seconds: float) -> float:
-    """Images/s in a window of about so many seconds, after a warm-up."""
+def rate(loop: Ours | PlainLoop, case: Case, seconds: float, ahead: int = 0) -> float:
+    """Images/s in a window of about so many seconds, after a warm-up that uses up `ahead` batches loaded meanwhile."""
+    loop.run(WARM_UP_STEPS + ahead)
     steps = max(2, round(seconds * WARM_UP_STEPS / loop.run(WARM_UP_STEPS)))
     return case.batch_size * steps / loop.run(steps)
 
 
 def our_rate(data: str | None, case: Case, nhwc: bool, seconds: float) -> float:
     """Images/s of ours."""
-    return rate(Ours(make_bench(data), case, Way("ours", channels_last=nhwc)), case, seconds)
+    accelerator = start(PRECISION)
+    split = ours(data, device_bytes(accelerator)) if data else noise(NOISE)[0]
+    bench = Bench(accelerator, split, [], Peak(0.0, "not asked for"), seconds)
+    return rate(Ours(bench, case, Way("ours", channels_last=nhwc)), case, seconds)
 
 
 def plain_rate(data: str | None, case: Case, workers: int, seconds: float) -> float:
     """Images/s of the loop that everyone writes; nothing of ours was started in its process."""
+    set_start_method("fork", force=True)  # as on Linux where nobody says otherwise: workers begin at once
     pictures = plain_pictures(data) if data else noise(NOISE)[1]
     setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, workers, on_cpu=True)
     with closing(PlainLoop(pictures, setting)) as loop:
-        return rate(loop, case, seconds)
+        return rate(loop, case, seconds, ahead=2 * workers)
 
 
 def alone(work: Callable[..., T], *arguments: Any) -> T:

@@ -3,9 +3,10 @@
     python -m benchmarks.time_to_accuracy --data DIR_WITH_HUB_PARQUET --json FILE [--models cnn4 …]
 
 AdamW at one rate, bf16, same first weights: ours as benchmarks.cpu has it, the other benchmarks/plain_loop.py, no
-workers. In turn they train a few steps, once no other process computes; after a chunk the same code scores both on the
-first test images. A race ends when both reached the target, or after --minutes of steps. `ratio` is of all steps'
-seconds, `ratio_at_median` of steps times a median step's. The images' order and draws differ.
+workers; what train.py tells malloc serves both here. In turn they train a few steps, once no other process computes;
+after a chunk the same code scores both on the first test images. A race ends when both reached the target, or after
+--minutes of steps. `ratio` is of all steps' seconds, `ratio_at_median` of steps times a median step's. The images'
+order and draws differ.
 """
 
 from __future__ import annotations

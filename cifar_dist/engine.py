@@ -240,6 +240,11 @@ class Evaluator:
         batches = -(-len(split) // (self.batch_size * self.accelerator.num_processes))
         quiet = None if self.accelerator.is_main_process else True  # None: shown in a terminal only
         parts = tqdm(
-            self._scored(model, split, stop, mirrored), "images seen", batches, leave=False, disable=quiet, unit="batch"
+            self._scored(model, split, stop, mirrored),
+            "forward passes",
+            batches,
+            leave=False,
+            disable=quiet,
+            unit="batch",
         )
         return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]
