@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 
-from benchmarks.gpu import noise, ours, plain_pictures
+from benchmarks.gpu import noise, plain_pictures, resident
 from benchmarks.gpu_rows import PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from benchmarks.machine import facts
 from benchmarks.plain_loop import PlainLoop, Setting
@@ -42,12 +41,12 @@ NOISE = 10_000  # images, without --data
 T = TypeVar("T")
 
 
-def layout(case: Case, accelerator: Accelerator | None = None) -> tuple[bool, dict[str, float]]:
+def layout(case: Case) -> tuple[bool, dict[str, float]]:
     """Whether --precision auto would keep images NHWC in bf16, and what it measures."""
     config = parse_command_line(
         f"--model {case.model} --img-size {case.img_size} --batch-size {case.batch_size}".split()
     ).config
-    rates = measure_formats(config, build_model(config.model, 10), accelerator or start(PRECISION))
+    rates = measure_formats(config, build_model(config.model, 10), start(PRECISION))
     own = {each: rate for each, rate in rates.items() if each.precision == PRECISION}
     return max(own, key=lambda each: own[each]).channels_last, {str(each): rate for each, rate in rates.items()}
 
@@ -62,7 +61,7 @@ def rate(loop: Ours | PlainLoop, case: Case, seconds: float, ahead: int = 0) -> 
 def our_rate(data: str | None, case: Case, nhwc: bool, seconds: float) -> float:
     """Images/s of ours."""
     accelerator = start(PRECISION)
-    split = ours(data, device_bytes(accelerator)) if data else noise(NOISE)[0]
+    split = resident(data, device_bytes(accelerator)) if data else noise(NOISE)[0]
     bench = Bench(accelerator, split, [], Peak(0.0, "not asked for"), seconds)
     return rate(Ours(bench, case, Way("ours", channels_last=nhwc)), case, seconds)
 

@@ -95,14 +95,14 @@ def plain_pictures(folder: str) -> Any:
     return pictures.select_columns([columns.image, columns.label])
 
 
-def ours(folder: str, device_bytes: int) -> TrainingData:
+def resident(folder: str, device_bytes: int) -> TrainingData:
     """That split as train.py has it in memory."""
     return load_training_data(DataConfig(dataset=folder, val_fraction=0.0, data_mode="resident"), device_bytes)
 
 
 def real(folder: str, device_bytes: int) -> tuple[TrainingData, Any]:
     """That split both ways."""
-    return ours(folder, device_bytes), plain_pictures(folder)
+    return resident(folder, device_bytes), plain_pictures(folder)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def score(bench: Bench, loop: Ours | PlainLoop, goal: Goal, test: ResidentSet) -
 def race(bench: Bench, goal: Goal, test: ResidentSet, seed: int, limit_seconds: float) -> dict[str, Any]:
     """Train both, in turn, until both are there or `limit_seconds` are over."""
     case, test = Case(goal.model, goal.img_size, goal.batch_size), test.take(torch.arange(goal.test_images))
-    (nhwc, _), turn = layout(case, bench.accelerator), goal.chunk // TURNS
+    (nhwc, _), turn = layout(case), goal.chunk // TURNS
     setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, 0, True, goal.learning_rate)
     flags = f"--lr {goal.learning_rate} --sched constant --seed {seed}"
     loops: dict[str, Any] = {"ours": Ours(bench, case, Way("ours", channels_last=nhwc), flags)}

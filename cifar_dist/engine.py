@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from cifar_dist.batches import Batch
 from cifar_dist.control import BeforeStep, Verdict, Wish, agree, any_of
@@ -235,16 +236,8 @@ class Evaluator:
         Raises:
             Stopped: `stop` said so on some process meanwhile.
         """
-        from tqdm.auto import tqdm
-
+        parts = self._scored(model, split, stop, mirrored)
         batches = -(-len(split) // (self.batch_size * self.accelerator.num_processes))
-        quiet = None if self.accelerator.is_main_process else True  # None: shown in a terminal only
-        parts = tqdm(
-            self._scored(model, split, stop, mirrored),
-            "forward passes",
-            batches,
-            leave=False,
-            disable=quiet,
-            unit="batch",
-        )
-        return torch.cat([self.accelerator.gather(part.logits).cpu() for part in parts])[: len(split)]
+        quiet = not self.accelerator.is_main_process or None  # None: shown in a terminal only
+        shown = tqdm(parts, "forward passes", batches, leave=False, disable=quiet, unit="batch")
+        return torch.cat([self.accelerator.gather(part.logits).cpu() for part in shown])[: len(split)]
