@@ -51,6 +51,7 @@ from cifar_dist.lost_work import Heartbeat, lost_work
 from cifar_dist.micro_batch import fitting
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.compilation import compile_model
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.pace import Pace
@@ -160,7 +161,7 @@ def prepare(config: Config, plan: Plan, model: torch.nn.Module, accelerator: Acc
     decay = config.optim.model_ema_decay
     ema = None if decay is None else ModelEmaV3(model, decay=decay)
     if config.model.compile:
-        model.compile(mode=config.model.compile_mode)
+        compile_model(model, config.model.compile_mode)
     return Trained(wrap(accelerator, model, make_optimizer(model, config.optim), config, plan), ema)
 
 

@@ -1,0 +1,81 @@
+"""What of a model the compiler is given, so that it starts soon: a transformer block by block, any other model whole."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+_MOST = 0.9  # of a model's parameters
+
+
+def compile_model(model: nn.Module, mode: str) -> None:
+    """Let `torch.compile` have the model, in place; state_dict keeps its keys.
+
+    Blocks that are alike are compiled once ("regional compilation" in PyTorch's tutorials), which is several times as
+    fast as the whole model (benchmarks/results/speed.md). CUDA graphs (``reduce-overhead``) gain by the whole.
+
+    Args:
+        model: on its device.
+        mode: of `torch.compile`.
+    """
+    blocks = transformer_blocks(model) if mode == "default" else []
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))  # train, eval
+    for block in blocks:
+        share_rates(block)
+    for part in blocks or [model]:
+        part.compile(mode=mode, dynamic=False)  # shapes are few: a batch in training, one in evaluation
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The innermost blocks with attention that stand in a row of their class, if they are nearly all of the model.
+
+    Returns:
+        None at all if they hold less than nine tenths of the parameters.
+    """
+    found: dict[int, nn.Module] = {}
+    for row in model.modules():
+        blocks = list(row.children()) if isinstance(row, nn.Sequential | nn.ModuleList) else []
+        if len(blocks) > 1 and len(set(map(type, blocks))) == 1 and all(map(_attends, blocks)):
+            found |= {id(block): block for block in blocks}
+    inner = [block for block in found.values() if not any(id(part) in found for part in list(block.modules())[1:])]
+    return inner if _size(*inner) > _MOST * _size(model) else []
+
+
+def _attends(block: nn.Module) -> bool:
+    return any(hasattr(module, "fused_attn") for module in block.modules())
+
+
+def _size(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def share_rates(block: nn.Module) -> None:
+    """Make the rates of a block's stochastic depth tensors: the compiler takes numbers for parts of the code.
+
+    With timm's own layers every block would be compiled anew, since the rate rises from one to the next.
+    """
+    for parent in list(block.modules()):
+        for name, child in parent.named_children():
+            if type(child) is DropPath and child.scale_by_keep:
+                device = next(block.parameters()).device
+                setattr(parent, name, SharedDropPath(torch.tensor(1 - child.drop_prob, device=device)))
+
+
+class SharedDropPath(nn.Module):
+    """timm's DropPath (stochastic depth, arXiv:1603.09382), whose code is the same for every rate.
+
+    Attributes:
+        keep: float32 (), the share of samples whose path is kept. Not a buffer, so that no engine rounds it.
+    """
+
+    def __init__(self, keep: torch.Tensor):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Set the paths of some samples to zero, and make up for it: (B, ...) as it came in."""
+        if not self.training:
+            return x
+        kept = torch.rand((len(x),) + (1,) * (x.ndim - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
