@@ -100,7 +100,8 @@ def main() -> None:
         for way in WAYS:
             row = alone(word, way)
             rows.append(row)
-            times = f"{row['first_step']:13.1f}  {row['first_evaluation']:19.1f}  {1e3 * statistics.median(row['steps']):8.0f}"
+            step = 1e3 * statistics.median(row["steps"])
+            times = f"{row['first_step']:13.1f}  {row['first_evaluation']:19.1f}  {step:8.0f}"
             print(f"{word:35} {way:11} {times}  {row['graphs']:6}", flush=True)
     if args.json:
         replace_text(args.json, json.dumps(facts("torch", "timm") | {"rows": rows}, indent=1) + "\n")

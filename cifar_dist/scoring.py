@@ -19,6 +19,7 @@ from cifar_dist.config import InputConfig
 from cifar_dist.data import TestData, data_fingerprint, load_other_test_data, load_test_data, load_val_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
+from cifar_dist.distributed import check_agreement, first_failure, on_main, say
 from cifar_dist.engine import Evaluator
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.evidence import Evidence, choose
@@ -81,7 +82,10 @@ def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
     Raises:
         UsageError: there is no such checkpoint, or it is damaged or of another model.
     """
-    stored = checkpoint.find(run.folder, aim.which)
+    stored = on_main(accelerator, lambda: checkpoint.find(run.folder, aim.which))  # a training may go on meanwhile
+    if not accelerator.is_main_process:
+        stored = checkpoint.find(run.folder, str(stored.folder))
+    check_agreement(accelerator, {"checkpoint": stored.digest})
     config = replace(run.config.model, pretrained=False, init_weights=None)
     model = build_model(config, len(run.environment["class_names"]))
     try:
@@ -120,19 +124,27 @@ def test_data(run: Run, other: str | None) -> TestData:
 
 
 def score_test(subject: Subject, data: TestData) -> Scored:
-    """Predictions for the test split."""
+    """Predictions for the test split.
+
+    Raises:
+        UsageError: processes have other data, or the model predicts NaN.
+    """
+    check_agreement(subject.accelerator, {"test split": data.fingerprint})
     about = _about(subject, data.name, "test", data.fingerprint)
     return _score(subject, data.test, replace(about, own_data=subject.aim.other is None))
 
 
 def score_val(subject: Subject) -> Scored | None:
     """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
-    config, environment = subject.run.config.data, subject.run.environment
+    environment, missing, val = subject.run.environment, "", None
+    data = subject.run.config.data
+    config = replace(data, data_mode=environment.get("data_mode", data.data_mode))
     try:
         val = load_val_data(config)
     except UsageError as error:
-        if subject.accelerator.is_main_process:
-            print(f"val         is not at hand, so no temperature is fitted ({error})", flush=True)
+        missing = str(error)
+    if missing := first_failure(subject.accelerator, missing):
+        say(subject.accelerator, f"val         is not at hand, so no temperature is fitted ({missing})")
         return None
     if val is None:
         return None

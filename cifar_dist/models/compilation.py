@@ -1,4 +1,4 @@
-"""What of a model the compiler is given, so that it starts soon: a transformer block by block, any other model whole."""
+"""What of a model the compiler is given: a transformer block by block, which starts sooner, any other model whole."""
 
 from __future__ import annotations
 
