@@ -181,7 +181,7 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
     )
     if job.config.run.on_nan == "stop" or not state.may_skip:
         job.save_at_once(trained, state)
-        raise Diverged(f"{notice}; lower --lr, set --clip-grad, or --on-nan skip.")
+        raise Diverged(f"{notice}; go on with --on-nan skip, or start anew with a lower --lr or with --clip-grad.")
     return f"skipped     {notice}"
 
 
@@ -234,7 +234,7 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module, features: Featur
     speaker = Tracker(job.run_dir, config, plan, state.step) if accelerator.is_main_process else Silent()
     with closing(batches), closing(speaker) as tracker, job.saver:
         tracker.say(f"run folder  {job.run_dir}" + (f", continued at step {state.step}" if state.step else ""))
-        meter = Meter(accelerator, plan.batch_size)
+        meter = Meter(accelerator, plan.num_train / plan.steps_per_epoch)
         heartbeat = Heartbeat(job.run_dir, writes=accelerator.is_main_process)
         began = time.perf_counter() - state.seconds - feed.seconds
 

@@ -101,12 +101,16 @@ def _no_room(micro: int) -> UsageError:
 class Meter:
     """Means over the steps since the last reading; what it adds up stays on the device until then.
 
+    Args:
+        accelerator: of this process.
+        images: of a step, as the mean over an epoch, whose last batch may be filled up.
+
     Attributes:
         steps: how many steps the next reading is over.
     """
 
-    def __init__(self, accelerator: Accelerator, batch_size: int):
-        self._accelerator, self._batch_size = accelerator, batch_size
+    def __init__(self, accelerator: Accelerator, images: float):
+        self._accelerator, self._images = accelerator, images
         self._restart()
 
     def _restart(self) -> None:
@@ -143,7 +147,7 @@ class Meter:
         return {
             "train/loss": loss / steps,
             "train/top1": top1 / steps,
-            "images_per_second": steps * self._batch_size / seconds,
+            "images_per_second": steps * self._images / seconds,
             "data_wait": waited / self._accelerator.num_processes / seconds,
             **({"skipped_images": corrupt} if corrupt else {}),
         }

@@ -90,7 +90,8 @@ class Saver:
         began = time.monotonic()
         contents = checkpoint.contents(trained, state)
         if not on_main(self._accelerator, lambda: contents.finite):
-            raise Diverged(f"weights are not finite after step {state.step}; lower --lr or set --clip-grad.")
+            cure = "start anew with a lower --lr or --clip-grad"
+            raise Diverged(f"weights are not finite after step {state.step}; {cure}.")
         aside, failure = on_main(self._accelerator, lambda: _attempt(lambda: store.begin(self._root, state.step)))
         if aside is None:
             raise self._refused(state.step, failure)

@@ -178,7 +178,7 @@ def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
 def test_the_meter_reads_means(accelerator, monkeypatch):
     clock = itertools.count(0.0, 0.5)
     monkeypatch.setattr("cifar_dist.engine.time.perf_counter", lambda: next(clock))
-    meter = Meter(accelerator, batch_size=10)  # 0.0
+    meter = Meter(accelerator, images=10)  # 0.0
     meter.add(torch.tensor([2.0, 0.5], dtype=torch.float64))
     with meter.paused():  # 0.5 to 1.0
         pass

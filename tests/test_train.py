@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from cifar_dist.command_line import load_config
+from cifar_dist.engine import Meter
 from cifar_dist.errors import run_main
 from tests.conftest import ROOT
 
@@ -117,6 +118,14 @@ def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_pa
     assert steps == sorted(set(steps))
 
 
+def test_images_that_fill_up_an_epoch_are_not_counted_as_speed(start, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(train, "Meter", lambda accelerator, images: told.append(images) or Meter(accelerator, images))
+    settings = [*DIGITS, "--epochs", 1, "--batch-size", 1000, "--max-steps", 1]
+    assert start(*settings, "--run-dir", tmp_path) == 0
+    assert told == [1294 / 2]  # the second batch of each epoch has 294
+
+
 def test_the_compiler_is_told_its_mode(start, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: told.append(given))
@@ -187,7 +196,7 @@ def test_early_stopping_ends_the_run(start, tmp_path):
 def test_a_diverging_run_stops_with_status_1_and_keeps_only_good_checkpoints(start, tmp_path, capsys, every):
     settings = ["--opt", "momentum", "--lr", "1e30", "--warmup-epochs", 1, "--warmup-lr", 0, "--run-dir", tmp_path]
     assert start(*DIGITS, *settings, "--epochs", 3, "--checkpoint-every", every) == 1
-    assert "lower --lr, set --clip-grad" in capsys.readouterr().err
+    assert "go on with --on-nan skip, or start anew with a lower --lr" in capsys.readouterr().err
     for file in (tmp_path / "checkpoints").rglob("model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 

@@ -44,6 +44,12 @@ def wrap(
         raise UsageError(
             f"--precision fp16: {engine} makes batch norm's weights fp16 but not its statistics; take --precision bf16."
         )
+    single = next((name for name, parameter in model.named_parameters() if not parameter.dim()), "")
+    if single and engine not in ("single", "ddp"):
+        raise UsageError(
+            f"--model {config.model.model}: {engine} cannot cut up a parameter that is one number ({single}); launch"
+            " with accelerate_configs/multi_gpu.yaml."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from cifar_dist.parallel.zero import Zero
 

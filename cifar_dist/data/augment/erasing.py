@@ -39,7 +39,8 @@ def cutout_(images: Tensor, side: int, centre_y: Tensor, centre_x: Tensor) -> No
 class Erasing:
     """timm's RandomErasing, one rectangle an image.
 
-    Zhong et al., "Random Erasing Data Augmentation", 2017.
+    Zhong et al., "Random Erasing Data Augmentation", 2017. It is of the images as they are kept, before they are
+    resized; a bicubic resize cuts colours to the range of pixels.
 
     Args:
         probability: that an image has a rectangle erased.
