@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.layers import set_fused_attn
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain_loop import PlainLoop, Setting
@@ -56,8 +55,7 @@ class Way:
 
     Attributes:
         name: in the table.
-        compiles: model (--compile), graphs (with --compile-mode reduce-overhead, as CUDA graphs), blocks (each repeated
-            block alone) or nothing.
+        compiles: with --compile and this --compile-mode; empty for neither.
         fused_windows: Swin's attention fused; timm has it off, TIMM_FUSED_ATTN=2 turns it on.
         channels_last: --channels-last.
         tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
@@ -169,16 +167,15 @@ class Ours:
     def __init__(self, bench: Bench, case: Case, way: Way, more: str = ""):
         flags = f"--model {case.model} --batch-size {case.batch_size} --precision {PRECISION} --opt adamw --lr {LR}"
         switches = ["--img-size", str(case.img_size)] * bool(case.img_size)
-        switches += ["--channels-last"] * way.channels_last + ["--compile"] * (way.compiles in ("model", "graphs"))
-        switches += ["--compile-mode", "reduce-overhead"] * (way.compiles == "graphs")
+        switches += ["--channels-last"] * way.channels_last + ["--compile", "--compile-mode", way.compiles] * bool(
+            way.compiles
+        )
         config = parse_command_line([*flags.split(), *switches, *more.split()]).config
         seed_everything(config.run.seed)
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
         use_plain_attention(model, bench.device, PRECISION)
         parallel = prepare(config, plan, model, bench.accelerator).parallel
-        for block in repeated_blocks(model) if way.compiles == "blocks" else []:
-            block.compile()
         parallel.model.train()
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
         self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
@@ -201,20 +198,6 @@ class Ours:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The innermost blocks that stand in a row with others of their class; what of them is alike compiles once.
-
-    As `accelerate.utils.compile_regions`, which looks into nn.ModuleList alone; timm's rows are nn.Sequential.
-    """
-    found: list[nn.Module] = []
-    for row in model.modules():
-        blocks = list(row.children()) if isinstance(row, nn.Sequential | nn.ModuleList) else []
-        if len(blocks) > 1 and len(set(map(type, blocks))) == 1 and any(blocks[0].children()):
-            found += blocks
-    ids = set(map(id, found))
-    return [block for block in found if not ids & {id(inner) for inner in block.modules() if inner is not block}]
 
 
 def windows(run: Callable[[int], float], seconds: float) -> list[float]:

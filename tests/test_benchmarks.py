@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.transforms.functional import normalize
 
@@ -88,22 +87,6 @@ def test_rows_end_in_time(monkeypatch, tmp_path, capsys):
     with pytest.raises(TimeoutError, match="not done after"), gpu.limited(0.05):
         while True:
             time.sleep(1)
-
-
-def test_blocks_that_are_compiled_alone_are_the_innermost_of_a_row():
-    names = {
-        "vit_tiny_patch16_224": ("Block", 12),
-        "swin_tiny_patch4_window7_224": ("SwinTransformerBlock", 2 + 2 + 6 + 2),
-        "resnet18_cifar": ("BasicBlock", 4 * 2),
-        "wrn28_10": ("WideBlock", 3 * 4),
-    }
-    for name, (kind, count) in names.items():
-        with torch.device("meta"):
-            model = build_model(gpu_rows.ModelConfig(model=name), 10)
-        blocks = gpu_rows.repeated_blocks(model)
-        assert [type(block).__name__ for block in blocks] == [kind] * count
-        assert len(set(map(id, blocks))) == count
-    assert gpu_rows.repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
 
 
 def test_a_row_takes_the_median_window():
