@@ -1,10 +1,11 @@
-"""What `--compile` costs at the start and gives afterwards: not at all, the whole model, and as train.py does.
+"""What `--compile` costs at the start and gives afterwards: as train.py does, and as one would without it.
 
-    python -m benchmarks.compiling [--models vit_tiny_patch16_224:224:8 …] [--json FILE]
+    python -m benchmarks.compiling [--models vit_tiny_patch16_224:224:8 …] [--backend inductor|eager] [--json FILE]
 
-A model is NAME:PIXELS:BATCH. Each way has a process and an empty cache of compiled code of its own. `first step` and
-`first evaluation` are seconds with what is compiled for them; `step` is the median of those that follow, forward and
-backward pass of noise. bf16 on a CPU as on a GPU.
+A model is NAME:PIXELS:BATCH. Ways: `uncompiled`; `whole`, by one call for the model; `blocks`, by one for each block of
+a transformer; `train.py`. Each has a process and an empty cache of compiled code of its own. `first step` and `first
+evaluation` are seconds with what is compiled for them; `step` is the median of those that follow, forward and backward
+pass of noise. bf16 on a CPU as on a GPU. The backend `eager` traces, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig
@@ -31,7 +33,7 @@ from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.compilation import compile_model, transformer_blocks
 
 MODELS = ("vit_tiny_patch16_224:224:8", "swin_tiny_patch4_window7_224:224:4", "resnet18_cifar:32:32")
-WAYS = ("uncompiled", "whole", "train.py")
+WAYS = ("uncompiled", "whole", "blocks", "train.py")
 STEPS = 10
 
 
@@ -44,7 +46,25 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def measure(word: str, way: str) -> dict[str, Any]:
+def compile_as(way: str, model: nn.Module, backend: str) -> None:
+    """Let the compiler have the model, or its blocks."""
+    compile_in_place = nn.Module.compile
+
+    def with_backend(self: nn.Module, mode: str = "default", **settings: Any) -> None:
+        compile_in_place(self, **({"mode": mode} if backend == "inductor" else {"backend": backend}), **settings)
+
+    nn.Module.compile = with_backend  # type: ignore[method-assign]
+    if way == "whole":
+        model.compile()
+    elif way == "blocks":
+        torch._dynamo.config.recompile_limit = 64  # else some are left as they are
+        for block in transformer_blocks(model):
+            block.compile()
+    elif way == "train.py":
+        compile_model(model, "default")
+
+
+def measure(word: str, way: str, backend: str) -> dict[str, Any]:
     """One model in one way, in this process."""
     name, pixels, batch_size = word.split(":")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +74,7 @@ def measure(word: str, way: str) -> dict[str, Any]:
     images = torch.randn(int(batch_size), 3, int(pixels), int(pixels), device=device)
     if not transformer_blocks(model):
         model, images = (each.to(memory_format=torch.channels_last) for each in (model, images))  # type: ignore[call-overload]
-    if way == "whole":
-        model.compile(mode="default", dynamic=False)
-    elif way == "train.py":
-        compile_model(model, "default")
+    compile_as(way, model, backend)
 
     def forward() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -75,10 +92,10 @@ def measure(word: str, way: str) -> dict[str, Any]:
     return {"first_step": first, "steps": later, "first_evaluation": evaluation, "graphs": compilations}
 
 
-def alone(word: str, way: str) -> dict[str, Any]:
+def alone(word: str, way: str, backend: str) -> dict[str, Any]:
     """The same in a process that finds nothing compiled."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "benchmarks.compiling", "--one", word, way]
+        command = [sys.executable, "-m", "benchmarks.compiling", "--one", word, way, "--backend", backend]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {"model": word, "way": way, **json.loads(found.splitlines()[-1])}
@@ -88,23 +105,30 @@ def main() -> None:
     """Measure every model in every way, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one)))
+        print(json.dumps(measure(*args.one, args.backend)))
         return
     rows = []
     print("model                               way         first step, s  first evaluation, s  step, ms  graphs")
     for word in args.models:
+        with torch.device("meta"):
+            is_transformer = bool(transformer_blocks(build_model(ModelConfig(model=word.split(":")[0]), 10)))
         for way in WAYS:
-            row = alone(word, way)
+            if way == "blocks" and not is_transformer:
+                continue
+            row = alone(word, way, args.backend)
             rows.append(row)
             step = 1e3 * statistics.median(row["steps"])
             times = f"{row['first_step']:13.1f}  {row['first_evaluation']:19.1f}  {step:8.0f}"
             print(f"{word:35} {way:11} {times}  {row['graphs']:6}", flush=True)
     if args.json:
-        replace_text(args.json, json.dumps(facts("torch", "timm") | {"rows": rows}, indent=1) + "\n")
+        replace_text(
+            args.json, json.dumps(facts("torch", "timm") | {"backend": args.backend, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
