@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,14 @@ def data_fingerprint(config: DataConfig, other: str | None = None) -> str:
 
 
 def _open_other(config: DataConfig, dataset: str) -> Source:
+    """Another set, by the run's columns where it has them."""
+    named = replace(config, dataset=dataset)
+    found = replace(named, image_column=None, label_column=None)
+    if named != found:
+        with suppress(UsageError):
+            return open_source(named, ("test",))
     try:
-        return open_source(replace(config, dataset=dataset, image_column=None, label_column=None), ("test",))
+        return open_source(found, ("test",))
     except UsageError as error:
         message = str(error).replace("--dataset", "--data").replace("or a DatasetDict", "CLASS/*.png, or a DatasetDict")
         raise UsageError(message) from None

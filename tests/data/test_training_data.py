@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Features, Image
 
-from cifar_dist.data import load_test_data, load_training_data
+from cifar_dist.data import load_other_test_data, load_test_data, load_training_data
 from cifar_dist.data.sources import Source
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.errors import UsageError
@@ -41,6 +41,17 @@ def test_select_on_test_takes_test_as_val_and_all_of_train(config, decoded):
 
 def test_test_data_reads_test_only(config, decoded):
     assert len(load_test_data(config("digits")).test) == 359 and decoded == ["test"]
+
+
+def test_another_set_is_read_by_the_runs_columns_where_it_has_them(cifar100_pickles, cifar10_pickles, config):
+    coarse = [f"c{number}" for number in range(20)]
+    settings = config("digits", label_column="coarse_label")
+    other = load_other_test_data(str(cifar100_pickles), settings, coarse)
+    assert other.test.labels.tolist() == [(7 * number) % 100 // 5 for number in range(12)]
+    names = [f"class {number}" for number in range(10)]
+    assert len(load_other_test_data(str(cifar10_pickles), settings, names).test) == 4
+    with pytest.raises(UsageError, match="--data nowhere"):
+        load_other_test_data("nowhere", settings, coarse)
 
 
 def test_train_images_of_one_class(parquet_folder, config):
