@@ -7,9 +7,12 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 from __future__ import annotations
 
 from cifar_dist import stop_request
+from cifar_dist.command_line import parse_command_line
+from cifar_dist.errors import Diverged, UsageError, run_main
 
 if __name__ == "__main__":
     stop_request.listen()  # before the seconds of importing, in which a signal may come too
+    run_main(parse_command_line)  # --help and wrong flags are answered at once
 
 import shlex
 import time
@@ -24,7 +27,6 @@ from timm.utils import ModelEmaV3
 from cifar_dist import checkpoint
 from cifar_dist.batches import Batches
 from cifar_dist.checkpoint import Trained
-from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.control import Verdict, Wish
 from cifar_dist.cost import measure
@@ -45,7 +47,6 @@ from cifar_dist.distributed import (
 )
 from cifar_dist.engine import Meter, Stepper, Stopped, train_step
 from cifar_dist.engine_choice import engine_table, zero_gain
-from cifar_dist.errors import Diverged, UsageError, run_main
 from cifar_dist.features import Features, Feed, decide, make_feed
 from cifar_dist.lost_work import Heartbeat, lost_work
 from cifar_dist.micro_batch import fitting

@@ -143,7 +143,7 @@ def _is_from_others(error: Exception) -> bool:
     return bool(of_torch and isinstance(error, of_torch.DistError)) or "gloo" in str(error).partition("]")[0]
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Call `main`, turning what the user can act on into one line and an exit status, without a traceback.
 
     Any other exception keeps its traceback on the first process that fails; the others, which mostly fail because that

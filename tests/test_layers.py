@@ -86,3 +86,11 @@ def test_training_imports_nothing_it_does_not_need():
     code = f"import train, sys; print([m for m in {late} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_wrong_flag_is_answered_before_the_seconds_of_importing():
+    command = [sys.executable, "-X", "importtime", "train.py", "--epoch", "3"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "unrecognized arguments: --epoch 3. Did you mean --epochs" in found.stderr
+    assert " cifar_dist.config" in found.stderr and " torch" not in found.stderr and " timm" not in found.stderr
