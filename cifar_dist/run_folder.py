@@ -33,9 +33,13 @@ PACKAGES = (
 REQUEUE = "REQUEUE"
 NOT_THE_TRAINING = {
     "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "keep_last", "time_limit", "wandb",
-    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan",
+    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan", "skip_corrupt",
     "ddp_timeout",
 }  # fmt: skip
+_DIGESTS = {  # facts of the data that say nothing to people, and what it means when they differ
+    "data_fingerprint": "files have other names or sizes, or are of another revision on the Hub",
+    "train_val_split": "labels, or the order of images, are others",
+}
 
 
 def choose_run_dir(config: Config) -> Path:
@@ -163,9 +167,10 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
         first = read_json(run_dir / "environment.json")
         for fact, found in facts.items():
             if first.get(fact) != found:
+                how = _DIGESTS.get(fact, f"{shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}")
                 raise UsageError(
-                    f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began"
-                    f" ({shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}); restore the data."
+                    f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began ({how});"
+                    f" restore the data of --dataset {config.data.dataset}, or train on them in another --run-dir."
                 )
         environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
     if config.run.resume != "auto" and (run_dir / "config.yaml").exists():

@@ -185,7 +185,10 @@ class StreamBatches(Batches):
             self._damaged.add(number)
             too_many = len(self._damaged) > self._allowed
         if too_many:
-            raise UsageError(f"{error} --skip-corrupt {self._allowed} allows no more.") from None
+            raise UsageError(
+                f"{error} --skip-corrupt {self._allowed} allows no more: with a larger one --resume auto goes on; with"
+                " images replaced or removed it is another data set, for a new run."
+            ) from None
         if not known:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
 

@@ -20,6 +20,10 @@ def config(run_dir, resume="never", **run):
     )
 
 
+def with_data(settings, **data):
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
+
+
 def prepare(settings, facts=FACTS):
     run_dir = choose_run_dir(settings)
     lock = run_lock(run_dir)
@@ -38,6 +42,7 @@ def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
 def test_resume_refuses_other_training_but_not_other_bookkeeping(tmp_path):
     prepare(config(tmp_path))
     prepare(config(tmp_path, "auto", max_steps=7, log_every=3, checkpoint_every=2, micro_batch_size=4))
+    prepare(with_data(config(tmp_path, "auto"), skip_corrupt=5))
     with pytest.raises(UsageError, match=r"other settings \(--epochs 10 -> 11; --seed 0 -> 5\)"):
         prepare(config(tmp_path, "auto", epochs=11, seed=5))
 
@@ -92,11 +97,20 @@ def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path)
     assert again == first
 
 
-@pytest.mark.parametrize("change", [{"data_fingerprint": "bb"}, {"class_names": ["dog", "cat"]}])
-def test_resume_refuses_other_data(tmp_path, change):
+@pytest.mark.parametrize(
+    "change, how",
+    [
+        ({"data_fingerprint": "b" * 64}, "(files have other names or sizes"),
+        ({"train_val_split": "cc"}, "(labels, or the order of images, are others)"),
+        ({"class_names": ["dog", "cat"]}, "(['cat', 'dog'] -> ['dog', 'cat'])"),
+    ],
+)
+def test_resume_refuses_other_data(tmp_path, change, how):
     prepare(config(tmp_path))
-    with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs"):
+    with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs") as error:
         prepare(config(tmp_path, "auto"), FACTS | change)
+    assert how in str(error.value)
+    assert "--dataset cifar10, or train on them in another --run-dir" in str(error.value)
 
 
 def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch):
