@@ -77,6 +77,9 @@ def choose_run_dir(config: Config) -> Path:
 def changed_settings(config: Config) -> list[str]:
     """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
 
+    The data and the file of initial weights may have moved. Whether the data are the same is not looked at here, but by
+    `create_run_dir`; the weights have done their part.
+
     Raises:
         UsageError: the settings saved there cannot be read.
     """
@@ -86,9 +89,19 @@ def changed_settings(config: Config) -> list[str]:
     old, new = load_config(saved).flat(), config.flat()
     if new["precision"] == "auto":  # it goes on as it began
         new |= {name: old[name] for name in ("precision", "channels_last")}
+    if (
+        Path(new["dataset"]).expanduser().exists()
+    ):  # data may lie elsewhere now; their fingerprint tells whether they do
+        old["dataset"] = new["dataset"]
+    if _file_name(old["init_weights"]) == _file_name(new["init_weights"]):
+        old["init_weights"] = new["init_weights"]
     return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
+
+
+def _file_name(path: str | None) -> str | None:
+    return None if path is None else Path(path).name
 
 
 def identity(config: Config) -> dict[str, str]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
@@ -45,6 +46,25 @@ def test_resume_refuses_other_training_but_not_other_bookkeeping(tmp_path):
     prepare(with_data(config(tmp_path, "auto"), skip_corrupt=5))
     with pytest.raises(UsageError, match=r"other settings \(--epochs 10 -> 11; --seed 0 -> 5\)"):
         prepare(config(tmp_path, "auto", epochs=11, seed=5))
+
+
+def test_data_and_weights_may_lie_elsewhere_after_a_resume(tmp_path):
+    def settings(place, weights, resume="auto"):
+        begun = with_data(config(tmp_path / "run", resume), dataset=str(tmp_path / place))
+        return dataclasses.replace(begun, model=dataclasses.replace(begun.model, init_weights=weights))
+
+    for place in ("job1", "job2"):
+        (tmp_path / place).mkdir()
+    prepare(settings("job1", "/job1/w.pth", "never"))
+    prepare(settings("job2", "/job2/w.pth"))
+    found = load_config(tmp_path / "run" / "config.yaml")
+    assert (found.data.dataset, found.model.init_weights) == (str(tmp_path / "job2"), "/job2/w.pth")
+    with pytest.raises(UsageError, match="data fingerprint differs"):
+        prepare(settings("job1", "/job2/w.pth"), FACTS | {"data_fingerprint": "bb"})
+    assert load_config(tmp_path / "run" / "config.yaml") == found
+    for other in (settings("job2", "/job2/v.pth"), settings("job2", None), with_data(found, dataset="digits")):
+        with pytest.raises(UsageError, match=r"other settings \(--(init-weights|dataset) [^;]*\)"):
+            prepare(dataclasses.replace(other, run=dataclasses.replace(other.run, resume="auto")))
 
 
 def test_resume_needs_a_run_folder(tmp_path):
