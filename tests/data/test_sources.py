@@ -140,6 +140,21 @@ def test_columns_by_flag_and_without_metadata(parquet_folder, config):
     assert np.array_equal(images, pixels(4)) and labels == [0, 2, 1, 0]
 
 
+@pytest.mark.parametrize("largest, refused", [(3, False), (4, True), (20_000_000_000, True)])
+def test_a_column_of_ids_is_no_label(largest, refused, parquet_folder, config):
+    plain = {"picture": pictures(4), "id": [0, 1, 2, largest]}
+    folder = parquet_folder(
+        {"train": plain, "test": plain}, Features({"picture": ImageFeature(), "id": Value("int64")})
+    )
+    if refused:
+        with pytest.raises(UsageError, match=f"'id' goes up to {largest:,} in 4 rows.*--label-column"):
+            open_source(config(folder))
+    else:
+        assert open_source(config(folder)).class_names == ("0", "1", "2", "3")
+    if largest < 5:  # a set to be scored may lack classes
+        assert len(open_source(config(folder), ("test",)).class_names) == largest + 1
+
+
 def encoded(image):
     stream = io.BytesIO()
     image.save(stream, "png")
