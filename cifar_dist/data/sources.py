@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cifar_dist.config import DataConfig
-from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
+from cifar_dist.data.local import IMAGE_FORMS, LOCAL_FORMS, Local, open_local
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
 from cifar_dist.errors import UsageError, did_you_mean, first_line
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
-_IMAGE_FORMS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # PIL starts a program for some of the others
 _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
@@ -133,12 +132,12 @@ def _open_image(content: bytes) -> Image.Image:
     """The decoded image, upright.
 
     Raises:
-        Exception: it is damaged, of no form of `_IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
+        Exception: it is damaged, of no form of `IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMS)
+        image = Image.open(io.BytesIO(content), formats=tuple(IMAGE_FORMS))
     except UnidentifiedImageError:
-        raise ValueError(f"it is none of {', '.join(_IMAGE_FORMS)}") from None
+        raise ValueError(f"it is none of {', '.join(IMAGE_FORMS)}") from None
     pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if most is not None and pixels > most:  # up to twice as many, PIL only warns
         raise Image.DecompressionBombError(f"it has {pixels:,} pixels, {most:,} are the most that is opened")

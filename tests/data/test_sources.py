@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
+from cifar_dist.data.local import IMAGE_FORMS
 from cifar_dist.data.sources import open_source
 from cifar_dist.errors import UsageError
 from tests.data.fakes import pixels
@@ -78,6 +79,38 @@ def test_image_folder(image_folder, config):
     images, labels = arrays(source, "train")
     assert labels == [0] * 4 + [1] * 4
     assert np.array_equal(images, [*pixels(4, 0), *pixels(4, 1)])
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".BMP", ".tif", ".gif", ".ppm", ".jfif"])
+def test_every_form_that_pil_may_read_is_an_image(suffix, image_folder, config):
+    for split in ("train", "test"):  # of one class all, of the other one more
+        for file in (image_folder / split / "cat").iterdir():
+            Image.open(file).save(file.with_suffix(suffix))
+            file.unlink()
+        Image.fromarray(pixels(1)[0]).save(image_folder / split / "dog" / f"9{suffix}")
+    source = open_source(config(image_folder))
+    assert source.class_names == ("cat", "dog")
+    assert (source.num_rows("train"), source.num_rows("test")) == (9, 5)
+    assert len(list(source.rows("train"))) == 9
+
+
+def test_suffixes_are_those_of_pil():
+    theirs = Image.registered_extensions()
+    assert all(theirs[suffix] == form for form, suffixes in IMAGE_FORMS.items() for suffix in suffixes)
+
+
+def test_a_class_without_images_is_named(image_folder, config):
+    (image_folder / "test" / "emu" / "images").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no image lies directly in test/emu \(\.png, .*\.webp"):
+        open_source(config(image_folder))
+    for file in image_folder.glob("*/*/*.png"):
+        file.unlink()
+    for splits in (("train", "test"), ("test",)):
+        with pytest.raises(UsageError, match=rf"no image lies directly in {splits[0]}/cat"):
+            open_source(config(image_folder), splits)
+    Image.fromarray(pixels(1)[0]).save(image_folder / "train" / "cat" / "0.png")
+    with pytest.raises(UsageError, match=r"no image lies directly in dog"):
+        open_source(config(image_folder / "train"), ("test",))
 
 
 def test_saved_by_datasets(tmp_path, config):
