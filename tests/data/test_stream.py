@@ -534,6 +534,19 @@ def test_a_damaged_label_index_is_said_and_read_again(tmp_path, damage, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_labels_in_a_cache_that_can_only_be_read_are_taken(tmp_path, monkeypatch):
+    data = config_of(write_set(tmp_path / "set", 2, 60), "--cache-dir", str(tmp_path / "cache")).data
+    before = load_training_data(data, GIB).train
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock", refuse)
+    assert np.array_equal(load_training_data(data, GIB).train.all_labels, before.all_labels)
+    with pytest.raises(UsageError, match=r"--cache-dir .*cannot be kept there \(Permission denied\)"):
+        load_training_data(dataclasses.replace(data, cache_dir=str(tmp_path / "other")), GIB)
+
+
 def test_a_label_index_is_on_disk_before_its_name(tmp_path, monkeypatch):
     synced, plain = [], label_index.fsync
     monkeypatch.setattr(label_index, "fsync", lambda path: (synced.append((path, path.stat().st_ino)), plain(path)))
