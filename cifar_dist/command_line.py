@@ -69,7 +69,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = meta["nargs"] and ("R", "G", "B")
         extra["metavar"] = word or setting.name.upper()
-    kind = _or_none(meta["type"]) if setting.default is None else meta["type"]
+    kind = _or_none(meta["type"]) if setting.default is None and meta["choices"] is None else meta["type"]
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
 
 
@@ -90,7 +90,45 @@ def load_config(path: Path) -> Config:
 def _parse(argv: Sequence[str], source: str = "") -> dict[str, Any]:
     parser = _parser()
     parser.source = source
-    return vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(_none_repeated(_without_values_of_switches(argv, parser))))
+    for name, value in values.items():
+        if value == "none" and parser.get_default(name) is None:  # among choices
+            values[name] = None
+        elif isinstance(value, list) and None in value:
+            if any(number is not None for number in value):
+                parser.error(f"argument --{name}: none stands alone")
+            values[name] = None
+    return values
+
+
+def _without_values_of_switches(argv: Sequence[str], parser: OneLineParser) -> Sequence[str]:
+    """The command line, unless it gives a switch a value; argparse would say of that only that it is not recognized."""
+    switches = {
+        flag: action.option_strings[:2]
+        for action in parser._actions
+        if isinstance(action, argparse.BooleanOptionalAction)
+        for flag in action.option_strings
+    }
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag in switches and (equals or not following.startswith("-")):
+            on, off = switches[flag]
+            parser.error(f"argument {flag}: a switch takes no value, got {value or following!r}; write {on} or {off}")
+    return argv
+
+
+def _none_repeated(argv: Sequence[str]) -> list[str]:
+    """``--mean none`` with as many words as the flag takes values."""
+    words, several = list[str](), _several()
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if word.lower() == "none" and words and words[-1] in several:
+            words += [word] * several[words[-1]]
+        elif value.lower() == "none" and flag in several:
+            words += [flag, *[value] * several[flag]]
+        else:
+            words.append(word)
+    return words
 
 
 def read_mapping(path: Path, source: str) -> dict[str, Any]:
@@ -159,7 +197,7 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
         if isinstance(value, bool) != isinstance(defaults[name], bool):
             kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
             raise UsageError(f"{source}: {name} is {kind}, got {value!r}.")
-        if isinstance(value, list) and not _takes_several(name):
+        if isinstance(value, list) and flag not in _several():
             raise UsageError(f"{source}: {name} takes one value, got {value!r}.")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
@@ -170,10 +208,12 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
     return argv
 
 
-def _takes_several(name: str) -> bool:
-    config = Config()
-    sections = (getattr(config, section.name) for section in dataclasses.fields(config))
-    return any(bool(f.metadata["nargs"]) for part in sections for f in dataclasses.fields(part) if f.name == name)
+def _several() -> dict[str, int]:
+    """Flags that take several values, and how many."""
+    sections = (typing.get_type_hints(Config)[section.name] for section in dataclasses.fields(Config))
+    return {
+        f"--{f.name}": f.metadata["nargs"] for kind in sections for f in dataclasses.fields(kind) if f.metadata["nargs"]
+    }
 
 
 def _with_dashes(argument: str) -> str:

@@ -29,6 +29,10 @@ def test_golden_help(monkeypatch, capsys):
     assert capsys.readouterr().out == (ROOT / "tests" / "golden_help.txt").read_text()
 
 
+def test_an_empty_command_line_is_the_defaults():
+    assert parse_command_line([]).config == Config()
+
+
 def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 5e-5\nbatch-size: 64\nmean: [0.5, 0.5, 0.5]\nchannels_last: true\ndrop_path: null\n")
@@ -39,11 +43,20 @@ def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
     assert not parse_command_line(["--config", str(recipe), "--no-channels-last"]).config.model.channels_last
 
 
-def test_none_switches_off_what_a_recipe_sets(tmp_path):
+@pytest.mark.parametrize(
+    "line, flags",
+    [
+        ("clip_grad: 1.0", ["--clip-grad", "none"]),
+        ("interpolation: bicubic", ["--interpolation", "none"]),
+        ("mean: [0.5, 0.5, 0.5]", ["--mean", "none"]),
+        ("std: [0.5, 0.5, 0.5]", ["--lr", "1", "--std=None", "--epochs", "2"]),
+    ],
+)
+def test_none_switches_off_what_a_recipe_sets(tmp_path, line, flags):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("clip_grad: 1.0\npatience: 3\n")
-    config = parse_command_line(["--config", str(recipe), "--clip-grad", "none"]).config
-    assert (config.optim.clip_grad, config.run.patience) == (None, 3)
+    recipe.write_text(f"{line}\npatience: 3\nfreeze: none\n")
+    config = parse_command_line(["--config", str(recipe), *flags]).config
+    assert (config.flat()[line.partition(":")[0]], config.run.patience, config.model.freeze) == (None, 3, "none")
 
 
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
@@ -77,6 +90,10 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--batch", "1"], "unrecognized arguments: --batch"),
         (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
+        (["--mean", "0.5", "none", "0.5"], "--mean: none stands alone"),
+        (["--wandb", "none"], "--wandb: invalid choice: 'none' (choose from"),
+        (["--pretrained", "none"], "a switch takes no value, got 'none'; write --pretrained or --no-pretrained"),
+        (["--no-compile=true", "--lr", "1"], "got 'true'; write --compile or --no-compile"),
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
