@@ -21,6 +21,38 @@ import yaml
 from cifar_dist.config import Config
 from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
+OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
+    "learning_rate": "lr", "wd": "weight_decay", "optim": "opt", "optimizer": "opt", "scheduler": "sched",
+    "lr_scheduler": "sched", "lr_scheduler_type": "sched", "max_grad_norm": "clip_grad", "model_ema": "model_ema_decay",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size", "batch": "batch_size",
+    "train_batch_size": "batch_size", "total_batch_size": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
+    "grad_accum_steps": "micro_batch_size", "auto_augment": "aa", "label_smoothing": "smoothing",
+    "label_smoothing_factor": "smoothing", "random_erase": "reprob", "arch": "model", "model_name": "model",
+    "model_name_or_path": "model", "data": "dataset", "data_dir": "dataset", "dataset_name": "dataset",
+    "checkpoint": "init_weights", "initial_checkpoint": "init_weights", "input_size": "img_size",
+    "image_size": "img_size", "amp": "precision", "mixed_precision": "precision", "bf16": "precision",
+    "fp16": "precision", "torchcompile": "compile", "torch_compile": "compile", "output": "run_dir",
+    "output_dir": "run_dir", "resume_from_checkpoint": "resume", "log_interval": "log_every",
+    "logging_steps": "log_every", "save_steps": "checkpoint_every", "save_total_limit": "keep_last",
+    "report_to": "wandb", "log_wandb": "wandb", "early_stopping_patience": "patience",
+}  # fmt: skip
+NO_SETTINGS = {
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "cpu", "no_cuda"),
+        " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
+    ),
+    **dict.fromkeys(("workers", "num_workers"), " There are no loader workers to be set."),
+}
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
+    its letters; a word about what is no setting of ours."""
+    plain = name.lstrip("-").replace("-", "_").lower()
+    ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
+    return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
+
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, said once per job; `source` says what file they are about, if any."""
@@ -31,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            message += "." + did_you_mean(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
+            message += "." + suggestion(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
@@ -190,7 +222,7 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
     defaults, argv = Config().flat(), []
     for name, value in settings.items():
         if name not in defaults:
-            raise UsageError(f"{source}: unknown key {name!r}.{did_you_mean(name, list(defaults))}")
+            raise UsageError(f"{source}: unknown key {name!r}.{suggestion(name, list(defaults))}")
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue

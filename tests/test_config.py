@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cifar_dist.command_line import load_config, parse_command_line
+from cifar_dist.command_line import NO_SETTINGS, OTHERS_NAMES, load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from tests.conftest import ROOT
@@ -86,8 +86,14 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--epochs", "0"], "--epochs: 0 is outside"),
         (["--sched", "cosin"], "invalid choice: 'cosin'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-        (["--batch", "1"], "unrecognized arguments: --batch"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1. Did you mean --lr?"),
+        (["--learning_rate=1"], "Did you mean --lr?"),
+        (["--batch", "1"], "unrecognized arguments: --batch 1. Did you mean --batch-size?"),
+        (["--bs", "1"], "Did you mean --batch-size?"),
+        (["--num-epochs", "1"], "Did you mean --epochs?"),
+        (["--num_train_epochs", "1"], "Did you mean --epochs?"),
+        (["--per_device_train_batch_size", "1"], "Did you mean --micro-batch-size?"),
+        (["--device", "cpu"], "Devices are the launcher's to choose"),
         (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
         (["--mean", "0.5", "none", "0.5"], "--mean: none stands alone"),
@@ -100,10 +106,16 @@ def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
     assert said in refused(capsys, *argv)
 
 
+def test_what_others_call_our_settings_is_none_of_ours():
+    ours = set(Config().flat())
+    assert set(OTHERS_NAMES.values()) <= ours
+    assert not ours & {*OTHERS_NAMES, *NO_SETTINGS}
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("learning_rate: 1\n", "unknown key 'learning_rate'"),
+        ("learning_rate: 1\n", "unknown key 'learning_rate'. Did you mean lr?"),
         ("batchsize: 1\n", "Did you mean batch_size"),
         ("lr: [\n", "not valid YAML at line"),
         ("lr: [1, 2]\n", "lr takes one value, got [1, 2]"),
