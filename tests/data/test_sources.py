@@ -332,6 +332,14 @@ def test_odd_paths_are_refused_in_one_line(config, image_folder):
         open_source(config(image_folder))
 
 
+def test_an_unwritable_cache_of_hugging_face_is_said(image_folder, config, monkeypatch):
+    (image_folder.parent / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", image_folder.parent / "file" / "datasets")
+    for dataset in ("digits", image_folder):
+        with pytest.raises(UsageError, match=r"file/datasets cannot be written \(Not a directory\); set HF_HOME to"):
+            open_source(config(dataset))
+
+
 def hub_cache(folder, root, revision="a" * 40):
     """A cache of the Hub as its client keeps it, made by hand."""
     repository = root / "datasets--uoft-cs--cifar10"
