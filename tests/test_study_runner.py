@@ -304,6 +304,10 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     [
         ("recipes: [small.yaml]\ngird: {lr: [1]}\n", [], "unknown key 'gird'. Did you mean grid?"),
         ("recipes: [smal.yaml]\n", [], "smal.yaml: cannot be read"),
+        (RECIPE, [], "study s.yaml: this is a recipe; start it by: python train.py --config s.yaml"),
+        ("lr: 1\ndatset: digits\n", [], "this is a recipe"),
+        ("recipes: [small.yaml]\nlr: 1\n", [], "unknown key 'lr'"),
+        ("recipes: [small.yaml]\nruns_dir: a_run\n", ["--list"], "runs_dir a_run is the folder of a run"),
         ("recipes: small.yaml\n", [], "recipes is to be a list"),
         ("name: x\n", [], "recipes is to be a list"),
         ("recipes: [small.yaml]\ngrid: {lr: 1}\n", [], "a list of values for lr"),
@@ -335,7 +339,9 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [small.yaml]\n", ["--at-once", "2"], "add --slurm"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_before_anything_runs(main, scripts, text, argv, said):
+def test_bad_input_is_one_line_before_anything_runs(here, main, scripts, text, argv, said):
+    (here / "a_run/checkpoints").mkdir(parents=True)
+    (here / "a_run/config.yaml").touch()
     status, line = main(text, *argv)
     assert status == 2
     assert said in line
