@@ -21,6 +21,38 @@ import yaml
 from cifar_dist.config import Config
 from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
+OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
+    "learning_rate": "lr", "wd": "weight_decay", "optim": "opt", "optimizer": "opt", "scheduler": "sched",
+    "lr_scheduler": "sched", "lr_scheduler_type": "sched", "max_grad_norm": "clip_grad", "model_ema": "model_ema_decay",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size", "batch": "batch_size",
+    "train_batch_size": "batch_size", "total_batch_size": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
+    "grad_accum_steps": "micro_batch_size", "auto_augment": "aa", "label_smoothing": "smoothing",
+    "label_smoothing_factor": "smoothing", "random_erase": "reprob", "arch": "model", "model_name": "model",
+    "model_name_or_path": "model", "data": "dataset", "data_dir": "dataset", "dataset_name": "dataset",
+    "checkpoint": "init_weights", "initial_checkpoint": "init_weights", "input_size": "img_size",
+    "image_size": "img_size", "amp": "precision", "mixed_precision": "precision", "bf16": "precision",
+    "fp16": "precision", "torchcompile": "compile", "torch_compile": "compile", "output": "run_dir",
+    "output_dir": "run_dir", "resume_from_checkpoint": "resume", "log_interval": "log_every",
+    "logging_steps": "log_every", "save_steps": "checkpoint_every", "save_total_limit": "keep_last",
+    "report_to": "wandb", "log_wandb": "wandb", "early_stopping_patience": "patience",
+}  # fmt: skip
+NO_SETTINGS = {
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "cpu", "no_cuda"),
+        " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
+    ),
+    **dict.fromkeys(("workers", "num_workers"), " There are no loader workers to be set."),
+}
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
+    its letters; a word about what is no setting of ours."""
+    plain = name.lstrip("-").replace("-", "_").lower()
+    ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
+    return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
+
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, said once per job; `source` says what file they are about, if any."""
@@ -31,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            message += "." + did_you_mean(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
+            message += "." + suggestion(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
@@ -69,7 +101,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = meta["nargs"] and ("R", "G", "B")
         extra["metavar"] = word or setting.name.upper()
-    kind = _or_none(meta["type"]) if setting.default is None else meta["type"]
+    kind = _or_none(meta["type"]) if setting.default is None and meta["choices"] is None else meta["type"]
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
 
 
@@ -90,7 +122,45 @@ def load_config(path: Path) -> Config:
 def _parse(argv: Sequence[str], source: str = "") -> dict[str, Any]:
     parser = _parser()
     parser.source = source
-    return vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(_none_repeated(_without_values_of_switches(argv, parser))))
+    for name, value in values.items():
+        if value == "none" and parser.get_default(name) is None:  # among choices
+            values[name] = None
+        elif isinstance(value, list) and None in value:
+            if any(number is not None for number in value):
+                parser.error(f"argument --{name}: none stands alone")
+            values[name] = None
+    return values
+
+
+def _without_values_of_switches(argv: Sequence[str], parser: OneLineParser) -> Sequence[str]:
+    """The command line, unless it gives a switch a value; argparse would say of that only that it is not recognized."""
+    switches = {
+        flag: action.option_strings[:2]
+        for action in parser._actions
+        if isinstance(action, argparse.BooleanOptionalAction)
+        for flag in action.option_strings
+    }
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag in switches and (equals or not following.startswith("-")):
+            on, off = switches[flag]
+            parser.error(f"argument {flag}: a switch takes no value, got {value or following!r}; write {on} or {off}")
+    return argv
+
+
+def _none_repeated(argv: Sequence[str]) -> list[str]:
+    """``--mean none`` with as many words as the flag takes values."""
+    words, several = list[str](), _several()
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if word.lower() == "none" and words and words[-1] in several:
+            words += [word] * several[words[-1]]
+        elif value.lower() == "none" and flag in several:
+            words += [flag, *[value] * several[flag]]
+        else:
+            words.append(word)
+    return words
 
 
 def read_mapping(path: Path, source: str) -> dict[str, Any]:
@@ -152,14 +222,14 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
     defaults, argv = Config().flat(), []
     for name, value in settings.items():
         if name not in defaults:
-            raise UsageError(f"{source}: unknown key {name!r}.{did_you_mean(name, list(defaults))}")
+            raise UsageError(f"{source}: unknown key {name!r}.{suggestion(name, list(defaults))}")
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue
         if isinstance(value, bool) != isinstance(defaults[name], bool):
             kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
             raise UsageError(f"{source}: {name} is {kind}, got {value!r}.")
-        if isinstance(value, list) and not _takes_several(name):
+        if isinstance(value, list) and flag not in _several():
             raise UsageError(f"{source}: {name} takes one value, got {value!r}.")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
@@ -170,10 +240,12 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
     return argv
 
 
-def _takes_several(name: str) -> bool:
-    config = Config()
-    sections = (getattr(config, section.name) for section in dataclasses.fields(config))
-    return any(bool(f.metadata["nargs"]) for part in sections for f in dataclasses.fields(part) if f.name == name)
+def _several() -> dict[str, int]:
+    """Flags that take several values, and how many."""
+    sections = (typing.get_type_hints(Config)[section.name] for section in dataclasses.fields(Config))
+    return {
+        f"--{f.name}": f.metadata["nargs"] for kind in sections for f in dataclasses.fields(kind) if f.metadata["nargs"]
+    }
 
 
 def _with_dashes(argument: str) -> str:

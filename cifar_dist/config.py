@@ -134,7 +134,7 @@ class ModelConfig:
     std: tuple[float, ...] | None = option(
         None, "per-channel standard deviation (default: the model's own)", type=positive, nargs=3
     )
-    interpolation: str | None = option(None, "resize filter (default: the model's own)", choices=INTERPOLATIONS)
+    interpolation: str | None = option(None, "resizing (default: the model's own)", choices=(*INTERPOLATIONS, "none"))
     sync_bn: bool = option(False, "batch statistics over all processes (SyncBatchNorm)")
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")

@@ -26,7 +26,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from cifar_dist import peers
+from cifar_dist import peers, slurm
 from cifar_dist.errors import FAILURE_STATUS, UsageError
 from cifar_dist.launch import prepare_environment
 
@@ -112,8 +112,19 @@ def share_cores() -> None:
         return
     with suppress(psutil.Error):  # without a look at what torchrun was given, its 1 is taken for the user's
         if "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ():
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+            torch.set_num_threads(own_cores())
+
+
+def own_cores() -> int:
+    """Cores that are this process's part of those that its node's processes may use; 1 at least.
+
+    srun mostly binds each task to cores of its own; processes of other launchers have theirs in common.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_srun = slurm.in_step() and "TORCHELASTIC_RUN_ID" not in os.environ
+    all_here = int(os.environ.get("SLURM_CPUS_ON_NODE", free)) if by_srun else free
+    return max(min(free, all_here // here), 1)
 
 
 def seed_everything(seed: int) -> None:

@@ -33,9 +33,13 @@ PACKAGES = (
 REQUEUE = "REQUEUE"
 NOT_THE_TRAINING = {
     "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "keep_last", "time_limit", "wandb",
-    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan",
+    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan", "skip_corrupt",
     "ddp_timeout",
 }  # fmt: skip
+_DIGESTS = {  # facts of the data that say nothing to people, and what it means when they differ
+    "data_fingerprint": "files have other names or sizes, or are of another revision on the Hub",
+    "train_val_split": "labels, or the order of images, are others",
+}
 
 
 def choose_run_dir(config: Config) -> Path:
@@ -73,6 +77,9 @@ def choose_run_dir(config: Config) -> Path:
 def changed_settings(config: Config) -> list[str]:
     """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
 
+    The data and the file of initial weights may have moved. Whether the data are the same is not looked at here, but by
+    `create_run_dir`; the weights have done their part.
+
     Raises:
         UsageError: the settings saved there cannot be read.
     """
@@ -82,9 +89,19 @@ def changed_settings(config: Config) -> list[str]:
     old, new = load_config(saved).flat(), config.flat()
     if new["precision"] == "auto":  # it goes on as it began
         new |= {name: old[name] for name in ("precision", "channels_last")}
+    if (
+        Path(new["dataset"]).expanduser().exists()
+    ):  # data may lie elsewhere now; their fingerprint tells whether they do
+        old["dataset"] = new["dataset"]
+    if _file_name(old["init_weights"]) == _file_name(new["init_weights"]):
+        old["init_weights"] = new["init_weights"]
     return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
+
+
+def _file_name(path: str | None) -> str | None:
+    return None if path is None else Path(path).name
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -163,9 +180,10 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
         first = read_json(run_dir / "environment.json")
         for fact, found in facts.items():
             if first.get(fact) != found:
+                how = _DIGESTS.get(fact, f"{shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}")
                 raise UsageError(
-                    f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began"
-                    f" ({shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}); restore the data."
+                    f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began ({how});"
+                    f" restore the data of --dataset {config.data.dataset}, or train on them in another --run-dir."
                 )
         environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
     if config.run.resume != "auto" and (run_dir / "config.yaml").exists():

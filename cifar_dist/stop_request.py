@@ -18,7 +18,7 @@ _noted: str | None = None
 
 
 def listen() -> None:
-    """Note SIGTERM, SIGINT and SIGUSR1 from now on instead of dying of them; a second SIGINT means now."""
+    """Note SIGTERM, SIGINT and SIGUSR1 from now on instead of dying of them; a SIGINT after any of them means now."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -32,7 +32,7 @@ def ignore() -> None:
 
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
-    if _noted == "SIGINT" and number == signal.SIGINT:
+    if _noted is not None and number == signal.SIGINT:
         raise KeyboardInterrupt
     if _noted is None:
         _noted = signal.Signals(number).name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 import threading
@@ -19,6 +18,7 @@ from cifar_dist.batches import Batches, Part, ResidentBatches
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.data.stream import StreamSet
+from cifar_dist.distributed import own_cores
 from cifar_dist.errors import UsageError
 from cifar_dist.ordering import GlobalBatch, fill_up
 from cifar_dist.parallel import Replicated
@@ -118,8 +118,7 @@ class StreamBatches(Batches):
 
     def _run(self, step: int, ready: queue.Queue[_Step | Exception], stop: threading.Event) -> None:
         try:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // here)) as pool:
+            with ThreadPoolExecutor(own_cores()) as pool:
                 for decoded in self._decoded(step, pool, stop):
                     if not _put(ready, decoded, stop):
                         return
@@ -185,7 +184,10 @@ class StreamBatches(Batches):
             self._damaged.add(number)
             too_many = len(self._damaged) > self._allowed
         if too_many:
-            raise UsageError(f"{error} --skip-corrupt {self._allowed} allows no more.") from None
+            raise UsageError(
+                f"{error} --skip-corrupt {self._allowed} allows no more: with a larger one --resume auto goes on; with"
+                " images replaced or removed it is another data set, for a new run."
+            ) from None
         if not known:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,15 @@ def load_study(path: Path, further: Sequence[str] = ()) -> Study:
     """
     source = f"study {path}"
     values = read_mapping(path, source)
+    if "recipes" not in values and values.keys() & Config().flat().keys():
+        raise UsageError(f"{source}: this is a recipe; start it by: python train.py --config {shlex.quote(str(path))}")
     for key in values:
         if key not in KEYS:
             raise UsageError(f"{source}: unknown key {key!r}.{did_you_mean(key, list(KEYS))}")
     name = _checked_name(values.get("name", path.stem), "name", source)
     runs_dir = Path(str(values.get("runs_dir") or Path("runs") / name))
+    if (runs_dir / "config.yaml").exists() and (runs_dir / "checkpoints").is_dir():
+        raise UsageError(f"{source}: runs_dir {runs_dir} is the folder of a run; name one for the folders of runs.")
     entries = values.get("recipes")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{source}: recipes is to be a list of recipe files, relative to the study's.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cifar_dist.errors import UsageError
 from cifar_dist.study_file import Study, StudyRun
 from cifar_dist.study_record import failure_of
 
@@ -63,13 +64,16 @@ def standing_of(run: StudyRun) -> Standing:
     if not run.folder.exists():
         return standing  # without the seconds of importing
     from cifar_dist import checkpoint, checkpoint_store
-    from cifar_dist.errors import UsageError
     from cifar_dist.plan import Plan
     from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running, read_json
 
     try:
         if changed := changed_settings(run.config):
             return replace(standing, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
+        if _has_other_data(run):
+            return replace(
+                standing, in_the_way=f"{run.folder} was trained on other data than {run.config.data.dataset}"
+            )
         choose_run_dir(run.config)
         standing = replace(standing, running=is_running(run.folder))
         stored = checkpoint_store.latest_manifest(run.folder / "checkpoints")
@@ -84,3 +88,19 @@ def standing_of(run: StudyRun) -> Standing:
     plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
     finished = not state.goes_on(plan, run.config.run.patience)
     return replace(standing, step=state.step, total_steps=plan.total_steps, finished=finished)
+
+
+def _has_other_data(run: StudyRun) -> bool:
+    """Whether ``--dataset`` names another place than the run's own, with another set in it.
+
+    Raises:
+        UsageError: what the run has recorded is damaged, or there is no set at that place.
+    """
+    from cifar_dist.command_line import load_config
+    from cifar_dist.data import data_fingerprint
+    from cifar_dist.run_folder import read_json
+
+    saved, environment = run.folder / "config.yaml", run.folder / "environment.json"
+    if not environment.is_file() or load_config(saved).data.dataset == run.config.data.dataset:
+        return False
+    return read_json(environment)["data_fingerprint"] != data_fingerprint(run.config.data)

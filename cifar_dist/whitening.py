@@ -19,7 +19,7 @@ IMAGES, AT_A_TIME = 5000, 500  # as many as the source of the method takes; a bo
 
 
 def whiten(model: torch.nn.Module, data: TrainingData, config: ModelConfig, accelerator: Accelerator) -> None:
-    """Give a model with a whitening layer the first training images; others stay as they are.
+    """Give a model with a whitening layer training images from all over the set; others stay as they are.
 
     The first process computes the layer for all: the signs of its directions may depend on the machine.
 
@@ -40,11 +40,12 @@ def whiten(model: torch.nn.Module, data: TrainingData, config: ModelConfig, acce
             " not keep; take --data-mode resident."
         )
     preprocess = Preprocess(input_config(model, config), torch.device("cpu"), torch.float32)
-    images = data.train.images[:IMAGES].split(AT_A_TIME)
-    network = cast(Any, model)
+    count = min(len(data.train), IMAGES)
+    rows = torch.arange(count) * len(data.train) // count  # of all classes, also where they lie class by class
+    network, images = cast(Any, model), data.train.images
 
     def computed() -> dict[str, torch.Tensor]:
-        network.whiten(preprocess(part) for part in images)
+        network.whiten(preprocess(images[part]) for part in rows.split(AT_A_TIME))
         return network.whitening.state_dict()
 
     network.whitening.load_state_dict(on_main(accelerator, computed))

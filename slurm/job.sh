@@ -109,8 +109,8 @@ run_dir_of() {
 # The step of a run's newest checkpoint; one has its name only once it is whole.
 newest_step() {
     local name step=none
-    for name in "$1"/checkpoints/step-*; do
-        [ -d "$name" ] && step=${name##*-}
+    for name in "$1"/checkpoints/step-*; do # also step-00000100-7: the same step again, with its evaluation
+        [ -d "$name" ] && name=${name##*/step-} && step=${name%%-*}
     done
     printf '%s' "$step"
 }

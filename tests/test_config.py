@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cifar_dist.command_line import load_config, parse_command_line
+from cifar_dist.command_line import NO_SETTINGS, OTHERS_NAMES, load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from tests.conftest import ROOT
@@ -29,6 +29,10 @@ def test_golden_help(monkeypatch, capsys):
     assert capsys.readouterr().out == (ROOT / "tests" / "golden_help.txt").read_text()
 
 
+def test_an_empty_command_line_is_the_defaults():
+    assert parse_command_line([]).config == Config()
+
+
 def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 5e-5\nbatch-size: 64\nmean: [0.5, 0.5, 0.5]\nchannels_last: true\ndrop_path: null\n")
@@ -39,11 +43,20 @@ def test_command_line_overrides_recipe_and_recipe_overrides_defaults(tmp_path):
     assert not parse_command_line(["--config", str(recipe), "--no-channels-last"]).config.model.channels_last
 
 
-def test_none_switches_off_what_a_recipe_sets(tmp_path):
+@pytest.mark.parametrize(
+    "line, flags",
+    [
+        ("clip_grad: 1.0", ["--clip-grad", "none"]),
+        ("interpolation: bicubic", ["--interpolation", "none"]),
+        ("mean: [0.5, 0.5, 0.5]", ["--mean", "none"]),
+        ("std: [0.5, 0.5, 0.5]", ["--lr", "1", "--std=None", "--epochs", "2"]),
+    ],
+)
+def test_none_switches_off_what_a_recipe_sets(tmp_path, line, flags):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("clip_grad: 1.0\npatience: 3\n")
-    config = parse_command_line(["--config", str(recipe), "--clip-grad", "none"]).config
-    assert (config.optim.clip_grad, config.run.patience) == (None, 3)
+    recipe.write_text(f"{line}\npatience: 3\nfreeze: none\n")
+    config = parse_command_line(["--config", str(recipe), *flags]).config
+    assert (config.flat()[line.partition(":")[0]], config.run.patience, config.model.freeze) == (None, 3, "none")
 
 
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
@@ -73,20 +86,36 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--epochs", "0"], "--epochs: 0 is outside"),
         (["--sched", "cosin"], "invalid choice: 'cosin'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-        (["--batch", "1"], "unrecognized arguments: --batch"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1. Did you mean --lr?"),
+        (["--learning_rate=1"], "Did you mean --lr?"),
+        (["--batch", "1"], "unrecognized arguments: --batch 1. Did you mean --batch-size?"),
+        (["--bs", "1"], "Did you mean --batch-size?"),
+        (["--num-epochs", "1"], "Did you mean --epochs?"),
+        (["--num_train_epochs", "1"], "Did you mean --epochs?"),
+        (["--per_device_train_batch_size", "1"], "Did you mean --micro-batch-size?"),
+        (["--device", "cpu"], "Devices are the launcher's to choose"),
         (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
+        (["--mean", "0.5", "none", "0.5"], "--mean: none stands alone"),
+        (["--wandb", "none"], "--wandb: invalid choice: 'none' (choose from"),
+        (["--pretrained", "none"], "a switch takes no value, got 'none'; write --pretrained or --no-pretrained"),
+        (["--no-compile=true", "--lr", "1"], "got 'true'; write --compile or --no-compile"),
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(capsys, argv, said):
     assert said in refused(capsys, *argv)
 
 
+def test_what_others_call_our_settings_is_none_of_ours():
+    ours = set(Config().flat())
+    assert set(OTHERS_NAMES.values()) <= ours
+    assert not ours & {*OTHERS_NAMES, *NO_SETTINGS}
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("learning_rate: 1\n", "unknown key 'learning_rate'"),
+        ("learning_rate: 1\n", "unknown key 'learning_rate'. Did you mean lr?"),
         ("batchsize: 1\n", "Did you mean batch_size"),
         ("lr: [\n", "not valid YAML at line"),
         ("lr: [1, 2]\n", "lr takes one value, got [1, 2]"),

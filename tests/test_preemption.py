@@ -132,13 +132,14 @@ def test_a_signal_while_libraries_are_imported_is_not_lost(tmp_path, delay):
     assert (tmp_path / "run" / "REQUEUE").exists()
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_an_interrupt_after_a_request_stops_at_once(tmp_path, first):
     def work():
         step = train.train_step
 
         def interrupted(*arguments):
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in (first, signal.SIGINT):
+                os.kill(os.getpid(), number)
             return step(*arguments)
 
         train.train_step = interrupted

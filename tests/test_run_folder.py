@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
@@ -18,6 +19,10 @@ def config(run_dir, resume="never", **run):
     return dataclasses.replace(
         Config(), run=dataclasses.replace(Config().run, run_dir=str(run_dir), resume=resume, **run)
     )
+
+
+def with_data(settings, **data):
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
 
 
 def prepare(settings, facts=FACTS):
@@ -38,8 +43,28 @@ def test_a_folder_that_holds_something_is_refused_unless_resumed(tmp_path):
 def test_resume_refuses_other_training_but_not_other_bookkeeping(tmp_path):
     prepare(config(tmp_path))
     prepare(config(tmp_path, "auto", max_steps=7, log_every=3, checkpoint_every=2, micro_batch_size=4))
+    prepare(with_data(config(tmp_path, "auto"), skip_corrupt=5))
     with pytest.raises(UsageError, match=r"other settings \(--epochs 10 -> 11; --seed 0 -> 5\)"):
         prepare(config(tmp_path, "auto", epochs=11, seed=5))
+
+
+def test_data_and_weights_may_lie_elsewhere_after_a_resume(tmp_path):
+    def settings(place, weights, resume="auto"):
+        begun = with_data(config(tmp_path / "run", resume), dataset=str(tmp_path / place))
+        return dataclasses.replace(begun, model=dataclasses.replace(begun.model, init_weights=weights))
+
+    for place in ("job1", "job2"):
+        (tmp_path / place).mkdir()
+    prepare(settings("job1", "/job1/w.pth", "never"))
+    prepare(settings("job2", "/job2/w.pth"))
+    found = load_config(tmp_path / "run" / "config.yaml")
+    assert (found.data.dataset, found.model.init_weights) == (str(tmp_path / "job2"), "/job2/w.pth")
+    with pytest.raises(UsageError, match="data fingerprint differs"):
+        prepare(settings("job1", "/job2/w.pth"), FACTS | {"data_fingerprint": "bb"})
+    assert load_config(tmp_path / "run" / "config.yaml") == found
+    for other in (settings("job2", "/job2/v.pth"), settings("job2", None), with_data(found, dataset="digits")):
+        with pytest.raises(UsageError, match=r"other settings \(--(init-weights|dataset) [^;]*\)"):
+            prepare(dataclasses.replace(other, run=dataclasses.replace(other.run, resume="auto")))
 
 
 def test_resume_needs_a_run_folder(tmp_path):
@@ -92,11 +117,20 @@ def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path)
     assert again == first
 
 
-@pytest.mark.parametrize("change", [{"data_fingerprint": "bb"}, {"class_names": ["dog", "cat"]}])
-def test_resume_refuses_other_data(tmp_path, change):
+@pytest.mark.parametrize(
+    "change, how",
+    [
+        ({"data_fingerprint": "b" * 64}, "(files have other names or sizes"),
+        ({"train_val_split": "cc"}, "(labels, or the order of images, are others)"),
+        ({"class_names": ["dog", "cat"]}, "(['cat', 'dog'] -> ['dog', 'cat'])"),
+    ],
+)
+def test_resume_refuses_other_data(tmp_path, change, how):
     prepare(config(tmp_path))
-    with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs"):
+    with pytest.raises(UsageError, match=f"{next(iter(change)).replace('_', ' ')} differs") as error:
         prepare(config(tmp_path, "auto"), FACTS | change)
+    assert how in str(error.value)
+    assert "--dataset cifar10, or train on them in another --run-dir" in str(error.value)
 
 
 def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch):

@@ -352,7 +352,7 @@ def test_code_in_weights_is_not_run(form, trace, tmp_path):
         raise ZeroDivisionError
     assert trace.exists()
     trace.unlink()
-    assert f"--init-weights {file}: not a whole .safetensors or .pth file" in weights_refusal(file)
+    assert f"--init-weights {file}: not a whole file of weights" in weights_refusal(file)
     assert not trace.exists()
 
 
@@ -380,7 +380,7 @@ F32 = {"dtype": "F32", "shape": [2]}
 def test_headers_that_lie_are_refused(content, tmp_path, little_memory):
     file = tmp_path / "w.safetensors"
     file.write_bytes(content)
-    assert f"--init-weights {file}: not a whole .safetensors" in weights_refusal(file)
+    assert f"--init-weights {file}: not a whole file of weights" in weights_refusal(file)
     file.write_bytes(save({"a": torch.zeros(2)}))  # one that does not lie gets further
     assert "not weights of cnn4" in weights_refusal(file)
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 import train
 from cifar_dist import study
@@ -215,6 +216,22 @@ def test_a_folder_of_other_settings_is_in_the_way_of_its_run_alone(main, scripts
     assert out.endswith("study       1 of 2 runs is finished: a report, no comparison\n")
 
 
+def test_data_that_have_moved_are_no_other_data(here, main, scripts):
+    text = "recipes: [small.yaml]\n"
+    for place, images in (("a", 4), ("c", 5)):
+        for folder in (f"{place}/{split}/{label}" for split in ("train", "test") for label in "xy"):
+            (here / folder).mkdir(parents=True)
+            for number in range(images):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(here / folder / f"{number}.png")
+    flags = ["--max-steps", 1, "--batch-size", 4, "--val-fraction", 0, "--dataset"]
+    main(text, "--", *flags, "a")
+    (here / "a").rename(here / "b")
+    assert states(main(text, "--list", "--", *flags, "b")[1]) == ["finished"]
+    assert states(main(text, "--list", "--", *flags, "c")[1]) == [
+        "in the way: runs/s/small was trained on other data than c"
+    ]
+
+
 def test_a_run_that_is_running_is_left_to_that(here, main, scripts):
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1]}\n"
     run = here / "runs/s/small_seed1"
@@ -287,6 +304,10 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     [
         ("recipes: [small.yaml]\ngird: {lr: [1]}\n", [], "unknown key 'gird'. Did you mean grid?"),
         ("recipes: [smal.yaml]\n", [], "smal.yaml: cannot be read"),
+        (RECIPE, [], "study s.yaml: this is a recipe; start it by: python train.py --config s.yaml"),
+        ("lr: 1\ndatset: digits\n", [], "this is a recipe"),
+        ("recipes: [small.yaml]\nlr: 1\n", [], "unknown key 'lr'"),
+        ("recipes: [small.yaml]\nruns_dir: a_run\n", ["--list"], "runs_dir a_run is the folder of a run"),
         ("recipes: small.yaml\n", [], "recipes is to be a list"),
         ("name: x\n", [], "recipes is to be a list"),
         ("recipes: [small.yaml]\ngrid: {lr: 1}\n", [], "a list of values for lr"),
@@ -318,7 +339,9 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [small.yaml]\n", ["--at-once", "2"], "add --slurm"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_before_anything_runs(main, scripts, text, argv, said):
+def test_bad_input_is_one_line_before_anything_runs(here, main, scripts, text, argv, said):
+    (here / "a_run/checkpoints").mkdir(parents=True)
+    (here / "a_run/config.yaml").touch()
     status, line = main(text, *argv)
     assert status == 2
     assert said in line

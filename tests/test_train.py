@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from cifar_dist import scoring
 from cifar_dist.command_line import load_config
 from cifar_dist.engine import Meter
 from cifar_dist.errors import run_main
+from cifar_dist.run_record import open_run
 from tests.conftest import ROOT
 
 DIGITS = ["--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--batch-size", "64", "--log-every", "5"]
@@ -57,6 +59,39 @@ def assert_same_state(one, other):
     assert tensors.keys() == other_tensors.keys()
     assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
     assert plain == other_plain
+
+
+def test_a_run_goes_on_and_is_scored_where_its_data_lie_now(start, tmp_path):
+    def write(folder, images):
+        for split in ("train", "test"):
+            for label in ("0", "1"):
+                (folder / split / label).mkdir(parents=True)
+                for number in range(images):
+                    Image.new("RGB", (8, 8), (80 * int(label), number, 0)).save(
+                        folder / split / label / f"{number}.png"
+                    )
+        return folder
+
+    flags = [
+        "--model",
+        "cnn4",
+        "--img-size",
+        16,
+        "--wandb",
+        "disabled",
+        "--batch-size",
+        8,
+        "--run-dir",
+        tmp_path / "run",
+    ]
+    data = write(tmp_path / "job1", 20)
+    assert start(*flags, "--dataset", data, "--max-steps", 1) == 0
+    moved = data.rename(tmp_path / "job2")
+    assert start(*flags, "--dataset", moved, "--max-steps", 2, "--resume", "auto") == 0
+    assert len(scoring.test_data(open_run(tmp_path / "run"), None).test) == 40
+    other = write(tmp_path / "job3", 24)
+    assert start(*flags, "--dataset", other, "--max-steps", 3, "--resume", "auto") == 2
+    assert load_config(tmp_path / "run" / "config.yaml").data.dataset == str(moved)
 
 
 def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):

@@ -28,10 +28,14 @@ def label_index(source: Source, split: str, config: DataConfig, num_shards: int)
 
     folder = cache_entry(source, split, config)
     entry = folder.with_name(f"{folder.name}.labels.npz")
+    num_classes = len(source.class_names)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        if not entry.exists():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+        elif isinstance(kept := _read(entry, num_classes, num_shards), tuple):
+            return kept  # without the lock, which a cache that can only be read has no place for
         with FileLock(entry.with_name(f"{entry.name}.lock")):
-            found = _read(entry, len(source.class_names), num_shards) if entry.exists() else None
+            found = _read(entry, num_classes, num_shards) if entry.exists() else None
             if isinstance(found, str):
                 print(f"cache {entry} {found}: reading the labels of {split} again", file=sys.stderr, flush=True)
             if not isinstance(found, tuple):

@@ -22,7 +22,16 @@ LOCAL_FORMS = (
     "a folder of parquet files as on the Hub, cifar-10-batches-py or cifar-100-python or their tar.gz, "
     "train/CLASS/*.png|jpg with test/CLASS/..., or a DatasetDict saved by datasets"
 )
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_FORMS = {  # what PIL may read, for it starts a program for some others; with the suffixes of files
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+_IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMS.values() for suffix in suffixes)
 # Rows often lie class by class, so a stream mixes them only as far as it has shards to read in another order.
 _IMAGES_A_SHARD = 16
 _MOST_SHARDS = 256  # of a saved split: each takes datasets 2 ms to set up
@@ -68,8 +77,8 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
     if parquet:
         return _open_parquet(path, parquet, splits)
     images = {split: _image_files(path / split) for split in splits}
-    if splits == ("test",) and not images["test"]:
-        images = {"test": _image_files(path)}
+    if splits == ("test",) and not images["test"] and any((plain := _image_files(path)).values()):
+        images = {"test": plain}
     if any(images.values()):
         return _open_images(path, images)
     raise UsageError(f"--dataset {path}: {_contents(path)}, which is no form known here; give {LOCAL_FORMS}.")
@@ -161,16 +170,14 @@ def _column(files: list[str], name: str) -> IterableDataset:
     return IterableDataset.from_parquet(files, columns=[name])
 
 
-def _image_files(folder: Path) -> dict[str, list[Path]]:
+def _image_files(folder: Path) -> dict[Path, list[Path]]:
     """Image files of each class, a folder of `folder`; classes and files in the order of their names."""
-    classes: dict[str, list[Path]] = {}
-    if folder.is_dir():
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir() and not entry.name.startswith("."):
-                files = sorted(file for file in entry.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
-                if files:
-                    classes[entry.name] = files
-    return classes
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {
+        entry: sorted(file for file in entry.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+        for entry in entries
+        if entry.is_dir() and not entry.name.startswith(".")
+    }
 
 
 def _image_rows(chunks: list[tuple[tuple[int, str], ...]]) -> Iterator[dict[str, Any]]:
@@ -179,13 +186,18 @@ def _image_rows(chunks: list[tuple[tuple[int, str], ...]]) -> Iterator[dict[str,
             yield {"image": {"path": file, "bytes": None}, "label": label}
 
 
-def _open_images(path: Path, images: dict[str, dict[str, list[Path]]]) -> Local:
+def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]]) -> Local:
     from datasets import ClassLabel, Features, Image, IterableDataset
 
     require_splits(path, [split for split in images if images[split]], list(images))
     tables = {}
     for split, classes in images.items():
-        features = Features({"image": Image(), "label": ClassLabel(names=list(classes))})
+        if empty := [str(folder.relative_to(path)) for folder, files in classes.items() if not files]:
+            raise UsageError(
+                f"--dataset {path}: no image lies directly in {empty[0]} ({', '.join(_IMAGE_SUFFIXES)}); a folder is a"
+                " class, so put its images there, or remove it."
+            )
+        features = Features({"image": Image(), "label": ClassLabel(names=[folder.name for folder in classes])})
         rows = [(label, str(file)) for label, files in enumerate(classes.values()) for file in files]
         chunks = [tuple(rows[first : first + _IMAGES_A_SHARD]) for first in range(0, len(rows), _IMAGES_A_SHARD)]
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"chunks": chunks})

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cifar_dist.config import DataConfig
-from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
+from cifar_dist.data.local import IMAGE_FORMS, LOCAL_FORMS, Local, open_local
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
 from cifar_dist.errors import UsageError, did_you_mean, first_line
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
-_IMAGE_FORMS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # PIL starts a program for some of the others
 _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
@@ -133,12 +132,12 @@ def _open_image(content: bytes) -> Image.Image:
     """The decoded image, upright.
 
     Raises:
-        Exception: it is damaged, of no form of `_IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
+        Exception: it is damaged, of no form of `IMAGE_FORMS`, or has more pixels than PIL takes for an attack.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMS)
+        image = Image.open(io.BytesIO(content), formats=tuple(IMAGE_FORMS))
     except UnidentifiedImageError:
-        raise ValueError(f"it is none of {', '.join(_IMAGE_FORMS)}") from None
+        raise ValueError(f"it is none of {', '.join(IMAGE_FORMS)}") from None
     pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if most is not None and pixels > most:  # up to twice as many, PIL only warns
         raise Image.DecompressionBombError(f"it has {pixels:,} pixels, {most:,} are the most that is opened")
@@ -153,19 +152,39 @@ def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
         UsageError: the name or path is unknown, the Hub cannot be reached, a split or column is missing, or a file is
             damaged.
     """
-    if config.dataset in HUB_IDS:
-        name, found = config.dataset, _open_hub(config.dataset)
-    elif config.dataset == "digits":
-        name, found = config.dataset, _open_digits()
-    elif not config.dataset:
-        raise UsageError(f"--dataset is empty; name one of {', '.join(NAMES)}, or a local path: {LOCAL_FORMS}.")
-    else:
-        path = _local_path(config.dataset)
-        name, found = path.resolve().name, open_local(path, splits)
+    try:
+        name, found = _open_named(config.dataset, splits)
+    except OSError as error:
+        raise _unwritable_cache(config.dataset, error) or error from None
     for split in splits:
         if found.tables[split].num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
     return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)
+
+
+def _open_named(dataset: str, splits: Sequence[str]) -> tuple[str, Local]:
+    """The set's name, and its splits."""
+    if dataset in HUB_IDS:
+        return dataset, _open_hub(dataset)
+    if dataset == "digits":
+        return dataset, _open_digits()
+    if not dataset:
+        raise UsageError(f"--dataset is empty; name one of {', '.join(NAMES)}, or a local path: {LOCAL_FORMS}.")
+    path = _local_path(dataset)
+    return path.resolve().name, open_local(path, splits)
+
+
+def _unwritable_cache(dataset: str, error: OSError) -> UsageError | None:
+    """What to say if an error is of the folder that `datasets` makes for itself, whatever it is to open."""
+    import datasets
+
+    cache, failed = Path(datasets.config.HF_DATASETS_CACHE), Path(error.filename or os.devnull)
+    if failed != cache and failed not in cache.parents and cache not in failed.parents:
+        return None
+    return UsageError(
+        f"--dataset {dataset}: Hugging Face's cache {cache} cannot be written ({error.strerror}); set HF_HOME to a"
+        " folder of yours."
+    )
 
 
 def _local_path(dataset: str) -> Path:

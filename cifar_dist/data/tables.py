@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SPLITS = ("train", "test")
+_MOST_CLASSES = 100_000  # of plain numbers, in a set to be scored that has fewer rows: it may lack most classes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     image = image or _only_image(features, config)
     label = _named(config.label_column, "--label-column", features, "labels", _is_label)
     label = label or _main_label(features, config)
-    names = _class_names(main, label, config)
+    names = _class_names(main, label, config, at_least=0 if "train" in tables else _MOST_CLASSES)
     if "train" not in tables:
         return Columns(image, label, names)
     in_test = dict(tables["test"].stream.features or {})
@@ -141,27 +142,36 @@ def _main_label(features: dict[str, Any], config: DataConfig) -> str:
     raise UsageError(f"--dataset {config.dataset}: {what}; name one with --label-column (it has {_listed(features)}).")
 
 
-def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...]:
-    """The feature's names; for plain whole numbers, 0 to the largest one in train."""
+def _class_names(train: Table, label: str, config: DataConfig, at_least: int) -> tuple[str, ...]:
+    """The feature's names; for plain whole numbers, 0 to the largest one in train.
+
+    These are refused as ids when there are more of them than rows, and more than `at_least`.
+    """
     from datasets import ClassLabel
 
     feature = (train.stream.features or {})[label]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
     try:
-        largest = max(map(_largest, train.column(label).with_format("arrow").iter(65536)), default=-1)
+        parts = list(map(_rows_and_largest, train.column(label).with_format("arrow").iter(65536)))
     except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
         reason = first_line(error)
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
+    rows, largest = sum(part[0] for part in parts), max((part[1] for part in parts), default=-1)
+    if largest >= max(rows, at_least):
+        raise UsageError(
+            f"--dataset {config.dataset}: the column {label!r} goes up to {largest:,} in {rows:,} rows, so it holds no"
+            " numbers of classes from 0 on; name another with --label-column."
+        )
     return tuple(str(number) for number in range(largest + 1))
 
 
-def _largest(labels: pa.Table) -> int:
+def _rows_and_largest(labels: pa.Table) -> tuple[int, int]:
     import pyarrow.compute
 
     if labels.column(0).null_count:
         raise ValueError("a label is missing")
-    return pyarrow.compute.max(labels.column(0)).as_py()
+    return labels.num_rows, pyarrow.compute.max(labels.column(0)).as_py()
 
 
 def _listed(features: dict[str, Any]) -> str:

@@ -47,10 +47,17 @@ def resolve_name(name: str) -> str:
         return name
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        near = did_you_mean(architecture, [*ALIASES, *timm.list_models()])
+        near = _nearest(architecture.lower())
         raise UsageError(f"--model {name}: timm has no such model.{near}")
     known = get_arch_pretrained_cfgs(architecture)
     if tag and name not in known:
         tags = ", ".join(known) or "none"
         raise UsageError(f"--model {name}: {architecture} has no tag {tag!r}; there are: {tags}.")
     return name
+
+
+def _nearest(name: str) -> str:
+    """`` Did you mean a, b?`` for models that begin with a lower-case name, or else are spelled alike."""
+    known = [*ALIASES, *timm.list_models()]
+    begin = [model for model in known if name and model.startswith(name)]
+    return f" Did you mean {', '.join(begin[:3])}?" if begin else did_you_mean(name, known)

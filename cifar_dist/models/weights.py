@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, load_state_dict
 from torch import nn
 
@@ -92,8 +93,11 @@ def _read(file: Path) -> State:
     try:
         state = load_state_dict(str(file))
     except Exception as error:  # each format and kind of damage has its own exception
+        # torch's and timm's reasons are numbers of bytes that are no pickle's, or advice to load it unsafely.
+        reason = f" ({named(error)})" if isinstance(error, OSError | SafetensorError) else ""
         raise UsageError(
-            f"--init-weights {file}: not a whole .safetensors or .pth file of weights ({named(error)})."
+            f"--init-weights {file}: not a whole file of weights that can be loaded safely{reason}; give a .safetensors"
+            " file, or a state_dict (no whole model) saved by torch.save."
         ) from error
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"--init-weights {file}: it holds no weights (its keys: {_some(list(state))}).")

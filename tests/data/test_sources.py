@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
+from cifar_dist.data.local import IMAGE_FORMS
 from cifar_dist.data.sources import open_source
 from cifar_dist.errors import UsageError
 from tests.data.fakes import pixels
@@ -80,6 +81,38 @@ def test_image_folder(image_folder, config):
     assert np.array_equal(images, [*pixels(4, 0), *pixels(4, 1)])
 
 
+@pytest.mark.parametrize("suffix", [".webp", ".BMP", ".tif", ".gif", ".ppm", ".jfif"])
+def test_every_form_that_pil_may_read_is_an_image(suffix, image_folder, config):
+    for split in ("train", "test"):  # of one class all, of the other one more
+        for file in (image_folder / split / "cat").iterdir():
+            Image.open(file).save(file.with_suffix(suffix))
+            file.unlink()
+        Image.fromarray(pixels(1)[0]).save(image_folder / split / "dog" / f"9{suffix}")
+    source = open_source(config(image_folder))
+    assert source.class_names == ("cat", "dog")
+    assert (source.num_rows("train"), source.num_rows("test")) == (9, 5)
+    assert len(list(source.rows("train"))) == 9
+
+
+def test_suffixes_are_those_of_pil():
+    theirs = Image.registered_extensions()
+    assert all(theirs[suffix] == form for form, suffixes in IMAGE_FORMS.items() for suffix in suffixes)
+
+
+def test_a_class_without_images_is_named(image_folder, config):
+    (image_folder / "test" / "emu" / "images").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no image lies directly in test/emu \(\.png, .*\.webp"):
+        open_source(config(image_folder))
+    for file in image_folder.glob("*/*/*.png"):
+        file.unlink()
+    for splits in (("train", "test"), ("test",)):
+        with pytest.raises(UsageError, match=rf"no image lies directly in {splits[0]}/cat"):
+            open_source(config(image_folder), splits)
+    Image.fromarray(pixels(1)[0]).save(image_folder / "train" / "cat" / "0.png")
+    with pytest.raises(UsageError, match=r"no image lies directly in dog"):
+        open_source(config(image_folder / "train"), ("test",))
+
+
 def test_saved_by_datasets(tmp_path, config):
     saved = datasets.DatasetDict(
         {name: datasets.Dataset.from_dict(columns(4, seed), FEATURES) for name, seed in (("train", 1), ("test", 2))}
@@ -138,6 +171,21 @@ def test_columns_by_flag_and_without_metadata(parquet_folder, config):
     assert source.class_names == ("0", "1", "2")
     images, labels = arrays(source, "train")
     assert np.array_equal(images, pixels(4)) and labels == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("largest, refused", [(3, False), (4, True), (20_000_000_000, True)])
+def test_a_column_of_ids_is_no_label(largest, refused, parquet_folder, config):
+    plain = {"picture": pictures(4), "id": [0, 1, 2, largest]}
+    folder = parquet_folder(
+        {"train": plain, "test": plain}, Features({"picture": ImageFeature(), "id": Value("int64")})
+    )
+    if refused:
+        with pytest.raises(UsageError, match=f"'id' goes up to {largest:,} in 4 rows.*--label-column"):
+            open_source(config(folder))
+    else:
+        assert open_source(config(folder)).class_names == ("0", "1", "2", "3")
+    if largest < 5:  # a set to be scored may lack classes
+        assert len(open_source(config(folder), ("test",)).class_names) == largest + 1
 
 
 def encoded(image):
@@ -282,6 +330,14 @@ def test_odd_paths_are_refused_in_one_line(config, image_folder):
     (image_folder / "train" / "cat" / "lost.png").symlink_to("/no/such/image.png")
     with pytest.raises(UsageError, match=r"lost.png cannot be read"):
         open_source(config(image_folder))
+
+
+def test_an_unwritable_cache_of_hugging_face_is_said(image_folder, config, monkeypatch):
+    (image_folder.parent / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", image_folder.parent / "file" / "datasets")
+    for dataset in ("digits", image_folder):
+        with pytest.raises(UsageError, match=r"file/datasets cannot be written \(Not a directory\); set HF_HOME to"):
+            open_source(config(dataset))
 
 
 def hub_cache(folder, root, revision="a" * 40):

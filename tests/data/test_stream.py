@@ -249,7 +249,7 @@ def test_a_damaged_image_is_named_and_may_be_skipped(tmp_path):
     batches, plan, _ = batches_of(folder, "--val-fraction", "0")
     found = seen(batches, range(plan.steps_per_epoch))
     assert f"row {bad} of train (row 5 of {path.name}) cannot be decoded" in batches.lost
-    assert "--skip-corrupt 0 allows no more" in batches.lost
+    assert "--skip-corrupt 0 allows no more: with a larger one --resume auto goes on" in batches.lost
     assert found[-1] == []
     batches, plan, _ = batches_of(folder, "--val-fraction", "0", "--skip-corrupt", "1")
     found = seen(batches, range(plan.steps_per_epoch))
@@ -532,6 +532,19 @@ def test_a_damaged_label_index_is_said_and_read_again(tmp_path, damage, capsys):
     assert entry.read_bytes() == whole and not left_over.exists()
     load_training_data(data, GIB)
     assert capsys.readouterr().err == ""
+
+
+def test_labels_in_a_cache_that_can_only_be_read_are_taken(tmp_path, monkeypatch):
+    data = config_of(write_set(tmp_path / "set", 2, 60), "--cache-dir", str(tmp_path / "cache")).data
+    before = load_training_data(data, GIB).train
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock", refuse)
+    assert np.array_equal(load_training_data(data, GIB).train.all_labels, before.all_labels)
+    with pytest.raises(UsageError, match=r"--cache-dir .*cannot be kept there \(Permission denied\)"):
+        load_training_data(dataclasses.replace(data, cache_dir=str(tmp_path / "other")), GIB)
 
 
 def test_a_label_index_is_on_disk_before_its_name(tmp_path, monkeypatch):

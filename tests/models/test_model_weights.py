@@ -171,7 +171,9 @@ def test_files_that_are_not_weights(cnn4_file, tmp_path):
     torch.save(build_model(ModelConfig(model="cnn4"), 10), tmp_path / "pickled.pth")
     for name in ("short.safetensors", "text.pth", "empty.pth", "short.pth", "pickled.pth"):
         message = _error(model="cnn4", init_weights=str(tmp_path / name))
-        assert f"--init-weights {tmp_path / name}: not a whole .safetensors or .pth file" in message
+        assert f"--init-weights {tmp_path / name}: not a whole file of weights that can be loaded safely" in message
+        assert "; give a .safetensors file, or a state_dict (no whole model) saved by torch.save." in message
+        assert "weights_only" not in message and "\n" not in message
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     assert "holds no weights (its keys: epoch)" in _error(model="cnn4", init_weights=str(tmp_path / "other.pth"))
     (tmp_path / "folder").mkdir()

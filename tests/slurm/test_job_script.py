@@ -275,6 +275,15 @@ def test_slurms_lists_of_nodes(text, nodes):
     assert found.stdout.split() == nodes.split()
 
 
+@pytest.mark.parametrize("names", [(), ("step-00000050", "step-00000100"), ("step-00000100", "step-00000100-7")])
+def test_the_newest_step_is_read_off_the_folders(tmp_path, names):
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    line = ["bash", "-c", 'source slurm/job.sh && newest_step "$0"', str(tmp_path)]
+    found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == ("00000100" if names else "none")
+
+
 def test_another_folder_than_the_repository_is_refused(jobs, tmp_path):
     number = jobs.cluster.submit(str(ROOT / "slurm/train.sbatch"), folder=tmp_path)
     found = jobs.cluster.wait(number, *ENDED)
