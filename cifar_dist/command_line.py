@@ -22,27 +22,19 @@ from cifar_dist.config import Config
 from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
 
 OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
-    "learning_rate": "lr", "wd": "weight_decay", "optim": "opt", "optimizer": "opt", "scheduler": "sched",
-    "lr_scheduler": "sched", "lr_scheduler_type": "sched", "max_grad_norm": "clip_grad", "model_ema": "model_ema_decay",
-    "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size", "batch": "batch_size",
-    "train_batch_size": "batch_size", "total_batch_size": "batch_size",
-    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
-    "grad_accum_steps": "micro_batch_size", "auto_augment": "aa", "label_smoothing": "smoothing",
-    "label_smoothing_factor": "smoothing", "random_erase": "reprob", "arch": "model", "model_name": "model",
-    "model_name_or_path": "model", "data": "dataset", "data_dir": "dataset", "dataset_name": "dataset",
-    "checkpoint": "init_weights", "initial_checkpoint": "init_weights", "input_size": "img_size",
-    "image_size": "img_size", "amp": "precision", "mixed_precision": "precision", "bf16": "precision",
-    "fp16": "precision", "torchcompile": "compile", "torch_compile": "compile", "output": "run_dir",
-    "output_dir": "run_dir", "resume_from_checkpoint": "resume", "log_interval": "log_every",
-    "logging_steps": "log_every", "save_steps": "checkpoint_every", "save_total_limit": "keep_last",
-    "report_to": "wandb", "log_wandb": "wandb", "early_stopping_patience": "patience",
+    "learning_rate": "lr", "wd": "weight_decay", "optimizer": "opt", "lr_scheduler_type": "sched",
+    "max_grad_norm": "clip_grad", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
+    "batch": "batch_size", "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size", "grad_accum_steps": "micro_batch_size", "auto_augment": "aa",
+    "label_smoothing": "smoothing", "arch": "model", "model_name_or_path": "model", "data_dir": "dataset",
+    "initial_checkpoint": "init_weights", "input_size": "img_size", "image_size": "img_size", "amp": "precision",
+    "mixed_precision": "precision", "bf16": "precision", "fp16": "precision", "torchcompile": "compile",
+    "output_dir": "run_dir", "output": "run_dir", "log_interval": "log_every", "logging_steps": "log_every",
 }  # fmt: skip
 NO_SETTINGS = {
-    **dict.fromkeys(
-        ("device", "gpu", "gpus", "cpu", "no_cuda"),
-        " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
-    ),
-    **dict.fromkeys(("workers", "num_workers"), " There are no loader workers to be set."),
+    "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
+    "workers": " There are no loader workers to be set.",
+    "num_workers": " There are no loader workers to be set.",
 }
 
 
@@ -97,9 +89,9 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if hint is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=help)
         return
-    extra: dict[str, Any] = {"nargs": meta["nargs"]} if meta["nargs"] else {}
+    extra: dict[str, Any] = {"nargs": "+"} if meta["nargs"] else {}  # so many, or none
     if meta["choices"] is None:
-        word = meta["nargs"] and ("R", "G", "B")
+        word = meta["nargs"] and ("R", "G B")
         extra["metavar"] = word or setting.name.upper()
     kind = _or_none(meta["type"]) if setting.default is None and meta["choices"] is None else meta["type"]
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
@@ -122,14 +114,13 @@ def load_config(path: Path) -> Config:
 def _parse(argv: Sequence[str], source: str = "") -> dict[str, Any]:
     parser = _parser()
     parser.source = source
-    values = vars(parser.parse_args(_none_repeated(_without_values_of_switches(argv, parser))))
+    values = vars(parser.parse_args(_without_values_of_switches(argv, parser)))
+    several = _several()
     for name, value in values.items():
-        if value == "none" and parser.get_default(name) is None:  # among choices
+        if value == [None] or (value == "none" and parser.get_default(name) is None):  # among choices
             values[name] = None
-        elif isinstance(value, list) and None in value:
-            if any(number is not None for number in value):
-                parser.error(f"argument --{name}: none stands alone")
-            values[name] = None
+        elif isinstance(value, list) and (len(value) != several[f"--{name}"] or None in value):
+            parser.error(f"argument --{name}: expected {several[f'--{name}']} arguments, or none")
     return values
 
 
@@ -147,20 +138,6 @@ def _without_values_of_switches(argv: Sequence[str], parser: OneLineParser) -> S
             on, off = switches[flag]
             parser.error(f"argument {flag}: a switch takes no value, got {value or following!r}; write {on} or {off}")
     return argv
-
-
-def _none_repeated(argv: Sequence[str]) -> list[str]:
-    """``--mean none`` with as many words as the flag takes values."""
-    words, several = list[str](), _several()
-    for word in argv:
-        flag, _, value = word.partition("=")
-        if word.lower() == "none" and words and words[-1] in several:
-            words += [word] * several[words[-1]]
-        elif value.lower() == "none" and flag in several:
-            words += [flag, *[value] * several[flag]]
-        else:
-            words.append(word)
-    return words
 
 
 def read_mapping(path: Path, source: str) -> dict[str, Any]:

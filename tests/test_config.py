@@ -96,7 +96,7 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--device", "cpu"], "Devices are the launcher's to choose"),
         (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
-        (["--mean", "0.5", "none", "0.5"], "--mean: none stands alone"),
+        (["--mean", "0.5", "none", "0.5"], "--mean: expected 3 arguments, or none"),
         (["--wandb", "none"], "--wandb: invalid choice: 'none' (choose from"),
         (["--pretrained", "none"], "a switch takes no value, got 'none'; write --pretrained or --no-pretrained"),
         (["--no-compile=true", "--lr", "1"], "got 'true'; write --compile or --no-compile"),
