@@ -18,7 +18,11 @@ from tests.ranks import Ranks
 from tests.test_same_training import run
 
 CONFIG = ModelConfig(model="airbench94")
-ACCELERATOR = Accelerator(cpu=True)
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate):
+    return Accelerator(cpu=True)
 
 
 class Data:
@@ -42,10 +46,10 @@ def resident():
     return Data(ResidentSet(pixels, torch.zeros(count, dtype=torch.int64), torch.arange(count)))
 
 
-def test_patches_leave_the_layer_uncorrelated_and_of_equal_variance(resident):
+def test_patches_leave_the_layer_uncorrelated_and_of_equal_variance(resident, accelerator):
     """By numpy, over the patches of the images that it was made from."""
     model = build_model(CONFIG, 10)
-    whiten(model, resident, CONFIG, ACCELERATOR)
+    whiten(model, resident, CONFIG, accelerator)
     input = input_config(model, CONFIG)
     pixels = (resident.train.images[::2].numpy() / 255.0 - input.mean) / input.std
     corners = [pixels[:, y : 31 + y, x : 31 + x] for y in (0, 1) for x in (0, 1)]
@@ -62,26 +66,26 @@ def test_patches_leave_the_layer_uncorrelated_and_of_equal_variance(resident):
     assert not model.whitening.bias.requires_grad
 
 
-def test_a_convolution_is_what_the_filters_say(resident):
+def test_a_convolution_is_what_the_filters_say(resident, accelerator):
     model = build_model(CONFIG, 10)
-    whiten(model, resident, CONFIG, ACCELERATOR)
+    whiten(model, resident, CONFIG, accelerator)
     image = torch.rand(1, 3, 32, 32)
     patch = image[0, :, 4:6, 7:9].flatten()
     expected = model.whitening.weight.flatten(1) @ patch
     torch.testing.assert_close(model.whitening(image)[0, :, 4, 7], expected)
 
 
-def test_other_models_and_given_weights_stay(resident):
-    whiten(build_model(ModelConfig(model="cnn4"), 10), resident, ModelConfig(model="cnn4"), ACCELERATOR)
+def test_other_models_and_given_weights_stay(resident, accelerator):
+    whiten(build_model(ModelConfig(model="cnn4"), 10), resident, ModelConfig(model="cnn4"), accelerator)
     model = build_model(CONFIG, 10)
     before = model.whitening.weight.clone()
-    whiten(model, resident, ModelConfig(model="airbench94", init_weights="file.safetensors"), ACCELERATOR)
+    whiten(model, resident, ModelConfig(model="airbench94", init_weights="file.safetensors"), accelerator)
     assert torch.equal(model.whitening.weight, before)
 
 
-def test_a_stream_has_no_images_to_look_at():
+def test_a_stream_has_no_images_to_look_at(accelerator):
     with pytest.raises(UsageError, match="--data-mode stream"):
-        whiten(build_model(CONFIG, 10), Data(StreamSet.__new__(StreamSet)), CONFIG, ACCELERATOR)
+        whiten(build_model(CONFIG, 10), Data(StreamSet.__new__(StreamSet)), CONFIG, accelerator)
 
 
 def test_all_processes_have_the_first_ones_layer(resident):
