@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import load_evidence
 from cifar_dist.report import report_folder, write_comparison, write_report
+from cifar_dist.report.endings import cut_warning
 from cifar_dist.report.grouping import grid_axes, group_runs
-from cifar_dist.run_record import open_run
+from cifar_dist.run_record import Run, open_run
 from cifar_dist.study_record import StudyRecord, save_record
-from tests.made_up import COST, make_run, make_scored, save_report, with_class_names
+from tests.made_up import COST, LOG, PLAN, make_run, make_scored, save_report, with_class_names
 
 
 @pytest.fixture(autouse=True)
@@ -247,19 +249,76 @@ def test_a_grid_of_two_settings(tmp_path):
 
 def test_names_of_groups():
     def groups(*settings):
-        configs = [Config.from_flat(each) for each in settings]
-        return group_runs(configs, [f"run{n}" for n in range(len(configs))])
+        runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
+        return group_runs(runs, [f"run{n}" for n in range(len(runs))])
 
     assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
     found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
     assert [g.name for g in found] == ["a, lr 0.1", "a, lr 0.2", "b"]
     assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
     # where it ran and what it was called are no settings
-    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y"})) == 1
+    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y", "seed": 1})) == 1
     assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (
         "lr", "epochs"
     )  # fmt: skip
     assert grid_axes(groups({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3})) is None
+
+
+def test_a_seed_that_a_group_has_already_is_no_repeat(tmp_path):
+    """As one training on a CPU and on a GPU: n would be 2, with no spread at all."""
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0}, {"seed": 0, "lr": 0.5}, {"seed": 1}]
+    groups = group_runs([Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings], "abcde")
+    assert [(g.name, g.members) for g in groups] == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_runs_of_one_seed_are_compared(tmp_path):
+    runs = [make(tmp_path, "cpu"), make(tmp_path, "gpu", make_scored(seed=1))]
+    found = compared(tmp_path, *runs)
+    assert found.title == "cpu against gpu"
+    assert [group["runs"] for group in found.summary["groups"]] == [["cpu"], ["gpu"]]
+    assert [pair["test"] for pair in found.summary["pairs"]] == ["McNemar, chi-square with continuity correction"]
+    assert "All settings are the same. Runs with the same settings and the same seed are no repeats" in found.markdown
+    assert "the same settings but the seed" not in found.markdown
+
+
+LONGER = {**PLAN, "schedule_steps": 40}
+STALLED = [{"step": 10 * n, "epoch": n, "val/loss": 1.0, "val/top1": 0.5} for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "log", "settings", "cut", "apart"),
+    [
+        (PLAN, LOG, {"max_steps": 20}, False, False),  # no fewer than are scheduled
+        (PLAN, LOG, {"max_steps": 500}, False, False),
+        (LONGER, LOG, {"max_steps": 20}, True, True),
+        (LONGER, LOG, {}, True, False),  # by a signal: the page warns
+        (LONGER, LOG, {"max_steps": 500}, True, False),
+        (LONGER, STALLED, {"patience": 1, "max_steps": 30}, False, False),
+        (LONGER, STALLED, {"patience": 2}, True, False),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, settings, cut, apart):
+    patience = {"patience": settings["patience"]} if "patience" in settings else {}
+    runs = [make(tmp_path, "a", **patience), make(tmp_path, "b", log=log, plan=plan, seed=1, **settings)]
+    found = compared(tmp_path, *runs)
+    assert len(found.summary["groups"]) == 1 + apart
+    said = "**Not all runs were trained to the end of their schedule; cut: b after 20 of 40 steps.**"
+    assert (said in found.markdown) == cut
+    assert "The run was not trained" not in found.markdown
+    own = (runs[1].folder / "report" / "report.md").read_text()
+    assert ("**The run was not trained to the end of its schedule: it was cut after 20 of 40 steps.**" in own) == cut
+    if apart:
+        assert "| max steps | None | 20 |" in found.markdown
+        assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
+
+
+def test_a_run_that_was_cut_between_two_records_has_the_steps_of_its_heartbeat(tmp_path):
+    run = make(tmp_path, "a", plan=LONGER)
+    for text, steps in (('{"step": 23, "seconds": 1.0}', 23), ('{"step": 7}', 20), ("{", 20)):
+        (run.folder / "progress.json").write_text(text)
+        assert cut_warning(run).endswith(f" {steps} of 40 steps.")
 
 
 def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):

@@ -12,6 +12,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen
 from cifar_dist.flops import Flops, Peak, mfu
 from cifar_dist.predictions import Scored
+from cifar_dist.report.endings import cut_warning
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
 
@@ -80,7 +81,7 @@ def _selected_on(run: Run, scored: Scored) -> str:
 
 
 def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
-    warnings, trained_on = [], run.environment.get("data_fingerprint")
+    warnings, trained_on = [cut] if (cut := cut_warning(run)) else [], run.environment.get("data_fingerprint")
     own_data = scored.about.own_data
     if selected_on == "test" and own_data:
         warnings.append(TEST_SELECTED)

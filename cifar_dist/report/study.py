@@ -63,7 +63,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         for name, run, folder in zip(names_of([run.folder for run in runs]), runs, folders, strict=True)
     ]
     _check_comparable(members)
-    groups = group_runs([run.config for run in runs], [member.name for member in members])
+    groups = group_runs(runs, [member.name for member in members])
     pairs = _pairs(members, groups)
     study = record_of([run.folder for run in runs])
     make_room(output)

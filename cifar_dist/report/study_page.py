@@ -10,6 +10,7 @@ import numpy as np
 
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import study_figures
+from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
 from cifar_dist.report.tables import MIB, interval, percent, quantity
@@ -40,7 +41,7 @@ def study_page(
 ) -> Page:  # fmt: skip
     """The comparison for people: which is better first, then at what cost."""
     about, count = members[0].scored.about, len(members[0].scored.ids)
-    warnings = {warning for member in members for warning in member.metrics["warnings"]}
+    warnings = _warnings(members)
 
     def shown(*names: str) -> list[Picture]:
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
@@ -70,6 +71,17 @@ def study_page(
             Section("Files", [Files(files)]),
         ],
     )
+
+
+def _warnings(members: Sequence[Member]) -> set[str]:
+    """Those of the runs' reports; runs that were not trained to their end are named in one."""
+    cut = [member for member in members if was_cut(member.run)]
+    found = {warning for member in members for warning in member.metrics["warnings"]}
+    found -= {cut_warning(member.run) or "" for member in cut}
+    if cut:
+        named = ", ".join(f"{member.name} after {steps_of(member.run)}" for member in cut)
+        found.add(f"Not all runs were trained to the end of their schedule; cut: {named}.")
+    return found
 
 
 def _mean_accuracy(members: Sequence[Member], group: Group) -> str:
@@ -126,12 +138,17 @@ def _other_numbers(members: Sequence[Member]) -> Table:
 def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text | Table]:
     """All settings in which the groups differ: a model is compared as it was trained."""
     names = groups[0].settings
+    twice = len({repr(group.settings) for group in groups}) < len(groups)
+    again = "Runs with the same settings and the same seed are no repeats; they are compared with each other."
     if not names:
-        return []
+        return [Text(f"All settings are the same. {again}")] if twice else []
     rows = [(name.replace("_", " "), *(str(group.settings[name]) for group in groups)) for name in names]
-    words = "All other settings are the same. What is compared is a model as it was trained, not an architecture alone."
+    unequal = ", but not all runs were trained to their end" if any(was_cut(member.run) for member in members) else ""
+    words = f"All other settings are the same{unequal}."
+    words += " What is compared is a model as it was trained, not an architecture alone."
     if len(members) == len(groups):
         words += " Each was trained once: intervals are of the test images, and say nothing of other seeds."
+    words += f" {again}" * twice
     return [Table(("setting", *(group.name for group in groups)), rows), Text(words)]
 
 

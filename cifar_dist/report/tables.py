@@ -11,6 +11,7 @@ from typing import Any
 from cifar_dist.config import Config
 from cifar_dist.page import Table
 from cifar_dist.predictions import About, Scored
+from cifar_dist.report.endings import steps_trained
 from cifar_dist.run_record import Run
 
 SHOWN_SETTINGS = [
@@ -188,7 +189,7 @@ def environment(run: Run, scored: Scored) -> Table:
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     facts["interruptions"] = interruptions(run.environment.get("restarts", []))
-    facts["steps"] = f"{run.last_step:,} of {run.plan['schedule_steps']:,} scheduled"
+    facts["steps"] = f"{steps_trained(run):,} of {run.plan['schedule_steps']:,} scheduled"
     facts["test data fingerprint"] = scored.about.fingerprint
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
     return Table(("what", "value"), rows)
