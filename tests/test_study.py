@@ -247,6 +247,17 @@ def test_a_grid_of_two_settings(tmp_path):
     assert "epochs" in text
 
 
+def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(tmp_path, three):
+    compared(tmp_path, *three)
+    out = tmp_path / "out"
+    own = {"holiday.jpg", "thesis.svg", "plot.png", "curves.txt"}
+    for name in (*own, "grid.png", "grid.svg"):
+        (out / name).write_text("")
+    drawn = {path.name for path in out.iterdir()} - {"grid.png", "grid.svg"}
+    compared(tmp_path, *three)
+    assert {path.name for path in out.iterdir()} == drawn >= own
+
+
 def test_names_of_groups():
     def groups(*settings):
         runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]

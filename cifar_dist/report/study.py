@@ -68,10 +68,8 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     study = record_of([run.folder for run in runs])
     make_room(output)
     try:
-        if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
-            for kind in ("png", "jpg", "svg"):
-                for picture in output.glob(f"*.{kind}"):
-                    picture.unlink()
+        if (output / f"{NAME}.json").exists():
+            study_figures.remove(output)
         summary = _summary(members, groups, pairs)
         if study:
             summary["study"] = {"name": study.name, "missing": missing(study, members)}
