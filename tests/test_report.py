@@ -19,6 +19,8 @@ from sklearn.metrics import (
     f1_score,
     log_loss,
     precision_recall_fscore_support,
+    precision_score,
+    recall_score,
     top_k_accuracy_score,
 )
 from statsmodels.stats.proportion import proportion_confint
@@ -100,9 +102,11 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_mfu_is_left_out_where_the_machine_was_another(tmp_path):
-    folder = make_run(tmp_path / "run")
-    save_report(folder, cost={**COST, "inference": {**COST["inference"], "device": "another processor"}})
+@pytest.mark.parametrize(("device", "settings"), [("another processor", {}), (None, {"freeze": "backbone"})])
+def test_mfu_is_left_out_where_the_machine_was_another_or_a_step_is_no_three_passes(tmp_path, device, settings):
+    folder = make_run(tmp_path / "run", **settings)
+    inference = COST["inference"]
+    save_report(folder, cost={**COST, "inference": {**inference, "device": device or inference["device"]}})
     assert write(folder).metrics["cost"]["training"]["mfu"] is None
 
 
@@ -304,6 +308,26 @@ def test_the_command_scores_the_same_checkpoint_of_the_run_that_is_made_again(tm
     lines = (folder / "report" / "report.md").read_text().splitlines()
     assert f"python evaluate.py {folder}-again{flag.format(run=folder)}" in lines
     assert "| seed | 0 |" in lines and "| split_seed | 42 |" in lines
+
+
+def test_a_class_without_images_counts_nothing_and_is_said(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("cifar_dist.figures.class_bars", lambda names, recalls, mean: drawn.update(recalls=recalls))
+    whole, folder = make_scored(), make_run(tmp_path / "run")
+    kept = whole.labels % 3 != 2  # neither "a|b" nor "frog"
+    scored = dataclasses.replace(whole, **{name: getattr(whole, name)[kept] for name in ("ids", "labels", "logits")})
+    save_report(folder, scored)
+    found, page = write(folder).metrics, (folder / "report" / "report.md").read_text()
+    for key, score in (("recall", recall_score), ("precision", precision_score), ("f1", f1_score)):
+        expected = score(scored.labels, scored.predicted, labels=[0, 1, 3, 4], average="macro")
+        assert found["macro_avg"][key] == pytest.approx(expected)
+    assert found["macro_avg"]["recall"] == pytest.approx(found["balanced_accuracy"])
+    low, high = found["macro_f1_interval"]
+    assert low < found["macro_avg"]["f1"] < high
+    said = "The images are of 4 of the 6 classes; macro means are over these, without a|b, frog."
+    assert said in found["warnings"]
+    assert "| frog | 0.0000 | – | – | 0 |" in page
+    assert np.isnan(drawn["recalls"]).tolist() == [False, False, True, False, False, True]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -140,7 +140,7 @@ def _schedule(run: Run) -> figures.Curve:
 def _of_classes(found: Found) -> dict[str, Figure | None]:
     names, metrics = found.scored.class_names, found.metrics
     matrix = np.array(metrics["confusion_matrix"])
-    recalls = [values["recall"] for values in metrics["classes"]]
+    recalls = [values["recall"] if values["support"] else float("nan") for values in metrics["classes"]]
     off = matrix - np.diag(np.diag(matrix))
     most = [divmod(int(cell), len(names)) for cell in np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]]
     pairs = [(names[true], names[guess], int(off[true, guess])) for true, guess in most if off[true, guess]]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from cifar_dist.memory import MIB
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import study_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import MIB, interval, percent, quantity
+from cifar_dist.report.tables import interval, percent, quantity
 from cifar_dist.study_record import StudyRecord
 
 # Columns of the studies' tables: which number of a run, and how it is shown.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cifar_dist.config import Config
+from cifar_dist.memory import MIB
 from cifar_dist.page import Table
 from cifar_dist.predictions import About, Scored
 from cifar_dist.report.endings import steps_trained
@@ -39,7 +40,6 @@ NOT_SETTINGS = [
     "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
     "time_limit",
 ]  # fmt: skip
-MIB = 2**20
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -102,7 +102,8 @@ def per_class(metrics: dict[str, Any]) -> Table:
     """Precision, recall, F1 and support of each class, with their means."""
 
     def row(name: str, values: dict[str, Any], support: int) -> tuple[str, ...]:
-        return (name, *(f"{values[key]:.4f}" for key in ("precision", "recall", "f1")), f"{support:,}")
+        of_images = (f"{values[key]:.4f}" if support else "–" for key in ("recall", "f1"))
+        return (name, f"{values['precision']:.4f}", *of_images, f"{support:,}")
 
     rows = [row(values["name"], values, values["support"]) for values in metrics["classes"]]
     for name, key in (("macro mean", "macro_avg"), ("weighted mean", "weighted_avg")):
@@ -214,9 +215,3 @@ def commands(run: Run, about: About) -> str:
     flags += ["--tta flip"] if about.tta == "flip" else []
     flags += [] if about.own_data else [f"--data {shlex.quote(about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """``a, b and c``."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
