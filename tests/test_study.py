@@ -184,8 +184,9 @@ def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
     compared(tmp_path, *runs, make(tmp_path, "b", lr=0.1))
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     header = next(line for line in lines if "latency (ms)" in line).split(" | ")
-    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 3.00")).split(" | ")
+    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 300 | 3.00")).split(" | ")
     assert row[header.index("latency (ms)")] == "3.00"
+    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "images at a time"
     assert row[-1] == "processor 0; processor 1 |"
     assert "Of several runs of one setting the means are given." in lines
 

@@ -13,6 +13,7 @@ from cifar_dist.evidence import Chosen
 from cifar_dist.flops import Flops, Peak, mfu
 from cifar_dist.predictions import Scored
 from cifar_dist.report.endings import cut_warning
+from cifar_dist.run_folder import cpu_name
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
 
@@ -135,7 +136,7 @@ def _cost_of(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     rate = plain.median(rates) if rates else None
     processes, environment = run.environment.get("num_processes", 1), run.environment
     flops, peak = Flops(**cost["flops"]), Peak(**cost["peak"])
-    cpu = f"{environment.get('processor')} ({environment.get('cpu_threads')} threads)"
+    cpu = cpu_name(environment.get("processor", ""), environment.get("cpu_threads", 0))
     here = cost["inference"]["device"] in (environment.get("device"), cpu)
     whole = run.config.model.freeze == "none"  # a frozen backbone has no backward pass, or is computed once
     training = {

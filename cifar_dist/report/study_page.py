@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ _TRAINING: _Columns = {
     "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
 }
 _INFERENCE: _Columns = {
+    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
     "latency (ms)": ("latency_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "p95 (ms)": ("latency_p95_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "images/s": ("images_per_second", "{:,.0f}".format),
-    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
 }
 
 
@@ -193,16 +193,21 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | T
     training, inference = [], []
     for group in groups:
         found = [row_of(members[number], group.name) for number in group.members]
-        devices = sorted({str(row["device"]) for row in found if row["device"]})
+        sizes, devices = (_each(row[name] for row in found) for name in ("inference_batch_size", "device"))
         training.append((group.name, *(_mean(found, name, show) for name, show in _TRAINING.values())))
         cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
-        inference.append((group.name, *cells, "; ".join(devices) or "–"))
+        inference.append((group.name, *cells, sizes, devices))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
         Table(("settings", *_TRAINING), training),
-        Table(("settings", *_INFERENCE, "inference on"), inference),
+        Table(("settings", *_INFERENCE, "images at a time", "inference on"), inference),
         *repeats,
     ]
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The different values that are known."""
+    return "; ".join(str(value) for value in dict.fromkeys(values) if value is not None) or "–"
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str]) -> str:
