@@ -27,8 +27,10 @@ from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import load_evidence
+from cifar_dist.label_errors import label_issues
 from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import report_folder, write_report
+from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from tests.made_up import COST, LOG, NAMES, make_run, make_scored, save_report, training
 
@@ -44,17 +46,20 @@ def write(folder):
     return write_report(open_run(folder), report_folder(folder))
 
 
+SHARP = make_scored(sharpness=2.0)  # three quarters right
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A run's folder with its report, only to be looked at, and what `write_report` returned."""
     folder = make_run(tmp_path_factory.mktemp("written") / "run")
-    save_report(folder)
+    save_report(folder, SHARP)
     return folder, write(folder)
 
 
 def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
     run, _ = written
-    found, scored = json.loads((run / "report" / "metrics.json").read_text()), make_scored()
+    found, scored = json.loads((run / "report" / "metrics.json").read_text()), SHARP
     labels, predicted = scored.labels, scored.logits.argmax(1)
     exact = scored.probabilities.astype(np.float64)
     exact /= exact.sum(1, keepdims=True)
@@ -137,7 +142,7 @@ def softmax(logits):
 
 def test_predictions_are_a_plain_table(written):
     run, _ = written
-    table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), make_scored()
+    table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), SHARP
     assert list(table) == ["id", "label", "prediction", "confidence", "logits"]
     assert table["id"].dtype == np.int64
     np.testing.assert_array_equal(np.stack(table["logits"]), scored.logits)
@@ -152,7 +157,7 @@ def test_confusion_matrix_file(written):
     run, _ = written
     with (run / "report" / "confusion_matrix.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    scored = make_scored()
+    scored = SHARP
     assert header[1:] == [row[0] for row in rows] == list(NAMES)
     counts = np.array([row[1:] for row in rows], dtype=int)
     np.testing.assert_array_equal(counts, confusion_matrix(scored.labels, scored.logits.argmax(1)))
@@ -178,6 +183,7 @@ def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
     assert "| val | 50.00 % | 0.4000 |" in page
     assert "| train | 40.00 % | 0.1500 |" in page
     assert "| a\\|b |" in page
+    assert " 17 labels are suspected to be wrong themselves" in page
     assert "| training time | 0:02:02 |" in page
     assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
 
@@ -266,20 +272,21 @@ def test_empty_maps_are_counted(run, count, said):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    ("settings", "checkpoint", "log", "expected"),
+    ("settings", "checkpoint", "log", "expected", "said"),
     [
-        ({"select_on": "test"}, "best", LOG, "test"),
-        ({"select_on": "test"}, "last", LOG, "test"),  # whoever watched the run has looked at it too
-        ({}, "last", LOG, "none"),
-        ({"val_fraction": 0}, "best", [LOG[0], LOG[3]], "none"),
+        ({}, "best", LOG, "val", "checkpoint best of step 20 (epoch 2, the run's last step), selected on val"),
+        ({"select_on": "test"}, "best", LOG, "test", "selected on test"),
+        ({"select_on": "test"}, "last", LOG, "test", "selected on test"),  # whoever watched the run looked at it too
+        ({}, "last", LOG, "none", "checkpoint last of step 20 (epoch 2, the run's last step), not selected by a score"),
+        ({"val_fraction": 0}, "best", [LOG[0], LOG[3]], "none", "with the checkpoint of step 20"),
     ],
 )
-def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected):
+def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected, said):
     folder = make_run(tmp_path / "run", log=log, **settings)
     save_report(folder, make_scored(checkpoint=checkpoint))
     metrics = write(folder).metrics
     page = (folder / "report" / "report.md").read_text()
-    assert metrics["selected_on"] == expected
+    assert metrics["selected_on"] == expected and said in page
     assert ("**The run was watched, and its best checkpoint picked, on the test split" in page) == (expected == "test")
     assert bool(metrics["warnings"]) == (expected == "test")
 
@@ -328,6 +335,24 @@ def test_a_class_without_images_counts_nothing_and_is_said(tmp_path, monkeypatch
     assert said in found["warnings"]
     assert "| frog | 0.0000 | – | – | 0 |" in page
     assert np.isnan(drawn["recalls"]).tolist() == [False, False, True, False, False, True]
+
+
+def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(run):
+    """98 of 300, as half of its predictions are wrong; of the better model of the other tests 17."""
+    report, page = write(run), (run / "report" / "report.md")
+    assert report.metrics["suspected_label_errors"] == len(
+        label_issues(make_scored().probabilities, make_scored().labels)
+    )
+    assert "label_errors" not in report.pictures and "Images whose label may be wrong" not in page.read_text()
+    assert "this model is too unsure to tell: by confident learning" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "none"), (False, "no"), (True, "yes"), (0.0, "0"), (5e-5, "5e-05"), (0.12345678, "0.12345678"), ("a", "a")],
+)
+def test_settings_are_not_shown_as_python(value, words):
+    assert shown(value) == words
 
 
 @pytest.mark.usefixtures("no_pictures")

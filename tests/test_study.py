@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import recall_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -20,7 +21,7 @@ from cifar_dist.report.endings import cut_warning
 from cifar_dist.report.grouping import grid_axes, group_runs
 from cifar_dist.run_record import Run, open_run
 from cifar_dist.study_record import StudyRecord, save_record
-from tests.made_up import COST, LOG, PLAN, make_run, make_scored, save_report, with_class_names
+from tests.made_up import COST, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,31 @@ def test_empty_maps_are_counted_for_each_run(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_accuracies_of_single_classes_stand_side_by_side(tmp_path):
+    """Means over seeds by scikit-learn, without "frog", of which there are no images; the best of each row is bold."""
+    kept = make_scored().labels != 5
+
+    def without_frogs(*args, **kwargs):
+        whole = make_scored(*args, **kwargs)
+        return dataclasses.replace(whole, **{n: getattr(whole, n)[kept] for n in ("ids", "labels", "logits")})
+
+    scored = [without_frogs(seed=1), without_frogs(seed=2), without_frogs(seed=3, sharpness=1.4)]
+    settings = [{"seed": 0}, {"seed": 1}, {"lr": 0.5}]
+    runs = [make(tmp_path, f"r{n}", one, **own) for n, (one, own) in enumerate(zip(scored, settings, strict=True))]
+    markdown = compared(tmp_path, *runs).markdown
+    recalls = [recall_score(one.labels, one.predicted, labels=range(5), average=None) for one in scored]
+    expected = ["| class | cnn4, lr 0.001 | cnn4, lr 0.5 |", "| --- | --- | --- |"]
+    for name, first, second in zip(NAMES, np.mean(recalls[:2], axis=0), recalls[2], strict=False):
+        cells = [f"{100 * value:.2f} %" for value in (first, second)]
+        cells[int(second > first)] = f"**{cells[int(second > first)]}**"
+        expected.append(f"| {name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
+    assert "\n".join(expected) in markdown
+    html = (tmp_path / "out" / "comparison.html").read_text()
+    assert html.count('<td class="number"><b>') == 5
+    assert "Accuracy per class" not in compared(tmp_path, *runs[:2]).markdown  # repeats of one setting
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
@@ -322,7 +348,7 @@ def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, se
     own = (runs[1].folder / "report" / "report.md").read_text()
     assert ("**The run was not trained to the end of its schedule: it was cut after 20 of 40 steps.**" in own) == cut
     if apart:
-        assert "| max steps | None | 20 |" in found.markdown
+        assert "| max steps | none | 20 |" in found.markdown
         assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cifar_dist.report.endings import was_cut
-from cifar_dist.report.tables import NOT_SETTINGS
+from cifar_dist.report.tables import NOT_SETTINGS, shown
 from cifar_dist.run_record import Run
 
 _ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode"}
@@ -80,12 +80,8 @@ def _name(model: str, own: dict[str, Any]) -> str:
     words = [model]
     for key, value in own.items():
         if value not in (None, False):
-            words.append(key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {_short(value)}")
+            words.append(key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {shown(value)}")
     return ", ".join(words) if len(words) <= 5 else f"{', '.join(words[:5])}, …"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def grid_axes(groups: Sequence[Group]) -> tuple[str, str] | None:

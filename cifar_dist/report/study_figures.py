@@ -13,6 +13,7 @@ from cifar_dist.evidence import choose
 from cifar_dist.report.grouping import Group, grid_axes
 from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps
+from cifar_dist.report.tables import shown
 
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
@@ -96,7 +97,7 @@ def _grid(members: Sequence[Member], groups: Sequence[Group]) -> Figure | None:
         values[place] = np.mean([members[number].metrics["top1"] for number in group.members])
     names = [name.replace("_", " ") for name in axes]
     return figures.value_grid(
-        values, [str(row) for row in rows], [str(column) for column in columns], (names[0], names[1], "test accuracy")
+        values, [*map(shown, rows)], [*map(shown, columns)], (names[0], names[1], "test accuracy")
     )
 
 

@@ -14,8 +14,10 @@ from cifar_dist.report import study_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import interval, percent, quantity
+from cifar_dist.report.tables import interval, percent, quantity, shown
 from cifar_dist.study_record import StudyRecord
+
+MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
 
 # Columns of the studies' tables: which number of a run, and how it is shown.
 _Columns = dict[str, tuple[str, Callable[[float], str]]]
@@ -44,7 +46,7 @@ def study_page(
     about, count = members[0].scored.about, len(members[0].scored.ids)
     warnings = _warnings(members)
 
-    def shown(*names: str) -> list[Picture]:
+    def drawn(*names: str) -> list[Picture]:
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := study_figures.map_words(members)) else []
@@ -65,10 +67,11 @@ def study_page(
                 [Table(("run", "where it stood when last compared"), list(absent.items()))] if absent else [],
             ),
             Section("Settings", _settings(members, groups)),
-            Section("Accuracy", [*_accuracies(members, groups), *shown("grid", "curves")]),
+            Section("Accuracy", [*_accuracies(members, groups), *drawn("grid", "curves")]),
+            Section("Accuracy per class", _per_class(members, groups)),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
-            Section("Cost", [*_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
-            Section("Where they differ", [_only(members), *empty, *shown("agreement", "only_right", "grad_cam")]),
+            Section("Cost", [*_costs(members, groups), *drawn("gflops", "latency", "parameters", "training_time")]),
+            Section("Where they differ", [_only(members), *empty, *drawn("agreement", "only_right", "grad_cam")]),
             Section("Files", [Files(files)]),
         ],
     )
@@ -136,6 +139,22 @@ def _other_numbers(members: Sequence[Member]) -> Table:
     return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows)
 
 
+def _per_class(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
+    """Each class's accuracy by setting, of repeats the mean, the best in bold; nothing where that would be too much."""
+    names = members[0].scored.class_names
+    if len(names) > MOST_CLASSES or not 1 < len(groups) <= MOST_SETTINGS:
+        return []
+    found = [[members[number].metrics["classes"] for number in group.members] for group in groups]
+    rows, best = list[tuple[str, ...]](), set[tuple[int, int]]()
+    for row, name in enumerate(names):
+        if found[0][0][row]["support"]:
+            means = [float(np.mean([classes[row]["recall"] for classes in runs])) for runs in found]
+            best |= {(len(rows), column) for column, mean in enumerate(means, 1) if mean == max(means)}
+            rows.append((name, *map(percent, means)))
+    words = "The best of each class is bold; whether it is so by chance was not tested."
+    return [Table(("class", *(group.name for group in groups)), rows, strong_cells=best), Text(words)]
+
+
 def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text | Table]:
     """All settings in which the groups differ: a model is compared as it was trained."""
     names = groups[0].settings
@@ -143,7 +162,7 @@ def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text |
     again = "Runs with the same settings and the same seed are no repeats; they are compared with each other."
     if not names:
         return [Text(f"All settings are the same. {again}")] if twice else []
-    rows = [(name.replace("_", " "), *(str(group.settings[name]) for group in groups)) for name in names]
+    rows = [(name.replace("_", " "), *(shown(group.settings[name]) for group in groups)) for name in names]
     unequal = ", but not all runs were trained to their end" if any(was_cut(member.run) for member in members) else ""
     words = f"All other settings are the same{unequal}."
     words += " What is compared is a model as it was trained, not an architecture alone."

@@ -57,6 +57,14 @@ def quantity(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def shown(value: Any) -> str:
+    """A setting's value for people, who need not know Python."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", False: "no", True: "yes"}[value]
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else str(value)
+
+
 def results(metrics: dict[str, Any]) -> Table:
     """The headline's numbers."""
     low, high = metrics["macro_f1_interval"]
@@ -180,7 +188,7 @@ def settings(config: Config) -> Table:
     values, defaults = config.flat(), Config().flat()
     others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
     names = [*SHOWN_SETTINGS, *(name for name in others if name not in SHOWN_SETTINGS)]
-    return Table(("setting", "value"), [(name, str(values[name])) for name in names if values[name] is not None])
+    return Table(("setting", "value"), [(name, shown(values[name])) for name in names if values[name] is not None])
 
 
 def environment(run: Run, scored: Scored) -> Table:
