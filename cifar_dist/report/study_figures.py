@@ -18,7 +18,7 @@ from cifar_dist.report.tables import shown
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
     "grid": "Test accuracy over the two settings that differ",
-    "gflops": "Accuracy against arithmetic",
+    "gflops": "Accuracy against arithmetic; runs of one cost stand side by side",
     "latency": "Accuracy against latency",
     "parameters": "Accuracy against size",
     "training_time": "Accuracy against training time",
