@@ -133,7 +133,7 @@ def _side_by_side(axes: Axes, costs: np.ndarray) -> np.ndarray:
     """Costs (N,), those that would be drawn over each other moved apart about their middle."""
     scale = axes.transScale + axes.transLimits
     places = scale.transform(np.column_stack([costs, np.ones(len(costs))]))[:, 0]
-    order = np.argsort(places)
+    order = np.argsort(places, kind="stable")
     order, moved = order[np.isfinite(places[order])], costs.copy()
     for rows in np.split(order, np.flatnonzero(np.diff(places[order]) > _APART) + 1):
         if len(rows) > 1:
