@@ -30,7 +30,16 @@ else:
     from cifar_dist.command_line import OneLineParser
     from cifar_dist.distributed import finish, on_main, say, start
     from cifar_dist.errors import UsageError, run_main
-    from cifar_dist.report import Report, make_room, report_folder, saved_scores, write_comparison, write_report
+    from cifar_dist.report import (
+        Report,
+        check_fingerprints,
+        check_runs,
+        make_room,
+        report_folder,
+        saved_scores,
+        write_comparison,
+        write_report,
+    )
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.wandb_run import log_report
 
@@ -47,15 +56,18 @@ def main() -> None:
     """Score each run once, write its report from what was saved, and compare the runs."""
     arguments = parse_arguments()
     runs = [open_run(folder) for folder in arguments.run_dirs]
+    check_runs(runs)  # refused before anything is scored
     if arguments.wandb_report:
-        wandb_report.runs_by_project(runs)  # refused before anything is scored
+        wandb_report.runs_by_project(runs)
     precisions = scoring.precisions(runs)
     accelerator = start(precisions[0], WAIT_SECONDS)
     if len(runs) > 1:
         on_main(accelerator, lambda: make_room(comparison_folder(arguments)))
-    folders = [report(run, arguments, accelerator, how) for run, how in zip(runs, precisions, strict=True)]
+    aims = on_main(accelerator, lambda: choose_all(runs, arguments, precisions))
+    for run, aim in zip(runs, aims, strict=True):
+        report(run, aim, arguments, accelerator)
     if len(runs) > 1:
-        on_main(accelerator, lambda: compare(runs, folders, arguments))
+        on_main(accelerator, lambda: compare(runs, [aim.folder for aim in aims], arguments))
     finish(accelerator)
 
 
@@ -89,14 +101,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, precision: str) -> Path:
-    """Score a run, unless that has been done, and write and announce its report; the folder it is in."""
-    aim = on_main(accelerator, lambda: choose(run, arguments, precision))
-    if arguments.export is None and on_main(accelerator, lambda: is_done(run, aim)):
+def report(run: Run, aim: scoring.Aim, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Score a run, unless that has been done, write and announce its report, and export its model if asked to."""
+    done = on_main(accelerator, lambda: is_done(run, aim))
+    if done and arguments.export is None:
         on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
-        return aim.folder
-    say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
+        return
+    if not done:
+        say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
     subject = scoring.load_subject(run, aim, accelerator)
+    if done:
+        on_main(accelerator, lambda: deliver(subject, publish(run, aim.folder, "saved predictions"), arguments))
+        return
     data = scoring.test_data(run, aim.other)
     scored, val = scoring.score_test(subject, data), scoring.score_val(subject)
     say(accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
@@ -110,7 +126,15 @@ def report(run: Run, arguments: argparse.Namespace, accelerator: Accelerator, pr
             deliver(subject, written, arguments)
 
     on_main(accelerator, save)
-    return aim.folder
+
+
+def choose_all(runs: list[Run], arguments: argparse.Namespace, precisions: list[str]) -> list[scoring.Aim]:
+    """What to score of each run, after seeing that these are the same images wherever the data are at hand."""
+    aims = [choose(run, arguments, precision) for run, precision in zip(runs, precisions, strict=True)]
+    at_hand = [(run, aim.fingerprint) for run, aim in zip(runs, aims, strict=True) if aim.fingerprint is not None]
+    for run, fingerprint in at_hand[1:]:
+        check_fingerprints(at_hand[0][0], run, at_hand[0][1], fingerprint)
+    return aims
 
 
 def choose(run: Run, arguments: argparse.Namespace, precision: str) -> scoring.Aim:

@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from cifar_dist.errors import UsageError
-from cifar_dist.label_errors import label_issues
+from cifar_dist.label_errors import can_tell, label_issues
 from cifar_dist.predictions import Scored
 
 FILE = "evidence.npz"
@@ -29,7 +29,7 @@ class Chosen:
         right: per class of these the most confident right prediction of one of its images, or None.
         wrong: likewise the most confident wrong one.
         mistakes: the most confident wrong predictions, the worst first.
-        suspects: images whose label looks wrong, the most suspicious first.
+        suspects: images whose label looks wrong, the most suspicious first; none where the model is too unsure to tell.
         num_suspects: how many there are in all.
     """
 
@@ -72,7 +72,7 @@ def choose(scored: Scored) -> Chosen:
         right=[surest(of_class[number][scored.correct[of_class[number]]]) for number in classes],
         wrong=[surest(of_class[number][~scored.correct[of_class[number]]]) for number in classes],
         mistakes=wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist(),
-        suspects=suspects[:SUSPECTS].tolist(),
+        suspects=suspects[:SUSPECTS].tolist() if can_tell(len(suspects), len(scored.labels)) else [],
         num_suspects=len(suspects),
     )
 

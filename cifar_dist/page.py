@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; the first column names the row, `strong` are the numbers of rows to stress."""
+    """Rows of text under a header; the first column names the row.
+
+    Attributes:
+        header: names of the columns.
+        rows: their cells.
+        strong: numbers of rows to stress.
+        strong_cells: single cells to stress, as row and column.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: Sequence[int] = ()
+    strong_cells: Collection[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.header) for row in self.rows):
@@ -138,5 +146,7 @@ def _markdown(block: Block, folder: Path) -> str:
     rows = [[plain(cell) for cell in row] for row in block.rows]
     for number in block.strong:
         rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]
+    for number, column in block.strong_cells:
+        rows[number][column] = f"**{rows[number][column]}**"
     lines = [[plain(name) for name in block.header], ["---"] * len(block.header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -269,6 +269,11 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def cpu_name(name: str, threads: int) -> str:
+    """A CPU with the number of threads that worked, as reports name it."""
+    return f"{name} ({threads} thread{'s' * (threads != 1)})"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of the run.
 

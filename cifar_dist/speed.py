@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,12 @@ from cifar_dist.data.augment import Preprocess
 from cifar_dist.distributed import autocast
 from cifar_dist.errors import UsageError
 from cifar_dist.micro_batch import is_out_of_memory
-from cifar_dist.run_folder import processor
+from cifar_dist.run_folder import cpu_name, processor
 
 FASTER = 1.02  # what a doubled batch must bring
 FEWEST_RUNS = 3
 IMAGE_SIDE = 32  # pixels of CIFAR's images
-MISSES = 2  # sizes in a row that bring nothing, after which the search ends: one may have been disturbed
+MISSES = 2  # sizes in a row that bring nothing, after which the search ends
 TRIES = 20  # of a batch size, in the time of the search
 WARM_UP_RUNS = 2
 
@@ -33,7 +33,7 @@ class Speed:
     Attributes:
         latency_median_seconds: of one image at a time, until the device has the logits.
         latency_p95_seconds: 95 % of those passes took at most this long.
-        images_per_second: with `batch_size` images at a time.
+        images_per_second: with `batch_size` images at a time, in the median pass.
         batch_size: the fastest of those tried.
         peak_memory_bytes: at that batch size, of all tensors on the GPU; None on a CPU, where a process cannot tell
             what it holds for this from what it has held before.
@@ -81,8 +81,8 @@ def measure_speed(
 ) -> Speed:
     """Measure latency, then which batch size is fastest, then speed, memory and energy at that size.
 
-    Batch sizes double from 1 until two in a row make no more images per second, or memory or time are at an end. Every
-    pass is waited for.
+    Batch sizes double from 1 until two in a row make no more images per second, though each was tried twice, or memory
+    or time are at an end. Every pass is waited for, and medians are compared: other programs may disturb some.
 
     Args:
         model: images (B, 3, S, S) in, logits (B, K) out; it is left on the device, in evaluation mode.
@@ -101,7 +101,7 @@ def measure_speed(
         if not is_out_of_memory(error):
             raise
         raise UsageError("not even one image fits into memory; take a smaller --model or --img-size.") from None
-    batch_size = _fastest_batch(trial, 1 / min(latencies), seconds)
+    batch_size = _fastest_batch(trial, _rate(1, latencies), seconds)
     answer = trial.answering(batch_size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -112,7 +112,7 @@ def measure_speed(
     return Speed(
         latency_median_seconds=float(np.median(latencies)),
         latency_p95_seconds=float(np.percentile(latencies, 95)),
-        images_per_second=batch_size * len(passes) / sum(passes),
+        images_per_second=_rate(batch_size, passes),
         batch_size=batch_size,
         peak_memory_bytes=_peak_memory_bytes(device),
         energy_joules_per_image=None if before is None or after is None else (after - before) / images,
@@ -150,13 +150,21 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _rate(size: int, passes: Sequence[float]) -> float:
+    """Images a second in the median pass."""
+    return size / float(np.median(passes))
+
+
 def _fastest_batch(trial: _Trial, best_rate: float, seconds: float) -> int:
     """Images at a time that make most images per second, of 1, which make `best_rate`, 2, 4 and so on."""
     fastest, size, missed = 1, 2, 0
     end = time.perf_counter() + seconds
     while missed < MISSES and time.perf_counter() < end:
         try:
-            rate = size / min(durations(trial.answering(size), trial.device, seconds / TRIES))
+            answer = trial.answering(size)
+            rate = _rate(size, durations(answer, trial.device, seconds / TRIES))
+            if rate < FASTER * best_rate:
+                rate = max(rate, _rate(size, durations(answer, trial.device, seconds / TRIES)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -178,7 +186,7 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()} ({torch.get_num_threads()} threads)"
+    return cpu_name(processor(), torch.get_num_threads())
 
 
 def energy_joules(device: torch.device) -> float | None:

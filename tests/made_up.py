@@ -11,7 +11,7 @@ from cifar_dist.predictions import About, Scored, save_predictions
 
 NAMES = ("cat", "dog", "a|b", "ship", "truck", "frog")
 PLAN = {
-    "steps_per_epoch": 10, "schedule_steps": 40, "lr_first": 1e-4, "micro_batch_size": 64, "num_parameters": 9,
+    "steps_per_epoch": 10, "schedule_steps": 20, "lr_first": 1e-4, "micro_batch_size": 64, "num_parameters": 9,
     "num_trainable": 8,
 }  # fmt: skip
 ENVIRONMENT = {
@@ -41,12 +41,12 @@ LOG = [
 ]  # fmt: skip
 
 
-def make_run(folder, *, log=LOG, environment=ENVIRONMENT, **settings):
+def make_run(folder, *, log=LOG, environment=ENVIRONMENT, plan=PLAN, **settings):
     """A run folder without checkpoints."""
     folder.mkdir()
     config = Config.from_flat({"model": "cnn4", "dataset": "pets", "wandb": "disabled", **settings})
     (folder / "config.yaml").write_text(config.as_recipe())
-    (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     return folder

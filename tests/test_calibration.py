@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cifar_dist import calibration
-from cifar_dist.label_errors import label_issues
+from cifar_dist.label_errors import can_tell, label_issues
 
 
 def drawn(temperature, count=20_000, classes=10, seed=0):
@@ -97,3 +97,8 @@ def test_planted_label_errors_are_found():
     rest[np.arange(5000), labels] = 0
     margins = (probabilities[np.arange(5000), labels] - rest.max(axis=1))[found]
     assert (np.diff(margins) >= 0).all()
+
+
+@pytest.mark.parametrize(("suspected", "told"), [(0, True), (1000, True), (1001, False)])
+def test_what_suspects_more_than_a_tenth_cannot_tell(suspected, told):
+    assert can_tell(suspected, 10_000) == told

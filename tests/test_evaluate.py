@@ -191,7 +191,8 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
     np.testing.assert_allclose(scored.logits, expected_logits(config, images), atol=1e-5)
     assert not (digits_run / "report").exists()
-    assert json.loads((folder / "metrics.json").read_text())["warnings"] == []
+    [warning] = json.loads((folder / "metrics.json").read_text())["warnings"]
+    assert warning.endswith("of 3 of the 10 classes; macro means are over these, without 0, 1, 3, 4, 5, 6, 8.")
     namesake = write_classes(tmp_path / "elsewhere" / "own", {1: "1"})
     run_script(script, monkeypatch, digits_run, "--data", namesake)
     assert sorted(len(load_predictions(path).ids) for path in digits_run.glob("report-own-*")) == [4, 12]
@@ -251,6 +252,21 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(tmp_path,
     assert not (runs[0] / "report").exists()
 
 
+def test_runs_that_cannot_be_compared_are_refused_before_anything_is_scored(tmp_path, script, monkeypatch):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", lr=0.5)]
+    monkeypatch.setattr(scoring, "score_test", lambda *_: pytest.fail("scored"))
+    with pytest.raises(UsageError, match=r"RUN_DIR .*a is given twice; name each run once"):
+        run_script(script, monkeypatch, runs[0], tmp_path / "b" / ".." / "a")
+    facts = json.loads((runs[1] / "environment.json").read_text())
+    (runs[1] / "environment.json").write_text(json.dumps(facts | {"class_names": [*"abcdefghij"]}))
+    with pytest.raises(UsageError, match=r"RUN_DIR .*a and .*b have other classes; compare runs on the same ones"):
+        run_script(script, monkeypatch, *runs)
+    (runs[1] / "environment.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(scoring, "fingerprint", lambda run, other: f"of {run.folder.name}")
+    with pytest.raises(UsageError, match=r"on data with other fingerprints \(of a and of b\); score both"):
+        run_script(script, monkeypatch, *runs)
+
+
 def test_a_wandb_report_is_specified_without_a_server(tmp_path, script, monkeypatch, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", lr=0.5)]
     with pytest.raises(UsageError, match=r"--wandb-report: .*a has no W&B run"):
@@ -277,6 +293,12 @@ def test_an_export_gives_the_same_logits_in_timm(tmp_path, script, monkeypatch):
     with torch.no_grad():
         logits = model((images - mean) / std)
     np.testing.assert_allclose(load_predictions(run / "report").logits[:8], logits, atol=1e-5)
+    for name in ("score_test", "score_val", "save_findings", "test_data"):  # done already: only the model is needed
+        monkeypatch.setattr(scoring, name, lambda *_: pytest.fail("scored again"))
+    run_script(script, monkeypatch, run, "--export", tmp_path / "again")
+    exported = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "again")]
+    assert exported[0] == exported[1]
+    assert (tmp_path / "export" / "README.md").read_text() == (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,18 @@ from sklearn.metrics import (
     f1_score,
     log_loss,
     precision_recall_fscore_support,
+    precision_score,
+    recall_score,
     top_k_accuracy_score,
 )
 from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import load_evidence
+from cifar_dist.label_errors import label_issues
 from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import report_folder, write_report
+from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from tests.made_up import COST, LOG, NAMES, make_run, make_scored, save_report, training
 
@@ -42,17 +46,20 @@ def write(folder):
     return write_report(open_run(folder), report_folder(folder))
 
 
+SHARP = make_scored(sharpness=2.0)  # three quarters right
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A run's folder with its report, only to be looked at, and what `write_report` returned."""
     folder = make_run(tmp_path_factory.mktemp("written") / "run")
-    save_report(folder)
+    save_report(folder, SHARP)
     return folder, write(folder)
 
 
 def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
     run, _ = written
-    found, scored = json.loads((run / "report" / "metrics.json").read_text()), make_scored()
+    found, scored = json.loads((run / "report" / "metrics.json").read_text()), SHARP
     labels, predicted = scored.labels, scored.logits.argmax(1)
     exact = scored.probabilities.astype(np.float64)
     exact /= exact.sum(1, keepdims=True)
@@ -100,9 +107,11 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_mfu_is_left_out_where_the_machine_was_another(tmp_path):
-    folder = make_run(tmp_path / "run")
-    save_report(folder, cost={**COST, "inference": {**COST["inference"], "device": "another processor"}})
+@pytest.mark.parametrize(("device", "settings"), [("another processor", {}), (None, {"freeze": "backbone"})])
+def test_mfu_is_left_out_where_the_machine_was_another_or_a_step_is_no_three_passes(tmp_path, device, settings):
+    folder = make_run(tmp_path / "run", **settings)
+    inference = COST["inference"]
+    save_report(folder, cost={**COST, "inference": {**inference, "device": device or inference["device"]}})
     assert write(folder).metrics["cost"]["training"]["mfu"] is None
 
 
@@ -133,7 +142,7 @@ def softmax(logits):
 
 def test_predictions_are_a_plain_table(written):
     run, _ = written
-    table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), make_scored()
+    table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), SHARP
     assert list(table) == ["id", "label", "prediction", "confidence", "logits"]
     assert table["id"].dtype == np.int64
     np.testing.assert_array_equal(np.stack(table["logits"]), scored.logits)
@@ -148,7 +157,7 @@ def test_confusion_matrix_file(written):
     run, _ = written
     with (run / "report" / "confusion_matrix.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    scored = make_scored()
+    scored = SHARP
     assert header[1:] == [row[0] for row in rows] == list(NAMES)
     counts = np.array([row[1:] for row in rows], dtype=int)
     np.testing.assert_array_equal(counts, confusion_matrix(scored.labels, scored.logits.argmax(1)))
@@ -174,6 +183,7 @@ def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
     assert "| val | 50.00 % | 0.4000 |" in page
     assert "| train | 40.00 % | 0.1500 |" in page
     assert "| a\\|b |" in page
+    assert " 17 labels are suspected to be wrong themselves" in page
     assert "| training time | 0:02:02 |" in page
     assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
 
@@ -262,20 +272,21 @@ def test_empty_maps_are_counted(run, count, said):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    ("settings", "checkpoint", "log", "expected"),
+    ("settings", "checkpoint", "log", "expected", "said"),
     [
-        ({"select_on": "test"}, "best", LOG, "test"),
-        ({"select_on": "test"}, "last", LOG, "test"),  # whoever watched the run has looked at it too
-        ({}, "last", LOG, "none"),
-        ({"val_fraction": 0}, "best", LOG[:2], "none"),
+        ({}, "best", LOG, "val", "checkpoint best of step 20 (epoch 2, the run's last step), selected on val"),
+        ({"select_on": "test"}, "best", LOG, "test", "selected on test"),
+        ({"select_on": "test"}, "last", LOG, "test", "selected on test"),  # whoever watched the run looked at it too
+        ({}, "last", LOG, "none", "checkpoint last of step 20 (epoch 2, the run's last step), not selected by a score"),
+        ({"val_fraction": 0}, "best", [LOG[0], LOG[3]], "none", "with the checkpoint of step 20"),
     ],
 )
-def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected):
+def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected, said):
     folder = make_run(tmp_path / "run", log=log, **settings)
     save_report(folder, make_scored(checkpoint=checkpoint))
     metrics = write(folder).metrics
     page = (folder / "report" / "report.md").read_text()
-    assert metrics["selected_on"] == expected
+    assert metrics["selected_on"] == expected and said in page
     assert ("**The run was watched, and its best checkpoint picked, on the test split" in page) == (expected == "test")
     assert bool(metrics["warnings"]) == (expected == "test")
 
@@ -306,6 +317,44 @@ def test_the_command_scores_the_same_checkpoint_of_the_run_that_is_made_again(tm
     assert "| seed | 0 |" in lines and "| split_seed | 42 |" in lines
 
 
+def test_a_class_without_images_counts_nothing_and_is_said(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("cifar_dist.figures.class_bars", lambda names, recalls, mean: drawn.update(recalls=recalls))
+    whole, folder = make_scored(), make_run(tmp_path / "run")
+    kept = whole.labels % 3 != 2  # neither "a|b" nor "frog"
+    scored = dataclasses.replace(whole, **{name: getattr(whole, name)[kept] for name in ("ids", "labels", "logits")})
+    save_report(folder, scored)
+    found, page = write(folder).metrics, (folder / "report" / "report.md").read_text()
+    for key, score in (("recall", recall_score), ("precision", precision_score), ("f1", f1_score)):
+        expected = score(scored.labels, scored.predicted, labels=[0, 1, 3, 4], average="macro")
+        assert found["macro_avg"][key] == pytest.approx(expected)
+    assert found["macro_avg"]["recall"] == pytest.approx(found["balanced_accuracy"])
+    low, high = found["macro_f1_interval"]
+    assert low < found["macro_avg"]["f1"] < high
+    said = "The images are of 4 of the 6 classes; macro means are over these, without a|b, frog."
+    assert said in found["warnings"]
+    assert "| frog | 0.0000 | – | – | 0 |" in page
+    assert np.isnan(drawn["recalls"]).tolist() == [False, False, True, False, False, True]
+
+
+def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(run):
+    """98 of 300, as half of its predictions are wrong; of the better model of the other tests 17."""
+    report, page = write(run), (run / "report" / "report.md")
+    assert report.metrics["suspected_label_errors"] == len(
+        label_issues(make_scored().probabilities, make_scored().labels)
+    )
+    assert "label_errors" not in report.pictures and "Images whose label may be wrong" not in page.read_text()
+    assert "this model is too unsure to tell: by confident learning" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "none"), (False, "no"), (True, "yes"), (0.0, "0"), (5e-5, "5e-05"), (0.12345678, "0.12345678"), ("a", "a")],
+)
+def test_settings_are_not_shown_as_python(value, words):
+    assert shown(value) == words
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_changed_data_is_said(tmp_path):
     folder = make_run(tmp_path / "run")
@@ -326,7 +375,7 @@ def test_a_run_that_was_stopped_before_its_first_training_record_has_a_report(tm
     folder = make_run(tmp_path / "run", log=[record for record in LOG if "val/top1" in record])
     save_report(folder)
     assert write(folder).metrics["cost"]["training"]["seconds"] is None
-    assert "| steps | 20 of 40 scheduled |" in (folder / "report" / "report.md").read_text()
+    assert "| steps | 20 of 20 scheduled |" in (folder / "report" / "report.md").read_text()
 
 
 def break_log(folder, text):

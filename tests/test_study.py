@@ -4,10 +4,12 @@ import csv
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import recall_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -15,10 +17,11 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.evidence import load_evidence
 from cifar_dist.report import report_folder, write_comparison, write_report
+from cifar_dist.report.endings import cut_warning
 from cifar_dist.report.grouping import grid_axes, group_runs
-from cifar_dist.run_record import open_run
+from cifar_dist.run_record import Run, open_run
 from cifar_dist.study_record import StudyRecord, save_record
-from tests.made_up import COST, make_run, make_scored, save_report, with_class_names
+from tests.made_up import COST, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +185,9 @@ def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
     compared(tmp_path, *runs, make(tmp_path, "b", lr=0.1))
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     header = next(line for line in lines if "latency (ms)" in line).split(" | ")
-    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 3.00")).split(" | ")
+    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 300 | 3.00")).split(" | ")
     assert row[header.index("latency (ms)")] == "3.00"
+    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "images at a time"
     assert row[-1] == "processor 0; processor 1 |"
     assert "Of several runs of one setting the means are given." in lines
 
@@ -208,6 +212,31 @@ def test_empty_maps_are_counted_for_each_run(tmp_path):
     compared(tmp_path, *runs)
     said = f"Of the 6 Grad-CAM maps of each run, some are empty, all black: {count} of b."
     assert said in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_accuracies_of_single_classes_stand_side_by_side(tmp_path):
+    """Means over seeds by scikit-learn, without "frog", of which there are no images; the best of each row is bold."""
+    kept = make_scored().labels != 5
+
+    def without_frogs(*args, **kwargs):
+        whole = make_scored(*args, **kwargs)
+        return dataclasses.replace(whole, **{n: getattr(whole, n)[kept] for n in ("ids", "labels", "logits")})
+
+    scored = [without_frogs(seed=1), without_frogs(seed=2), without_frogs(seed=3, sharpness=1.4)]
+    settings = [{"seed": 0}, {"seed": 1}, {"lr": 0.5}]
+    runs = [make(tmp_path, f"r{n}", one, **own) for n, (one, own) in enumerate(zip(scored, settings, strict=True))]
+    markdown = compared(tmp_path, *runs).markdown
+    recalls = [recall_score(one.labels, one.predicted, labels=range(5), average=None) for one in scored]
+    expected = ["| class | cnn4, lr 0.001 | cnn4, lr 0.5 |", "| --- | --- | --- |"]
+    for name, first, second in zip(NAMES, np.mean(recalls[:2], axis=0), recalls[2], strict=False):
+        cells = [f"{100 * value:.2f} %" for value in (first, second)]
+        cells[int(second > first)] = f"**{cells[int(second > first)]}**"
+        expected.append(f"| {name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
+    assert "\n".join(expected) in markdown
+    html = (tmp_path / "out" / "comparison.html").read_text()
+    assert html.count('<td class="number"><b>') == 5
+    assert "Accuracy per class" not in compared(tmp_path, *runs[:2]).markdown  # repeats of one setting
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -245,21 +274,89 @@ def test_a_grid_of_two_settings(tmp_path):
     assert "epochs" in text
 
 
+def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(tmp_path, three):
+    compared(tmp_path, *three)
+    out = tmp_path / "out"
+    own = {"holiday.jpg", "thesis.svg", "plot.png", "curves.txt"}
+    for name in (*own, "grid.png", "grid.svg"):
+        (out / name).write_text("")
+    drawn = {path.name for path in out.iterdir()} - {"grid.png", "grid.svg"}
+    compared(tmp_path, *three)
+    assert {path.name for path in out.iterdir()} == drawn >= own
+
+
 def test_names_of_groups():
     def groups(*settings):
-        configs = [Config.from_flat(each) for each in settings]
-        return group_runs(configs, [f"run{n}" for n in range(len(configs))])
+        runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
+        return group_runs(runs, [f"run{n}" for n in range(len(runs))])
 
     assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
     found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
     assert [g.name for g in found] == ["a, lr 0.1", "a, lr 0.2", "b"]
     assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
     # where it ran and what it was called are no settings
-    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y"})) == 1
+    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y", "seed": 1})) == 1
     assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (
         "lr", "epochs"
     )  # fmt: skip
     assert grid_axes(groups({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3})) is None
+
+
+def test_a_seed_that_a_group_has_already_is_no_repeat(tmp_path):
+    """As one training on a CPU and on a GPU: n would be 2, with no spread at all."""
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0}, {"seed": 0, "lr": 0.5}, {"seed": 1}]
+    groups = group_runs([Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings], "abcde")
+    assert [(g.name, g.members) for g in groups] == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_runs_of_one_seed_are_compared(tmp_path):
+    runs = [make(tmp_path, "cpu"), make(tmp_path, "gpu", make_scored(seed=1))]
+    found = compared(tmp_path, *runs)
+    assert found.title == "cpu against gpu"
+    assert [group["runs"] for group in found.summary["groups"]] == [["cpu"], ["gpu"]]
+    assert [pair["test"] for pair in found.summary["pairs"]] == ["McNemar, chi-square with continuity correction"]
+    assert "All settings are the same. Runs with the same settings and the same seed are no repeats" in found.markdown
+    assert "the same settings but the seed" not in found.markdown
+
+
+LONGER = {**PLAN, "schedule_steps": 40}
+STALLED = [{"step": 10 * n, "epoch": n, "val/loss": 1.0, "val/top1": 0.5} for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "log", "settings", "cut", "apart"),
+    [
+        (PLAN, LOG, {"max_steps": 20}, False, False),  # no fewer than are scheduled
+        (PLAN, LOG, {"max_steps": 500}, False, False),
+        (LONGER, LOG, {"max_steps": 20}, True, True),
+        (LONGER, LOG, {}, True, False),  # by a signal: the page warns
+        (LONGER, LOG, {"max_steps": 500}, True, False),
+        (LONGER, STALLED, {"patience": 1, "max_steps": 30}, False, False),
+        (LONGER, STALLED, {"patience": 2}, True, False),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, settings, cut, apart):
+    patience = {"patience": settings["patience"]} if "patience" in settings else {}
+    runs = [make(tmp_path, "a", **patience), make(tmp_path, "b", log=log, plan=plan, seed=1, **settings)]
+    found = compared(tmp_path, *runs)
+    assert len(found.summary["groups"]) == 1 + apart
+    said = "**Not all runs were trained to the end of their schedule; cut: b after 20 of 40 steps.**"
+    assert (said in found.markdown) == cut
+    assert "The run was not trained" not in found.markdown
+    own = (runs[1].folder / "report" / "report.md").read_text()
+    assert ("**The run was not trained to the end of its schedule: it was cut after 20 of 40 steps.**" in own) == cut
+    if apart:
+        assert "| max steps | none | 20 |" in found.markdown
+        assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
+
+
+def test_a_run_that_was_cut_between_two_records_has_the_steps_of_its_heartbeat(tmp_path):
+    run = make(tmp_path, "a", plan=LONGER)
+    for text, steps in (('{"step": 23, "seconds": 1.0}', 23), ('{"step": 7}', 20), ("{", 20)):
+        (run.folder / "progress.json").write_text(text)
+        assert cut_warning(run).endswith(f" {steps} of 40 steps.")
 
 
 def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):

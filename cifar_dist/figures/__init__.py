@@ -12,7 +12,6 @@ from cifar_dist.figures.sheets import (
     cam_grid,
     cam_sheet,
     image_gallery,
-    image_pairs,
     overlay,
 )
 from cifar_dist.figures.style import EVALUATION, OTHER, TRAIN, save, save_all
@@ -36,7 +35,6 @@ __all__ = [
     "class_bars",
     "confusion_matrix",
     "image_gallery",
-    "image_pairs",
     "loss_curves",
     "lr_curve",
     "normalized_confusion_matrix",

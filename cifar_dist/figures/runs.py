@@ -16,6 +16,7 @@ from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_lo
 from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
 
 _MOST_WITH_TRAIN = 6
+_APART = 0.015  # of the picture's width: as far apart intervals are seen side by side
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -92,7 +93,7 @@ def accuracy_against(
 
     The axis of costs is logarithmic where they differ by more than a factor of 10. It reaches at least a fifth beyond
     the lowest and the highest, so that costs that are nearly equal stand close together; accuracies likewise span at
-    least a point.
+    least a point. Runs of one cost stand side by side, or their intervals would hide each other.
 
     Args:
         x: costs of N runs, at least 0; NaN where unknown, then the legend says so.
@@ -105,6 +106,13 @@ def accuracy_against(
     styles = setting_styles(labels)
     figure, axes = figure_with_axes(8, 4 + 0.1 * len(styles))
     with matplotlib.rc_context(STYLE):
+        finite = costs[np.isfinite(costs)]
+        if len(finite) and finite.max() > 0:
+            if finite.min() > 0 and finite.max() > 10 * finite.min():
+                axes.set_xscale("log")
+                logarithmic(axes.xaxis)
+            axes.set_xlim(finite.min() / 1.2, 1.2 * finite.max())
+            costs = _side_by_side(axes, costs)
         for label, (color, marker) in styles.items():
             rows = np.flatnonzero([other == label for other in labels])
             errors = np.abs(ends[rows].T - middle[rows])
@@ -113,15 +121,22 @@ def accuracy_against(
                 costs[rows], middle[rows], yerr=errors, color=color, marker=marker, linestyle="none",
                 markersize=5, capsize=4, linewidth=1.2, label=shortened(label, 34) + known,
             )  # fmt: skip
-        finite = costs[np.isfinite(costs)]
-        if len(finite) and finite.max() > 0:
-            if finite.min() > 0 and finite.max() > 10 * finite.min():
-                axes.set_xscale("log")
-                logarithmic(axes.xaxis)
-            axes.set_xlim(finite.min() / 1.2, 1.2 * finite.max())
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, middle.min() - 0.005), max(high, middle.max() + 0.005))
         scale_accuracies(axes, [accuracies])
         axes.set(xlabel=x_label, ylabel=ACCURACY)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _side_by_side(axes: Axes, costs: np.ndarray) -> np.ndarray:
+    """Costs (N,), those that would be drawn over each other moved apart about their middle."""
+    scale = axes.transScale + axes.transLimits
+    places = scale.transform(np.column_stack([costs, np.ones(len(costs))]))[:, 0]
+    order = np.argsort(places, kind="stable")
+    order, moved = order[np.isfinite(places[order])], costs.copy()
+    for rows in np.split(order, np.flatnonzero(np.diff(places[order]) > _APART) + 1):
+        if len(rows) > 1:
+            fan = places[rows].mean() + _APART * (np.arange(len(rows)) - (len(rows) - 1) / 2)
+            moved[rows] = scale.inverted().transform(np.column_stack([fan, np.ones(len(rows))]))[:, 0]
+    return moved

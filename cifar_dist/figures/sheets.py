@@ -122,12 +122,6 @@ def image_gallery(images: Sequence[np.ndarray], captions: Sequence[str], columns
     return sheet.figure
 
 
-def image_pairs(before: Sequence[np.ndarray], after: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
-    """Images above the same images after preprocessing; both uint8 (H, W, 3), of any sizes, with a caption each."""
-    below = ["after preprocessing"] * len(after)
-    return image_gallery([*before, *after], [*captions, *below], columns=len(before))
-
-
 def cam_sheet(rows: Sequence[ClassRow]) -> Figure:
     """A row per class: image, heat map and overlay of a right prediction, and the same of a wrong one."""
     across, down = _TILE + _GAP, _TILE + _LINE + _GAP

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 import evaluate
 from cifar_dist.metrics import inputs
 
-DESCRIPTION = """Precision, recall, F1 and support of every class, with their mean over classes (macro) and over
-samples (weighted), by scikit-learn. What would be 0/0 is 0: a class that is never predicted has precision 0."""
+DESCRIPTION = """Precision, recall, F1 and support of every class, with their mean over the classes that
+occur among the references (macro) and over samples (weighted), by scikit-learn. What would be 0/0 is 0: a class that is
+never predicted has precision 0, one without samples recall 0."""
 
 NAMES = ("precision", "recall", "f1")
 
@@ -24,11 +27,11 @@ class ClassificationReport(evaluate.Metric):
         from sklearn.metrics import precision_recall_fscore_support
 
         scores, labels = inputs.checked(predictions, references)
-        predicted, numbers = scores.argmax(axis=1), range(scores.shape[1])
+        predicted, numbers, occurring = scores.argmax(axis=1), range(scores.shape[1]), np.unique(labels)
 
         def mean(average: str) -> dict[str, float]:
             values = precision_recall_fscore_support(
-                labels, predicted, labels=numbers, average=average, zero_division=0
+                labels, predicted, labels=occurring, average=average, zero_division=0
             )
             return dict(zip(NAMES, map(float, values[:3]), strict=True))
 

@@ -85,6 +85,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "latency_p95_seconds": inference.get("latency_p95_seconds"),
         "latency_seconds": inference.get("latency_median_seconds"),
         "images_per_second": inference.get("images_per_second"),
+        "inference_batch_size": inference.get("batch_size"),
         "inference_peak_memory_bytes": inference.get("peak_memory_bytes"),
         "device": inference.get("device"),
         "training_seconds": training.get("seconds"),

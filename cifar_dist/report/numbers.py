@@ -12,10 +12,12 @@ from cifar_dist.errors import UsageError
 from cifar_dist.evidence import Chosen
 from cifar_dist.flops import Flops, Peak, mfu
 from cifar_dist.predictions import Scored
+from cifar_dist.report.endings import cut_warning
+from cifar_dist.run_folder import cpu_name
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
 
-LEVEL = 0.95
+MOST_NAMED = 10  # classes in a sentence
 LOWEST, HIGHEST = 0.05, 20  # a fitted temperature outside has followed a few images
 TEST_SELECTED = (
     "The run was watched, and its best checkpoint picked, on the test split, so these numbers are optimistic:"
@@ -49,7 +51,7 @@ def metrics_of(run: Run, scored: Scored, val: Scored | None, chosen: Chosen, cos
     selected_on = _selected_on(run, scored)
     return {
         "top1": found["top1"],
-        "top1_interval": wilson_interval(int(scored.correct.sum()), count, LEVEL),
+        "top1_interval": wilson_interval(int(scored.correct.sum()), count),
         "top3": found["top3"],
         "top5": found["top5"],
         "error_rate": 1 - found["top1"],
@@ -80,8 +82,14 @@ def _selected_on(run: Run, scored: Scored) -> str:
 
 
 def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
-    warnings, trained_on = [], run.environment.get("data_fingerprint")
+    warnings, trained_on = [cut] if (cut := cut_warning(run)) else [], run.environment.get("data_fingerprint")
     own_data = scored.about.own_data
+    names = [name for number, name in enumerate(scored.class_names) if number not in scored.labels]
+    if names:
+        warnings.append(
+            f"The images are of {len(scored.class_names) - len(names)} of the {len(scored.class_names)} classes; macro"
+            f" means are over these, without {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
+        )
     if selected_on == "test" and own_data:
         warnings.append(TEST_SELECTED)
     if own_data and trained_on not in (None, scored.about.fingerprint):
@@ -128,13 +136,14 @@ def _cost_of(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     rate = plain.median(rates) if rates else None
     processes, environment = run.environment.get("num_processes", 1), run.environment
     flops, peak = Flops(**cost["flops"]), Peak(**cost["peak"])
-    cpu = f"{environment.get('processor')} ({environment.get('cpu_threads')} threads)"
+    cpu = cpu_name(environment.get("processor", ""), environment.get("cpu_threads", 0))
     here = cost["inference"]["device"] in (environment.get("device"), cpu)
+    whole = run.config.model.freeze == "none"  # a frozen backbone has no backward pass, or is computed once
     training = {
         "images_per_second": rate,
         "peak_memory_bytes": max(memory) if memory else None,
         "seconds": seconds[-1] if seconds else None,
-        "mfu": mfu(flops, rate, processes, peak) if rate and here else None,
+        "mfu": mfu(flops, rate, processes, peak) if rate and here and whole else None,
         "num_processes": processes,
     }
     counted = {"gflops": flops.forward / 1e9, "gmacs": flops.macs / 1e9}

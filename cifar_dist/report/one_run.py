@@ -22,6 +22,7 @@ from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.plan import schedule_without_model
 from cifar_dist.predictions import Scored, load_predictions, predictions_file
 from cifar_dist.report import sheets, tables
+from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.numbers import cooled, metrics_of
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
@@ -140,7 +141,7 @@ def _schedule(run: Run) -> figures.Curve:
 def _of_classes(found: Found) -> dict[str, Figure | None]:
     names, metrics = found.scored.class_names, found.metrics
     matrix = np.array(metrics["confusion_matrix"])
-    recalls = [values["recall"] for values in metrics["classes"]]
+    recalls = [values["recall"] if values["support"] else float("nan") for values in metrics["classes"]]
     off = matrix - np.diag(np.diag(matrix))
     most = [divmod(int(cell), len(names)) for cell in np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]]
     pairs = [(names[true], names[guess], int(off[true, guess])) for true, guess in most if off[true, guess]]
@@ -169,7 +170,7 @@ def _reliability(scored: Scored, title: str, ece: float) -> figures.Reliability:
 def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
     """The report for people: the result first, then how it came about."""
     run, scored, metrics = found.run, found.scored, found.metrics
-    about, epoch = scored.about, scored.about.step / run.plan["steps_per_epoch"]
+    about = scored.about
     mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
 
     def shown(*names: str) -> list[Picture]:
@@ -182,8 +183,8 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
             strong=True,
         ),
         Text(
-            f"On {metrics['num_samples']:,} images of {about.dataset}{mirrored}, with checkpoint {about.checkpoint} of"
-            f" step {about.step:,} (epoch {epoch:.4g}), selected on {metrics['selected_on']}."
+            f"On {metrics['num_samples']:,} images of {about.dataset}{mirrored}, with"
+            f" {_checkpoint_words(run, scored, metrics['selected_on'])}."
         ),
         *(Text(warning, strong=True) for warning in metrics["warnings"]),
     ]
@@ -215,6 +216,17 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
             Section("To reproduce", [Code(tables.commands(run, about))]),
         ],
     )
+
+
+def _checkpoint_words(run: Run, scored: Scored, selected_on: str) -> str:
+    """Which checkpoint was scored; without a split to choose by, none is the best."""
+    about, epoch = scored.about, scored.about.step / run.plan["steps_per_epoch"]
+    last = ", the run's last step" if about.step == steps_trained(run) else ""
+    place = f"of step {about.step:,} (epoch {epoch:.4g}{last})"
+    if selected_on != "none":
+        return f"checkpoint {about.checkpoint} {place}, selected on {selected_on}"
+    name = "the checkpoint" if about.checkpoint == "best" else f"checkpoint {about.checkpoint}"
+    return f"{name} {place}, not selected by a score"
 
 
 def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cifar_dist import figures
 from cifar_dist.evidence import CLASSES, Chosen, Evidence
+from cifar_dist.label_errors import can_tell
 from cifar_dist.predictions import Scored
 
 CAPTIONS = {
@@ -90,12 +91,18 @@ def as_seen(image: np.ndarray, size: int) -> np.ndarray:
 
 def mistake_words(metrics: dict[str, Any]) -> str:
     """How many images are wrong, and how many labels look wrong."""
-    wrong = round(metrics["error_rate"] * metrics["num_samples"])
+    count, suspected = metrics["num_samples"], metrics["suspected_label_errors"]
+    wrong = round(metrics["error_rate"] * count)
+    words = f"{wrong:,} of {count:,} images are given another class than their label."
+    by = "by confident learning (Northcutt et al., 2021)"
+    if not can_tell(suspected, count):
+        return (
+            f"{words} Whether labels are wrong themselves this model is too unsure to tell: {by} it would suspect"
+            f" {suspected:,}, more than the tenth that the worst of well-known test sets have."
+        )
     return (
-        f"{wrong:,} of {metrics['num_samples']:,} images are given another class than their label."
-        f" {metrics['suspected_label_errors']:,} labels are suspected to be wrong themselves by confident learning"
-        " (Northcutt et al., 2021): the model finds another class at least as likely as it usually finds that class."
-        " The less accurate a model, the more it suspects without reason."
+        f"{words} {suspected:,} labels are suspected to be wrong themselves {by}: the model finds another class at"
+        " least as likely as it usually finds that class. The less accurate a model, the more it suspects wrongly."
     )
 
 

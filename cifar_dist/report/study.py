@@ -63,15 +63,13 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         for name, run, folder in zip(names_of([run.folder for run in runs]), runs, folders, strict=True)
     ]
     _check_comparable(members)
-    groups = group_runs([run.config for run in runs], [member.name for member in members])
+    groups = group_runs(runs, [member.name for member in members])
     pairs = _pairs(members, groups)
     study = record_of([run.folder for run in runs])
     make_room(output)
     try:
-        if (output / f"{NAME}.json").exists():  # pictures of an earlier comparison, which this one may not have
-            for kind in ("png", "jpg", "svg"):
-                for picture in output.glob(f"*.{kind}"):
-                    picture.unlink()
+        if (output / f"{NAME}.json").exists():
+            study_figures.remove(output)
         summary = _summary(members, groups, pairs)
         if study:
             summary["study"] = {"name": study.name, "missing": missing(study, members)}
@@ -101,23 +99,49 @@ def make_room(output: Path) -> None:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
 
 
+def check_runs(runs: Sequence[Run]) -> None:
+    """Refuse runs that cannot be compared as far as their folders tell, before anything is scored.
+
+    Raises:
+        UsageError: a run is given twice, or two have other classes.
+    """
+    names_of([run.folder for run in runs])
+    for run in runs[1:]:
+        _check_classes((runs[0], run), *(each.environment["class_names"] for each in (runs[0], run)))
+
+
+def check_fingerprints(a: Run, b: Run, of_a: str, of_b: str) -> None:
+    """Refuse two runs whose test images are of other data.
+
+    Raises:
+        UsageError: the fingerprints of the data differ.
+    """
+    if of_a != of_b:
+        raise UsageError(
+            f"RUN_DIR {a.folder} and {b.folder} were scored on data with other fingerprints ({of_a[:12]} and"
+            f" {of_b[:12]}); score both on the same files."
+        )
+
+
+def _check_classes(pair: tuple[Run, Run], a: Sequence[str], b: Sequence[str]) -> None:
+    if a != b:
+        raise UsageError(
+            f"RUN_DIR {pair[0].folder} and {pair[1].folder} have other classes; compare runs on the same ones."
+        )
+
+
 def _check_comparable(members: Sequence[Member]) -> None:
     """Refuse runs that were scored on other images, or otherwise, than the first."""
     first = members[0].scored
     for member in members[1:]:
         other, both = member.scored, f"{members[0].run.folder} and {member.run.folder}"
-        if other.class_names != first.class_names:
-            raise UsageError(f"RUN_DIR {both} have other classes; compare runs on the same ones.")
+        _check_classes((members[0].run, member.run), first.class_names, other.class_names)
         if not np.array_equal(other.ids, first.ids) or not np.array_equal(other.labels, first.labels):
             raise UsageError(
                 f"RUN_DIR {both} were scored on other test images ({len(first.ids):,} of {first.about.dataset} and"
                 f" {len(other.ids):,} of {other.about.dataset}); compare runs on the same test set."
             )
-        if other.about.fingerprint != first.about.fingerprint:
-            raise UsageError(
-                f"RUN_DIR {both} were scored on data with other fingerprints ({first.about.fingerprint[:12]} and"
-                f" {other.about.fingerprint[:12]}); score both on the same files."
-            )
+        check_fingerprints(members[0].run, member.run, first.about.fingerprint, other.about.fingerprint)
         if other.about.tta != first.about.tta:
             raise UsageError(f"RUN_DIR {both} were scored with other --tta; score them alike.")
 

@@ -13,11 +13,12 @@ from cifar_dist.evidence import choose
 from cifar_dist.report.grouping import Group, grid_axes
 from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps
+from cifar_dist.report.tables import shown
 
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
     "grid": "Test accuracy over the two settings that differ",
-    "gflops": "Accuracy against arithmetic",
+    "gflops": "Accuracy against arithmetic; runs of one cost stand side by side",
     "latency": "Accuracy against latency",
     "parameters": "Accuracy against size",
     "training_time": "Accuracy against training time",
@@ -46,6 +47,13 @@ def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> d
     }
     drawn |= {name: _against(members, labels, name) for name in _COSTS}
     return figures.save_all(drawn, output)
+
+
+def remove(output: Path) -> None:
+    """Remove the pictures of an earlier comparison, some of which a new one may not have; all other files stay."""
+    for name in CAPTIONS:
+        for kind in ("png", "jpg", "svg"):
+            (output / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
@@ -89,7 +97,7 @@ def _grid(members: Sequence[Member], groups: Sequence[Group]) -> Figure | None:
         values[place] = np.mean([members[number].metrics["top1"] for number in group.members])
     names = [name.replace("_", " ") for name in axes]
     return figures.value_grid(
-        values, [str(row) for row in rows], [str(column) for column in columns], (names[0], names[1], "test accuracy")
+        values, [*map(shown, rows)], [*map(shown, columns)], (names[0], names[1], "test accuracy")
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cifar_dist.memory import MIB
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import study_figures
+from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import MIB, interval, percent, quantity
+from cifar_dist.report.tables import interval, percent, quantity, shown
 from cifar_dist.study_record import StudyRecord
+
+MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
 
 # Columns of the studies' tables: which number of a run, and how it is shown.
 _Columns = dict[str, tuple[str, Callable[[float], str]]]
@@ -27,10 +31,10 @@ _TRAINING: _Columns = {
     "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
 }
 _INFERENCE: _Columns = {
+    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
     "latency (ms)": ("latency_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "p95 (ms)": ("latency_p95_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
     "images/s": ("images_per_second", "{:,.0f}".format),
-    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
 }
 
 
@@ -40,9 +44,9 @@ def study_page(
 ) -> Page:  # fmt: skip
     """The comparison for people: which is better first, then at what cost."""
     about, count = members[0].scored.about, len(members[0].scored.ids)
-    warnings = {warning for member in members for warning in member.metrics["warnings"]}
+    warnings = _warnings(members)
 
-    def shown(*names: str) -> list[Picture]:
+    def drawn(*names: str) -> list[Picture]:
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := study_figures.map_words(members)) else []
@@ -63,13 +67,25 @@ def study_page(
                 [Table(("run", "where it stood when last compared"), list(absent.items()))] if absent else [],
             ),
             Section("Settings", _settings(members, groups)),
-            Section("Accuracy", [*_accuracies(members, groups), *shown("grid", "curves")]),
+            Section("Accuracy", [*_accuracies(members, groups), *drawn("grid", "curves")]),
+            Section("Accuracy per class", _per_class(members, groups)),
             Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
-            Section("Cost", [*_costs(members, groups), *shown("gflops", "latency", "parameters", "training_time")]),
-            Section("Where they differ", [_only(members), *empty, *shown("agreement", "only_right", "grad_cam")]),
+            Section("Cost", [*_costs(members, groups), *drawn("gflops", "latency", "parameters", "training_time")]),
+            Section("Where they differ", [_only(members), *empty, *drawn("agreement", "only_right", "grad_cam")]),
             Section("Files", [Files(files)]),
         ],
     )
+
+
+def _warnings(members: Sequence[Member]) -> set[str]:
+    """Those of the runs' reports; runs that were not trained to their end are named in one."""
+    cut = [member for member in members if was_cut(member.run)]
+    found = {warning for member in members for warning in member.metrics["warnings"]}
+    found -= {cut_warning(member.run) or "" for member in cut}
+    if cut:
+        named = ", ".join(f"{member.name} after {steps_of(member.run)}" for member in cut)
+        found.add(f"Not all runs were trained to the end of their schedule; cut: {named}.")
+    return found
 
 
 def _mean_accuracy(members: Sequence[Member], group: Group) -> str:
@@ -123,15 +139,36 @@ def _other_numbers(members: Sequence[Member]) -> Table:
     return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows)
 
 
+def _per_class(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
+    """Each class's accuracy by setting, of repeats the mean, the best in bold; nothing where that would be too much."""
+    names = members[0].scored.class_names
+    if len(names) > MOST_CLASSES or not 1 < len(groups) <= MOST_SETTINGS:
+        return []
+    found = [[members[number].metrics["classes"] for number in group.members] for group in groups]
+    rows, best = list[tuple[str, ...]](), set[tuple[int, int]]()
+    for row, name in enumerate(names):
+        if found[0][0][row]["support"]:
+            means = [float(np.mean([classes[row]["recall"] for classes in runs])) for runs in found]
+            best |= {(len(rows), column) for column, mean in enumerate(means, 1) if mean == max(means)}
+            rows.append((name, *map(percent, means)))
+    words = "The best of each class is bold; whether it is so by chance was not tested."
+    return [Table(("class", *(group.name for group in groups)), rows, strong_cells=best), Text(words)]
+
+
 def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text | Table]:
     """All settings in which the groups differ: a model is compared as it was trained."""
     names = groups[0].settings
+    twice = len({repr(group.settings) for group in groups}) < len(groups)
+    again = "Runs with the same settings and the same seed are no repeats; they are compared with each other."
     if not names:
-        return []
-    rows = [(name.replace("_", " "), *(str(group.settings[name]) for group in groups)) for name in names]
-    words = "All other settings are the same. What is compared is a model as it was trained, not an architecture alone."
+        return [Text(f"All settings are the same. {again}")] if twice else []
+    rows = [(name.replace("_", " "), *(shown(group.settings[name]) for group in groups)) for name in names]
+    unequal = ", but not all runs were trained to their end" if any(was_cut(member.run) for member in members) else ""
+    words = f"All other settings are the same{unequal}."
+    words += " What is compared is a model as it was trained, not an architecture alone."
     if len(members) == len(groups):
         words += " Each was trained once: intervals are of the test images, and say nothing of other seeds."
+    words += f" {again}" * twice
     return [Table(("setting", *(group.name for group in groups)), rows), Text(words)]
 
 
@@ -175,16 +212,21 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | T
     training, inference = [], []
     for group in groups:
         found = [row_of(members[number], group.name) for number in group.members]
-        devices = sorted({str(row["device"]) for row in found if row["device"]})
+        sizes, devices = (_each(row[name] for row in found) for name in ("inference_batch_size", "device"))
         training.append((group.name, *(_mean(found, name, show) for name, show in _TRAINING.values())))
         cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
-        inference.append((group.name, *cells, "; ".join(devices) or "–"))
+        inference.append((group.name, *cells, sizes, devices))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
         Table(("settings", *_TRAINING), training),
-        Table(("settings", *_INFERENCE, "inference on"), inference),
+        Table(("settings", *_INFERENCE, "images at a time", "inference on"), inference),
         *repeats,
     ]
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The different values that are known."""
+    return "; ".join(str(value) for value in dict.fromkeys(values) if value is not None) or "–"
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str]) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cifar_dist.config import Config
+from cifar_dist.memory import MIB
 from cifar_dist.page import Table
 from cifar_dist.predictions import About, Scored
+from cifar_dist.report.endings import steps_trained
 from cifar_dist.run_record import Run
 
 SHOWN_SETTINGS = [
@@ -38,7 +40,6 @@ NOT_SETTINGS = [
     "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
     "time_limit",
 ]  # fmt: skip
-MIB = 2**20
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -54,6 +55,14 @@ def interval(pair: Sequence[float], digits: int = 2) -> str:
 def quantity(value: float) -> str:
     """Two decimals, or of less than 1 three digits."""
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def shown(value: Any) -> str:
+    """A setting's value for people, who need not know Python."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", False: "no", True: "yes"}[value]
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else str(value)
 
 
 def results(metrics: dict[str, Any]) -> Table:
@@ -101,7 +110,8 @@ def per_class(metrics: dict[str, Any]) -> Table:
     """Precision, recall, F1 and support of each class, with their means."""
 
     def row(name: str, values: dict[str, Any], support: int) -> tuple[str, ...]:
-        return (name, *(f"{values[key]:.4f}" for key in ("precision", "recall", "f1")), f"{support:,}")
+        of_images = (f"{values[key]:.4f}" if support else "–" for key in ("recall", "f1"))
+        return (name, f"{values['precision']:.4f}", *of_images, f"{support:,}")
 
     rows = [row(values["name"], values, values["support"]) for values in metrics["classes"]]
     for name, key in (("macro mean", "macro_avg"), ("weighted mean", "weighted_avg")):
@@ -178,7 +188,7 @@ def settings(config: Config) -> Table:
     values, defaults = config.flat(), Config().flat()
     others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
     names = [*SHOWN_SETTINGS, *(name for name in others if name not in SHOWN_SETTINGS)]
-    return Table(("setting", "value"), [(name, str(values[name])) for name in names if values[name] is not None])
+    return Table(("setting", "value"), [(name, shown(values[name])) for name in names if values[name] is not None])
 
 
 def environment(run: Run, scored: Scored) -> Table:
@@ -188,7 +198,7 @@ def environment(run: Run, scored: Scored) -> Table:
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     facts["interruptions"] = interruptions(run.environment.get("restarts", []))
-    facts["steps"] = f"{run.last_step:,} of {run.plan['schedule_steps']:,} scheduled"
+    facts["steps"] = f"{steps_trained(run):,} of {run.plan['schedule_steps']:,} scheduled"
     facts["test data fingerprint"] = scored.about.fingerprint
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
     return Table(("what", "value"), rows)
@@ -213,9 +223,3 @@ def commands(run: Run, about: About) -> str:
     flags += ["--tta flip"] if about.tta == "flip" else []
     flags += [] if about.own_data else [f"--data {shlex.quote(about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """``a, b and c``."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last

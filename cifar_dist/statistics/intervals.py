@@ -33,13 +33,14 @@ def bootstrap_macro_f1(
     """Percentile bootstrap interval of macro-F1 over images (Efron 1979).
 
     Macro-F1 depends on the images through the confusion matrix alone. So N images drawn with replacement are one
-    multinomial draw of N counts over the matrix's cells. What would be 0/0 is 0, as in the report, also for a class
-    that a resample misses: where classes have only a few images the interval lies low.
+    multinomial draw of N counts over the matrix's cells. It is the mean over the classes that occur among the labels.
+    What would be 0/0 is 0, as in the report, also for a class that a resample misses: where classes have only a few
+    images the interval lies low.
 
     Args:
         labels: int (N,).
         predicted: int (N,), class numbers too.
-        num_classes: K.
+        num_classes: K, more than the highest class number.
         seed: of the resamples.
         resamples: how many are drawn.
         level: of the interval.
@@ -50,7 +51,7 @@ def bootstrap_macro_f1(
     cells, counts = np.unique(np.asarray(labels) * num_classes + np.asarray(predicted), return_counts=True)
     if not len(cells):
         raise ValueError("an interval needs at least one image")
-    true, called, classes = cells // num_classes, cells % num_classes, np.arange(num_classes)
+    true, called, classes = cells // num_classes, cells % num_classes, np.unique(labels)
     in_row, in_column = (true[:, None] == classes).astype(float), (called[:, None] == classes).astype(float)
     random, total, values = np.random.default_rng(seed), counts.sum(), []
     for first in range(0, resamples, RESAMPLES_AT_ONCE):

@@ -118,6 +118,19 @@ def test_costs_that_are_nearly_equal_look_so_and_intervals_are_seen(costs):
     assert low < 0.89 and high > 0.97
 
 
+@pytest.mark.parametrize("others", [[], [9.0], [900.0]], ids=["alone", "linear", "logarithmic"])
+def test_intervals_of_one_cost_stand_side_by_side(others):
+    """Five of one cost, in two settings, are a little apart about it; the others stay where they are."""
+    axes = against([*[3.0] * 5, *others], [*"aabbb", *"c" * len(others)]).axes[0]
+    drawn = np.concatenate([container.lines[0].get_xdata() for container in axes.containers])
+    places = axes.transLimits.transform(axes.transScale.transform([(cost, 0.92) for cost in (*drawn, 3.0)]))[:, 0]
+    assert (np.diff(np.sort(places[:5])) > 0.01).all() and np.ptp(places[:5]) < 0.1
+    assert places[:5].mean() == pytest.approx(places[-1])
+    assert drawn[5:].tolist() == others
+    bars = np.concatenate([container.lines[2][0].get_segments() for container in axes.containers])
+    np.testing.assert_allclose(bars[:, 0, 0], drawn)
+
+
 def test_equal_accuracies_of_huge_test_sets_are_not_torn_apart_and_none_is_above_100_percent():
     figure = figures.accuracy_against([1, 2], ["a", "b"], [0.9001, 0.9], np.full((2, 2), 0.9), "GFLOPs")
     low, high = figure.axes[0].get_ylim()

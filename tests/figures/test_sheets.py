@@ -75,16 +75,6 @@ def test_small_images_keep_their_pixels_in_the_file(tmp_path):
 
 def test_a_gallery_of_no_images_says_so():
     assert labels_in(figures.image_gallery([], [])) >= {"no images"}
-    assert labels_in(figures.image_pairs([], [], [])) >= {"no images"}
-
-
-def test_pairs_stand_above_each_other():
-    after = RNG.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    figure = figures.image_pairs(IMAGES[:3], after, ["cat", "dog", "frog"])
-    top, bottom = shown_in(figure)
-    np.testing.assert_array_equal(top, IMAGES[:3])
-    np.testing.assert_array_equal(bottom, after)
-    assert {"cat", "dog", "frog", "after preprocessing"} <= labels_in(figure)
 
 
 def test_overlay_is_half_the_image_and_half_the_heat():

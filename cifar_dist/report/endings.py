@@ -1,0 +1,45 @@
+"""How far a run was trained of what its schedule spans, by its log."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from cifar_dist.errors import UsageError
+from cifar_dist.run_folder import read_json
+from cifar_dist.run_record import Run
+from cifar_dist.train_state import TrainState
+
+
+def steps_trained(run: Run) -> int:
+    """Optimizer steps, by the log or, where that was cut between two records, by ``progress.json``."""
+    reached = run.last_step
+    with suppress(OSError, UsageError):
+        reached = max(reached, read_json(run.folder / "progress.json").get("step", 0))
+    return min(reached, run.plan["schedule_steps"])
+
+
+def was_cut(run: Run) -> bool:
+    """Whether the run ended before its schedule did, other than by early stopping."""
+    return steps_trained(run) < run.plan["schedule_steps"] and not _out_of_patience(run)
+
+
+def steps_of(run: Run) -> str:
+    """``40 of 110 steps``."""
+    return f"{steps_trained(run):,} of {run.plan['schedule_steps']:,} steps"
+
+
+def cut_warning(run: Run) -> str | None:
+    """What a report of a run must say that was not trained to its end; None of one that was."""
+    if not was_cut(run):
+        return None
+    return f"The run was not trained to the end of its schedule: it was cut after {steps_of(run)}."
+
+
+def _out_of_patience(run: Run) -> bool:
+    """Whether early stopping ended the run, judging its logged scores as training does."""
+    patience, state = run.config.run.patience, TrainState()
+    (steps, top1), (_, losses) = run.series("val/top1"), run.series("val/loss")
+    for step, right, loss in zip(steps, top1, losses, strict=True):
+        whole_epoch = step % run.plan["steps_per_epoch"] == 0
+        state.judge({"top1": right, "loss": loss}, run.config.run.min_delta, whole_epoch)
+    return patience is not None and state.epochs_without_gain >= patience
