@@ -7,12 +7,12 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 from __future__ import annotations
 
 from cifar_dist import stop_request
-from cifar_dist.command_line import parse_command_line
+from cifar_dist.command_line import CommandLine, parse_command_line
 from cifar_dist.errors import Diverged, UsageError, run_main
 
 if __name__ == "__main__":
     stop_request.listen()  # before the seconds of importing, in which a signal may come too
-    run_main(parse_command_line)  # --help and wrong flags are answered at once
+    command = run_main(parse_command_line)  # --help and wrong flags are answered at once
 
 import shlex
 import time
@@ -78,9 +78,9 @@ from cifar_dist.wandb_run import wandb_mode
 from cifar_dist.whitening import whiten
 
 
-def main() -> None:
-    """Read the command line, plan the run, and train."""
-    command = parse_command_line()
+def main(command: CommandLine | None = None) -> None:
+    """Plan the run that `command`, or this program's command line, asks for, and train."""
+    command = command or parse_command_line()
     config = command.config
     resolve_name(config.model.model)  # wrong names and taken folders are refused before data is decoded
     if command.preview is not None:
@@ -182,7 +182,8 @@ def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, ver
     )
     if job.config.run.on_nan == "stop" or not state.may_skip:
         job.save_at_once(trained, state)
-        raise Diverged(f"{notice}; go on with --on-nan skip, or start anew with a lower --lr or with --clip-grad.")
+        skip = "" if job.config.run.on_nan == "skip" else "go on with --on-nan skip, or "
+        raise Diverged(f"{notice}; {skip}start anew with a lower --lr or with --clip-grad.")
     return f"skipped     {notice}"
 
 
@@ -282,5 +283,5 @@ def train(job: Job, data: TrainingData, model: torch.nn.Module, features: Featur
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(command))
     stop_request.ignore()

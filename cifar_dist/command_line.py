@@ -55,7 +55,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            message += "." + suggestion(unknown.split()[0].partition("=")[0], list(self._option_string_actions))
+            message += "." + suggestion(unknown.partition(" ")[0].partition("=")[0], list(self._option_string_actions))
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
 
 
@@ -93,7 +93,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = meta["nargs"] and ("R", "G B")
         extra["metavar"] = word or setting.name.upper()
-    kind = _or_none(meta["type"]) if setting.default is None and meta["choices"] is None else meta["type"]
+    kind = meta["type"] if setting.default is not None else str.lower if meta["choices"] else _or_none(meta["type"])
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
 
 

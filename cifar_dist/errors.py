@@ -17,7 +17,7 @@ from contextlib import suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from cifar_dist import peers
 
@@ -27,6 +27,7 @@ GRACE_SECONDS = 5.0  # for the others, once one process has failed
 LOST_STATUS = 75  # other processes were lost, by no fault of this one: worth a new start (EX_TEMPFAIL of sysexits.h)
 USAGE_STATUS = 2
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+T = TypeVar("T")
 STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -143,14 +144,14 @@ def _is_from_others(error: Exception) -> bool:
     return bool(of_torch and isinstance(error, of_torch.DistError)) or "gloo" in str(error).partition("]")[0]
 
 
-def run_main(main: Callable[[], object]) -> None:
+def run_main(main: Callable[[], T]) -> T:
     """Call `main`, turning what the user can act on into one line and an exit status, without a traceback.
 
     Any other exception keeps its traceback on the first process that fails; the others, which mostly fail because that
     one has gone, say so in a line.
     """
     try:
-        main()
+        return main()
     except SystemExit as error:
         if _group_rank() is not None and error.code:
             _exit(error.code if isinstance(error.code, int) else FAILURE_STATUS)

@@ -172,7 +172,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     _refuse_contradictions(config, sizes)
     _refuse_augmentation(config)
     engine = engine or ("single" if num_processes == 1 else "ddp")
-    _refuse_graphs(config, engine, accumulation)
+    _refuse_compiling(config, engine, accumulation)
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
     schedule_steps = run.epochs * updates
     total = min(schedule_steps, run.max_steps or schedule_steps)
@@ -220,7 +220,9 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
 
 
-def _refuse_graphs(config: Config, engine: str, accumulation: int) -> None:
+def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
+    if config.model.compile and engine == "zero3":
+        raise UsageError("--compile is not for zero3, whose hooks are compiled anew in every step; leave it out.")
     if (mode := config.model.compile_mode) == "default":
         return
     if not config.model.compile:

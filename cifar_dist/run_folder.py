@@ -66,7 +66,10 @@ def choose_run_dir(config: Config) -> Path:
             raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
         if not (run_dir / "config.yaml").is_file():
             raise UsageError(f"--resume auto: {run_dir} is no run folder (config.yaml is missing).")
-        if changed := changed_settings(config):
+        changed = changed_settings(config)
+        if Path(config.data.dataset).expanduser().exists():  # data may have moved; `create_run_dir` compares them
+            changed = [change for change in changed if not change.startswith("--dataset ")]
+        if changed:
             raise UsageError(
                 f"--resume auto: the run in {run_dir} has other settings ({'; '.join(changed)}); give those,"
                 " or another --run-dir."
@@ -77,9 +80,6 @@ def choose_run_dir(config: Config) -> Path:
 def changed_settings(config: Config) -> list[str]:
     """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
 
-    The data and the file of initial weights may have moved. Whether the data are the same is not looked at here, but by
-    `create_run_dir`; the weights have done their part.
-
     Raises:
         UsageError: the settings saved there cannot be read.
     """
@@ -89,19 +89,9 @@ def changed_settings(config: Config) -> list[str]:
     old, new = load_config(saved).flat(), config.flat()
     if new["precision"] == "auto":  # it goes on as it began
         new |= {name: old[name] for name in ("precision", "channels_last")}
-    if (
-        Path(new["dataset"]).expanduser().exists()
-    ):  # data may lie elsewhere now; their fingerprint tells whether they do
-        old["dataset"] = new["dataset"]
-    if _file_name(old["init_weights"]) == _file_name(new["init_weights"]):
-        old["init_weights"] = new["init_weights"]
     return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]
-
-
-def _file_name(path: str | None) -> str | None:
-    return None if path is None else Path(path).name
 
 
 def identity(config: Config) -> dict[str, str]:

@@ -70,10 +70,6 @@ def standing_of(run: StudyRun) -> Standing:
     try:
         if changed := changed_settings(run.config):
             return replace(standing, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
-        if _has_other_data(run):
-            return replace(
-                standing, in_the_way=f"{run.folder} was trained on other data than {run.config.data.dataset}"
-            )
         choose_run_dir(run.config)
         standing = replace(standing, running=is_running(run.folder))
         stored = checkpoint_store.latest_manifest(run.folder / "checkpoints")
@@ -88,19 +84,3 @@ def standing_of(run: StudyRun) -> Standing:
     plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
     finished = not state.goes_on(plan, run.config.run.patience)
     return replace(standing, step=state.step, total_steps=plan.total_steps, finished=finished)
-
-
-def _has_other_data(run: StudyRun) -> bool:
-    """Whether ``--dataset`` names another place than the run's own, with another set in it.
-
-    Raises:
-        UsageError: what the run has recorded is damaged, or there is no set at that place.
-    """
-    from cifar_dist.command_line import load_config
-    from cifar_dist.data import data_fingerprint
-    from cifar_dist.run_folder import read_json
-
-    saved, environment = run.folder / "config.yaml", run.folder / "environment.json"
-    if not environment.is_file() or load_config(saved).data.dataset == run.config.data.dataset:
-        return False
-    return read_json(environment)["data_fingerprint"] != data_fingerprint(run.config.data)

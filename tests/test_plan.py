@@ -189,6 +189,12 @@ def test_cuda_graphs_are_for_whole_weights(engine):
             make_plan(config, SIZES, 1, engine)
 
 
+def test_compiling_is_not_for_hooks_on_every_layer():
+    assert plan("--compile", engine="zero2").engine == "zero2"
+    with pytest.raises(UsageError, match="--compile is not for zero3"):
+        plan("--compile", engine="zero3")
+
+
 @pytest.mark.parametrize(
     "argv, processes, said",
     [

@@ -305,8 +305,27 @@ def test_names_of_groups():
 def test_a_seed_that_a_group_has_already_is_no_repeat(tmp_path):
     """As one training on a CPU and on a GPU: n would be 2, with no spread at all."""
     settings = [{"seed": 0}, {"seed": 1}, {"seed": 0}, {"seed": 0, "lr": 0.5}, {"seed": 1}]
-    groups = group_runs([Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings], "abcde")
-    assert [(g.name, g.members) for g in groups] == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
+
+    def groups(*devices):
+        runs = [
+            Run(Path(), Config.from_flat(each), PLAN, {"device": device}, LOG)
+            for each, device in zip(settings, devices, strict=True)
+        ]
+        return [(group.name, group.members) for group in group_runs(runs, "abcde")]
+
+    assert groups(*["cpu"] * 5) == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
+    assert groups("cpu", "gpu", "gpu", "cpu", "cpu") == [
+        ("a", (0, 4)), ("b", (1, 2)), ("resnet18_cifar, lr 0.5", (3,))
+    ]  # fmt: skip
+
+
+def test_repeats_may_have_had_their_data_elsewhere():
+    places = [("job1", "x"), ("job2", "x"), ("other", "y")]
+    runs = [
+        Run(Path(), Config.from_flat({"dataset": place, "seed": seed}), PLAN, {"data_fingerprint": mark}, LOG)
+        for seed, (place, mark) in enumerate(places)
+    ]
+    assert [group.members for group in group_runs(runs, "abc")] == [(0, 1), (2,)]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -350,6 +369,12 @@ def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, se
     if apart:
         assert "| max steps | none | 20 |" in found.markdown
         assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
+
+
+def test_a_run_that_ended_before_its_last_evaluation_was_cut(tmp_path):
+    run = make(tmp_path, "a", log=LOG[:-1])
+    assert cut_warning(run).endswith("it was cut after 20 of 20 steps, before the last evaluation.")
+    assert cut_warning(make(tmp_path, "b", log=[record for record in LOG if "train/loss" in record])) is None
 
 
 def test_a_run_that_was_cut_between_two_records_has_the_steps_of_its_heartbeat(tmp_path):

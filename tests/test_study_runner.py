@@ -12,7 +12,6 @@ import time
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 
 import train
 from cifar_dist import study
@@ -214,22 +213,6 @@ def test_a_folder_of_other_settings_is_in_the_way_of_its_run_alone(main, scripts
     assert (status, calls[0][1:]) == (1, ["runs/s/small"])
     assert "study       big: not in the comparison, in the way: runs/s/big has other" in out
     assert out.endswith("study       1 of 2 runs is finished: a report, no comparison\n")
-
-
-def test_data_that_have_moved_are_no_other_data(here, main, scripts):
-    text = "recipes: [small.yaml]\n"
-    for place, images in (("a", 4), ("c", 5)):
-        for folder in (f"{place}/{split}/{label}" for split in ("train", "test") for label in "xy"):
-            (here / folder).mkdir(parents=True)
-            for number in range(images):
-                Image.new("RGB", (8, 8), (number, 0, 0)).save(here / folder / f"{number}.png")
-    flags = ["--max-steps", 1, "--batch-size", 4, "--val-fraction", 0, "--dataset"]
-    main(text, "--", *flags, "a")
-    (here / "a").rename(here / "b")
-    assert states(main(text, "--list", "--", *flags, "b")[1]) == ["finished"]
-    assert states(main(text, "--list", "--", *flags, "c")[1]) == [
-        "in the way: runs/s/small was trained on other data than c"
-    ]
 
 
 def test_a_run_that_is_running_is_left_to_that(here, main, scripts):

@@ -176,7 +176,7 @@ def _image_files(folder: Path) -> dict[Path, list[Path]]:
     return {
         entry: sorted(file for file in entry.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
         for entry in entries
-        if entry.is_dir() and not entry.name.startswith(".")
+        if entry.is_dir() and not entry.name.startswith((".", "__"))  # __MACOSX
     }
 
 
@@ -192,13 +192,15 @@ def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]]) -> Local
     require_splits(path, [split for split in images if images[split]], list(images))
     tables = {}
     for split, classes in images.items():
-        if empty := [str(folder.relative_to(path)) for folder, files in classes.items() if not files]:
+        filled = {folder: files for folder, files in classes.items() if files}
+        empty = [str(folder.relative_to(path)) for folder in classes if folder not in filled]
+        if empty and (split == "train" or not filled):  # what is only scored may lack classes
             raise UsageError(
                 f"--dataset {path}: no image lies directly in {empty[0]} ({', '.join(_IMAGE_SUFFIXES)}); a folder is a"
                 " class, so put its images there, or remove it."
             )
-        features = Features({"image": Image(), "label": ClassLabel(names=[folder.name for folder in classes])})
-        rows = [(label, str(file)) for label, files in enumerate(classes.values()) for file in files]
+        features = Features({"image": Image(), "label": ClassLabel(names=[folder.name for folder in filled])})
+        rows = [(label, str(file)) for label, files in enumerate(filled.values()) for file in files]
         chunks = [tuple(rows[first : first + _IMAGES_A_SHARD]) for first in range(0, len(rows), _IMAGES_A_SHARD)]
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"chunks": chunks})
         tables[split] = Table(stream, len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -179,7 +180,8 @@ def _unwritable_cache(dataset: str, error: OSError) -> UsageError | None:
     import datasets
 
     cache, failed = Path(datasets.config.HF_DATASETS_CACHE), Path(error.filename or os.devnull)
-    if failed != cache and failed not in cache.parents and cache not in failed.parents:
+    related = failed == cache or failed in cache.parents or cache in failed.parents
+    if not related or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return None
     return UsageError(
         f"--dataset {dataset}: Hugging Face's cache {cache} cannot be written ({error.strerror}); set HF_HOME to a"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SPLITS = ("train", "test")
-_MOST_CLASSES = 100_000  # of plain numbers, in a set to be scored that has fewer rows: it may lack most classes
+_MOST_CLASSES = 100_000  # of plain numbers, in a set that has fewer rows; above are ids
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     image = image or _only_image(features, config)
     label = _named(config.label_column, "--label-column", features, "labels", _is_label)
     label = label or _main_label(features, config)
-    names = _class_names(main, label, config, at_least=0 if "train" in tables else _MOST_CLASSES)
+    names = _class_names(main, label, config)
     if "train" not in tables:
         return Columns(image, label, names)
     in_test = dict(tables["test"].stream.features or {})
@@ -142,11 +142,8 @@ def _main_label(features: dict[str, Any], config: DataConfig) -> str:
     raise UsageError(f"--dataset {config.dataset}: {what}; name one with --label-column (it has {_listed(features)}).")
 
 
-def _class_names(train: Table, label: str, config: DataConfig, at_least: int) -> tuple[str, ...]:
-    """The feature's names; for plain whole numbers, 0 to the largest one in train.
-
-    These are refused as ids when there are more of them than rows, and more than `at_least`.
-    """
+def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...]:
+    """The feature's names; for plain whole numbers, 0 to the largest one in train."""
     from datasets import ClassLabel
 
     feature = (train.stream.features or {})[label]
@@ -158,10 +155,10 @@ def _class_names(train: Table, label: str, config: DataConfig, at_least: int) ->
         reason = first_line(error)
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
     rows, largest = sum(part[0] for part in parts), max((part[1] for part in parts), default=-1)
-    if largest >= max(rows, at_least):
+    if largest >= max(rows, _MOST_CLASSES):
         raise UsageError(
             f"--dataset {config.dataset}: the column {label!r} goes up to {largest:,} in {rows:,} rows, so it holds no"
-            " numbers of classes from 0 on; name another with --label-column."
+            " numbers of classes from 0 on; name another with --label-column, or number the classes."
         )
     return tuple(str(number) for number in range(largest + 1))
 

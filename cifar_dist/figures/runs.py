@@ -137,6 +137,8 @@ def _side_by_side(axes: Axes, costs: np.ndarray) -> np.ndarray:
     order, moved = order[np.isfinite(places[order])], costs.copy()
     for rows in np.split(order, np.flatnonzero(np.diff(places[order]) > _APART) + 1):
         if len(rows) > 1:
-            fan = places[rows].mean() + _APART * (np.arange(len(rows)) - (len(rows) - 1) / 2)
+            apart = min(_APART, (1 - 2 * _APART) / (len(rows) - 1))
+            fan = places[rows].mean() + apart * (np.arange(len(rows)) - (len(rows) - 1) / 2)
+            fan += max(_APART - fan[0], 0) - max(fan[-1] - 1 + _APART, 0)  # within the axes
             moved[rows] = scale.inverted().transform(np.column_stack([fan, np.ones(len(rows))]))[:, 0]
     return moved

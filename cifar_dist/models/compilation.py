@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-_MOST = 0.9  # of a model's parameters
+_MOST = 0.9  # of a model's layers
 
 
 def compile_model(model: nn.Module, mode: str) -> None:
@@ -31,7 +31,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The innermost blocks with attention that stand in a row of their class, if they are nearly all of the model.
 
     Returns:
-        None at all if they hold less than nine tenths of the parameters.
+        None at all if they hold less than nine tenths of the layers, as in a hybrid with a convolutional half.
     """
     found: dict[int, nn.Module] = {}
     for row in model.modules():
@@ -47,7 +47,8 @@ def _attends(block: nn.Module) -> bool:
 
 
 def _size(*modules: nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    layers = (layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Identity))
+    return sum(not any(layer.children()) for layer in layers)
 
 
 def share_rates(block: nn.Module) -> None:

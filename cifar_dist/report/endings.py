@@ -19,13 +19,16 @@ def steps_trained(run: Run) -> int:
 
 
 def was_cut(run: Run) -> bool:
-    """Whether the run ended before its schedule did, other than by early stopping."""
-    return steps_trained(run) < run.plan["schedule_steps"] and not _out_of_patience(run)
+    """Whether the run ended before its schedule and the evaluation that follows did, other than by early stopping."""
+    evaluated = run.series("val/top1")[0]
+    reached = min([steps_trained(run), *evaluated[-1:]])
+    return reached < run.plan["schedule_steps"] and not _out_of_patience(run)
 
 
 def steps_of(run: Run) -> str:
     """``40 of 110 steps``."""
-    return f"{steps_trained(run):,} of {run.plan['schedule_steps']:,} steps"
+    steps, end = steps_trained(run), run.plan["schedule_steps"]
+    return f"{steps:,} of {end:,} steps" + ", before the last evaluation" * (steps == end)
 
 
 def cut_warning(run: Run) -> str | None:

@@ -11,7 +11,9 @@ from cifar_dist.report.endings import was_cut
 from cifar_dist.report.tables import NOT_SETTINGS, shown
 from cifar_dist.run_record import Run
 
-_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode"}
+_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
+
+_MACHINE = ("device", "num_processes")
 
 
 @dataclass(frozen=True)
@@ -32,33 +34,41 @@ class Group:
 def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     """Put runs that differ in their seed alone together, in the order in which they were given.
 
-    ``--max-steps`` is a setting where it cut the training. A run with a seed that its group has already is no repeat
-    (it was trained elsewhere, or on other processes) and opens a group of its own. A group is named by its model and by
-    the settings in which the groups of that model differ; groups that would have one name take the names of their first
-    runs.
+    ``--max-steps`` is a setting where it cut the training, and data are the same wherever they lie. Runs with the same
+    settings and the same seed are no repeats: then those of one device and number of processes go together, and further
+    ones open groups of their own. A group is named by its model and by the settings in which the groups of that model
+    differ; groups that would have one name take the names of their first runs.
 
     Args:
         runs: what was trained.
         names: what each is called, all different.
     """
-    kept = [_settings(run) for run in runs]
+    datasets: dict[Any, str] = {}
+    kept = [_settings(run, datasets) for run in runs]
+    alike = [repr({**settings, "seed": None}) for settings in kept]
+    times = Counter(map(repr, kept))
+    doubled = {key for key, settings in zip(alike, kept, strict=True) if times[repr(settings)] > 1}
     members: dict[tuple[str, int], list[int]] = {}
-    seen: Counter[str] = Counter()
-    for number, settings in enumerate(kept):
-        members.setdefault((repr({**settings, "seed": None}), seen[repr(settings)]), []).append(number)
-        seen[repr(settings)] += 1
+    seen: Counter[tuple[str, int]] = Counter()
+    for number, (run, key) in enumerate(zip(runs, alike, strict=True)):
+        key += str([run.environment.get(fact) for fact in _MACHINE]) * (key in doubled)
+        seed = kept[number]["seed"]
+        members.setdefault((key, seen[key, seed]), []).append(number)
+        seen[key, seed] += 1
     first = [kept[numbers[0]] for numbers in members.values()]
     differing, groups = _differing(first), []
     for settings, numbers in zip(first, members.values(), strict=True):
-        alike = _differing([other for other in first if other["model"] == settings["model"]])
-        name = _name(settings["model"], {key: settings[key] for key in alike})
+        own = _differing([other for other in first if other["model"] == settings["model"]])
+        name = _name(settings["model"], {key: settings[key] for key in own})
         groups.append(Group(name, tuple(numbers), {key: settings[key] for key in differing}))
     return _told_apart(groups, names)
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """All settings that make another training, the seed among them."""
+def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:
+    """All settings that make another training, the seed among them; `datasets` are the places of data seen so far."""
     found = {key: value for key, value in run.config.flat().items() if key not in _ELSEWHERE}
+    place = found["dataset"]
+    found["dataset"] = datasets.setdefault(run.environment.get("data_fingerprint", place), place)
     cut = was_cut(run) and (run.config.run.max_steps or 0) < run.plan["schedule_steps"]
     return found if cut else {**found, "max_steps": None}
 
