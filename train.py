@@ -56,7 +56,7 @@ from cifar_dist.models.compilation import compile_model
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
 from cifar_dist.pace import Pace
-from cifar_dist.parallel import wrap
+from cifar_dist.parallel import check_engine, wrap
 from cifar_dist.plan import Plan, Schedule, make_plan
 from cifar_dist.precision import resolve_precision
 from cifar_dist.preview import check_preview, write_preview
@@ -111,6 +111,7 @@ def main(command: CommandLine | None = None) -> None:
         micro = fitting(accelerator, model, inputs, plan, config.run.precision)
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
+    check_engine(config, plan, model)
     lines = plan.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
     if (preview := command.preview) is not None:

@@ -1,6 +1,7 @@
 """What `--compile` costs at the start and gives afterwards: as train.py does, and as one would without it.
 
-    python -m benchmarks.compiling [--models vit_tiny_patch16_224:224:8 …] [--backend inductor|eager] [--json FILE]
+    python -m benchmarks.compiling [--models vit_tiny_patch16_224:224:8 …] [--ways whole train.py …]
+        [--backend inductor|eager] [--json FILE]
 
 A model is NAME:PIXELS:BATCH. Ways: `uncompiled`; `whole`, by one call for the model; `blocks`, by one for each block of
 a transformer; `train.py`. Each has a process and an empty cache of compiled code of its own. `first step` and `first
@@ -105,6 +106,7 @@ def main() -> None:
     """Measure every model in every way, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -117,7 +119,7 @@ def main() -> None:
     for word in args.models:
         with torch.device("meta"):
             is_transformer = bool(transformer_blocks(build_model(ModelConfig(model=word.split(":")[0]), 10)))
-        for way in WAYS:
+        for way in args.ways:
             if way == "blocks" and not is_transformer:
                 continue
             row = alone(word, way, args.backend)

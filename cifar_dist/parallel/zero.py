@@ -19,7 +19,6 @@ from accelerate import Accelerator
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
-from cifar_dist.optim import is_elementwise
 from cifar_dist.parallel.replicated import Replicated
 from cifar_dist.plan import Plan
 
@@ -44,8 +43,7 @@ class Zero(Replicated):
         plan: the run's plan.
 
     Raises:
-        UsageError: the DeepSpeed file says what belongs into the recipe, or the optimizer's update looks at more
-            than one number at a time, so that cutting it up would change the training.
+        UsageError: the DeepSpeed file says what belongs into the recipe.
     """
 
     def __init__(
@@ -57,11 +55,6 @@ class Zero(Replicated):
         plan: Plan,
     ):
         _refuse_second_homes()
-        if not is_elementwise(config.optim):
-            raise UsageError(
-                f"--opt {config.optim.opt} looks at whole matrices, which ZeRO cuts up: the training would be another;"
-                " launch with accelerate_configs/multi_gpu.yaml, or take --opt adamw."
-            )
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._fp16 = config.run.precision == "fp16"
         numbers = _numbers(config, plan)
