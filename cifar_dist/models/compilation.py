@@ -12,8 +12,8 @@ _MOST = 0.9  # of a model's layers
 def compile_model(model: nn.Module, mode: str) -> None:
     """Let `torch.compile` have the model, in place; state_dict keeps its keys.
 
-    Blocks that are alike are compiled once ("regional compilation" in PyTorch's tutorials), which is several times as
-    fast as the whole model (benchmarks/results/speed.md). CUDA graphs (``reduce-overhead``) gain by the whole.
+    Blocks that are alike are compiled once ("regional compilation" in PyTorch's tutorials), so that training starts
+    sooner (benchmarks/results/speed.md). CUDA graphs (``reduce-overhead``) gain by the whole.
 
     Args:
         model: on its device.
