@@ -26,10 +26,12 @@ if __name__ == "evaluate":  # `import evaluate` found this script first: hand ov
 else:
     from accelerate import Accelerator
 
-    from cifar_dist import checkpoint, export, scoring, wandb_report
+    from cifar_dist import export, scoring
     from cifar_dist.command_line import OneLineParser
-    from cifar_dist.distributed import finish, on_main, say, start
-    from cifar_dist.errors import UsageError, run_main
+    from cifar_dist.distributed.ending import run_main
+    from cifar_dist.distributed.group import finish, on_main, say, start
+    from cifar_dist.errors import UsageError
+    from cifar_dist.recovery import checkpoint
     from cifar_dist.report import (
         Report,
         check_fingerprints,
@@ -37,11 +39,12 @@ else:
         make_room,
         report_folder,
         saved_scores,
+        wandb_report,
         write_comparison,
         write_report,
     )
     from cifar_dist.run_record import Run, open_run
-    from cifar_dist.wandb_run import log_report
+    from cifar_dist.tracking.wandb_run import log_report
 
 if TYPE_CHECKING:  # type checkers take `import evaluate` for this file too
     Metric: Any

@@ -6,9 +6,10 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 
 from __future__ import annotations
 
-from cifar_dist import stop_request
 from cifar_dist.command_line import CommandLine, parse_command_line
-from cifar_dist.errors import Diverged, UsageError, run_main
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.errors import Diverged, UsageError
+from cifar_dist.recovery import stop_request
 
 if __name__ == "__main__":
     stop_request.listen()  # before the seconds of importing, in which a signal may come too
@@ -24,14 +25,11 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
-from cifar_dist import checkpoint
-from cifar_dist.batches import Batches
-from cifar_dist.checkpoint import Trained
 from cifar_dist.config import Config
-from cifar_dist.control import Verdict, Wish
-from cifar_dist.cost import measure
+from cifar_dist.cost.sizes import measure
 from cifar_dist.data import TrainingData, load_training_data
-from cifar_dist.distributed import (
+from cifar_dist.distributed.control import Verdict, Wish
+from cifar_dist.distributed.group import (
     check_agreement,
     device_bytes,
     engine_name,
@@ -45,21 +43,21 @@ from cifar_dist.distributed import (
     shared_buffers,
     start,
 )
-from cifar_dist.engine import Meter, Stepper, Stopped, train_step
-from cifar_dist.engine_choice import engine_table, zero_gain
-from cifar_dist.features import Features, Feed, decide, make_feed
-from cifar_dist.lost_work import Heartbeat, lost_work
-from cifar_dist.micro_batch import fitting
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.compilation import compile_model
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import make_optimizer
-from cifar_dist.pace import Pace
 from cifar_dist.parallel import check_engine, wrap
+from cifar_dist.parallel.choice import engine_table, zero_gain
 from cifar_dist.plan import Plan, Schedule, make_plan
-from cifar_dist.precision import resolve_precision
-from cifar_dist.preview import check_preview, write_preview
+from cifar_dist.recovery import checkpoint
+from cifar_dist.recovery.checkpoint import Trained
+from cifar_dist.recovery.lost_work import Heartbeat, lost_work
+from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.saver import Saver
+from cifar_dist.recovery.stop_request import StopRequest
+from cifar_dist.recovery.train_state import TrainState
 from cifar_dist.run_folder import (
     ask_for_requeue,
     choose_run_dir,
@@ -70,12 +68,15 @@ from cifar_dist.run_folder import (
     recorded_data_mode,
     run_lock,
 )
-from cifar_dist.saver import Saver
-from cifar_dist.stop_request import StopRequest
-from cifar_dist.tracking import Silent, Tracker
-from cifar_dist.train_state import TrainState
-from cifar_dist.wandb_run import wandb_mode
-from cifar_dist.whitening import whiten
+from cifar_dist.tracking.tracker import Silent, Tracker
+from cifar_dist.tracking.wandb_run import wandb_mode
+from cifar_dist.training.batches import Batches
+from cifar_dist.training.engine import Meter, Stepper, Stopped, train_step
+from cifar_dist.training.features import Features, Feed, decide, make_feed
+from cifar_dist.training.micro_batch import fitting
+from cifar_dist.training.precision import resolve_precision
+from cifar_dist.training.preview import check_preview, write_preview
+from cifar_dist.training.whitening import whiten
 
 
 def main(command: CommandLine | None = None) -> None:

@@ -27,7 +27,7 @@ from torchvision import transforms as T
 
 from cifar_dist.config import AugmentConfig, InputConfig
 from cifar_dist.data.augment import Augment
-from cifar_dist.distributed import keep_freed_memory
+from cifar_dist.distributed.group import keep_freed_memory
 from cifar_dist.ordering import epoch_order
 from cifar_dist.run_folder import processor
 

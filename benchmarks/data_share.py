@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from cifar_dist.config import AugmentConfig, InputConfig, ModelConfig
 from cifar_dist.data.augment import Augment, Mixing
-from cifar_dist.distributed import keep_freed_memory
+from cifar_dist.distributed.group import keep_freed_memory
 from cifar_dist.models import build_model
 from cifar_dist.run_folder import processor
 

@@ -36,15 +36,16 @@ from PIL import Image
 
 from benchmarks.gpu_rows import CORES, PLAIN, PRECISION, Bench, Case, Row, Way, fill
 from cifar_dist.config import DataConfig
+from cifar_dist.cost.peak import device_peak
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.data.sources import open_source
-from cifar_dist.distributed import device_bytes, start
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.distributed.group import device_bytes, start
 from cifar_dist.durable import replace_text
-from cifar_dist.errors import first_line, run_main
-from cifar_dist.micro_batch import is_out_of_memory
-from cifar_dist.peak import device_peak
+from cifar_dist.errors import first_line
 from cifar_dist.run_folder import processor
+from cifar_dist.training.micro_batch import is_out_of_memory
 
 LONGEST_ROW_SECONDS = 120.0
 

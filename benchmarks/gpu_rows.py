@@ -19,16 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
-from cifar_dist.cost import measure
+from cifar_dist.cost.flops import Flops, Peak, count_flops, mfu
+from cifar_dist.cost.sizes import measure
+from cifar_dist.cost.speed import durations
 from cifar_dist.data import TrainingData
-from cifar_dist.distributed import peak_memory_bytes, seed_everything
-from cifar_dist.engine import Meter, Stepper, train_step
-from cifar_dist.flops import Flops, Peak, count_flops, mfu
+from cifar_dist.distributed.group import peak_memory_bytes, seed_everything
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.plan import Schedule, make_plan
-from cifar_dist.speed import durations
-from cifar_dist.stream_batches import make_batches
+from cifar_dist.training.engine import Meter, Stepper, train_step
+from cifar_dist.training.stream_batches import make_batches
 from train import prepare
 
 PRECISION, LR = "bf16", "1e-4"

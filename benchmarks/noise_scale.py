@@ -18,15 +18,16 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from cifar_dist.batches import ResidentBatches
-from cifar_dist.cost import measure
+from cifar_dist.cost.sizes import measure
 from cifar_dist.data import load_training_data
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed import autocast, device_bytes, seed_everything, start
-from cifar_dist.errors import UsageError, run_main
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.distributed.group import autocast, device_bytes, seed_everything, start
+from cifar_dist.errors import UsageError
 from cifar_dist.plan import make_plan
 from cifar_dist.run_record import open_run
 from cifar_dist.scoring import Aim, Subject, load_subject
+from cifar_dist.training.batches import ResidentBatches
 
 
 def noise_scale(gradients: Iterable[torch.Tensor], batch: int) -> float:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig
-from cifar_dist.errors import run_main
+from cifar_dist.distributed.ending import run_main
 from cifar_dist.models import build_model
 
 MODELS = ("cnn4", "resnet18_cifar", "vit_tiny_patch16_224")

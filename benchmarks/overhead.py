@@ -24,12 +24,12 @@ from benchmarks.gpu import noise
 from benchmarks.gpu_rows import LR, PRECISION, WARM_UP_STEPS, Bench, Case, Ours, Way
 from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig, OptimConfig
-from cifar_dist.distributed import autocast, start
-from cifar_dist.errors import run_main
+from cifar_dist.cost.peak import device_peak
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.distributed.group import autocast, start
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.optim import fuse, make_optimizer
-from cifar_dist.peak import device_peak
 
 MODELS = ("cnn4:8", "cnn4:64", "cnn4:256", "resnet18_cifar:32", "vit_tiny_patch16_224:16")
 WAY = Way("ours", channels_last=True)

@@ -28,10 +28,10 @@ import torch
 from benchmarks.gpu import RESNET, SWIN, VIT, WRN
 from benchmarks.gpu_rows import PLAIN, Case, count_operators, flops_of
 from cifar_dist.command_line import parse_command_line
-from cifar_dist.flops import Peak, mfu
+from cifar_dist.cost.flops import Peak, mfu
+from cifar_dist.cost.peak import DATA_SHEETS
 from cifar_dist.memory import ZERO_BUCKET
 from cifar_dist.models import build_model, count_parameters
-from cifar_dist.peak import DATA_SHEETS
 
 COUNTS = tuple(2**power for power in range(10))
 RECIPES = {VIT: "vit_base", SWIN: "swin_base", RESNET: "resnet18_25epochs", WRN: "wrn28_10_25epochs"}  # recipes/best

@@ -28,7 +28,7 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data import load_training_data
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.stream_batches import StreamBatches
+from cifar_dist.training.stream_batches import StreamBatches
 
 PIXELS = InputConfig(32, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "bilinear")
 FLAGS = "--model cnn4 --data-mode stream --batch-size 510 --epochs 2 --crop-padding 0 --hflip 0 --shuffle-window 4096"

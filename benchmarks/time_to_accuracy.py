@@ -29,15 +29,15 @@ from benchmarks.gpu_rows import PRECISION, Bench, Case, Ours, Way
 from benchmarks.machine import facts
 from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
 from cifar_dist.config import DataConfig, InputConfig, ModelConfig
+from cifar_dist.cost.peak import device_peak
 from cifar_dist.data import load_test_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed import device_bytes, seed_everything, start
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.distributed.group import device_bytes, seed_everything, start
 from cifar_dist.durable import replace_text
-from cifar_dist.engine import Evaluator
-from cifar_dist.errors import run_main
 from cifar_dist.models import input_config
-from cifar_dist.peak import device_peak
+from cifar_dist.training.engine import Evaluator
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from cifar_dist.config import Config
-from cifar_dist.errors import USAGE_STATUS, UsageError, did_you_mean, leave
+from cifar_dist.distributed.ending import USAGE_STATUS, leave
+from cifar_dist.errors import UsageError, did_you_mean
 
 OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
     "learning_rate": "lr", "wd": "weight_decay", "optimizer": "opt", "lr_scheduler_type": "sched",

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from cifar_dist.checkpoint_store import sweep
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.durable import fsync, replace_text
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
+from cifar_dist.recovery.store import sweep
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors",

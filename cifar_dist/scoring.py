@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cifar_dist import checkpoint
-from cifar_dist.checkpoint_store import Stored
 from cifar_dist.config import InputConfig
+from cifar_dist.cost.flops import count_flops
+from cifar_dist.cost.peak import device_peak
+from cifar_dist.cost.speed import measure_speed
 from cifar_dist.data import TestData, data_fingerprint, load_other_test_data, load_test_data, load_val_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed import check_agreement, first_failure, on_main, say
-from cifar_dist.engine import Evaluator
+from cifar_dist.distributed.group import check_agreement, first_failure, on_main, say
 from cifar_dist.errors import UsageError, first_line
-from cifar_dist.evidence import Evidence, choose
 from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
-from cifar_dist.flops import count_flops
 from cifar_dist.models import build_model, count_parameters, input_config
-from cifar_dist.peak import device_peak
-from cifar_dist.predictions import About, Scored, predictions_file, save_predictions
+from cifar_dist.recovery import checkpoint
+from cifar_dist.recovery.store import Stored
+from cifar_dist.report.evidence import Evidence, choose
+from cifar_dist.report.predictions import About, Scored, predictions_file, save_predictions
 from cifar_dist.run_record import Run
-from cifar_dist.speed import measure_speed
+from cifar_dist.training.engine import Evaluator
 
 COST_FILE = "cost.json"
 

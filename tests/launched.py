@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cifar_dist.distributed import finish, start, total
-from cifar_dist.errors import UsageError, run_main
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.distributed.group import finish, start, total
+from cifar_dist.errors import UsageError
 
 
 def main():

@@ -6,8 +6,8 @@ import json
 import numpy as np
 
 from cifar_dist.config import Config
-from cifar_dist.evidence import Evidence, choose
-from cifar_dist.predictions import About, Scored, save_predictions
+from cifar_dist.report.evidence import Evidence, choose
+from cifar_dist.report.predictions import About, Scored, save_predictions
 
 NAMES = ("cat", "dog", "a|b", "ship", "truck", "frog")
 PLAN = {

@@ -1,8 +1,8 @@
 """A checkpoint saved and committed at once."""
 
 from cifar_dist.config import RunConfig
-from cifar_dist.pace import Pace
-from cifar_dist.saver import Saver
+from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.saver import Saver
 
 
 def save(run_dir, trained, state, best=False, keep_last=2):

@@ -16,13 +16,15 @@ from benchmarks import gpu, gpu_rows, scaling, time_to_accuracy
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.noise_scale import noise_scale
 from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
+from benchmarks.recovery.seeded_bugs import BUGS
 from benchmarks.scaling import Cluster, Link, Work
 from benchmarks.scaling_measured import fit, predicted
 from benchmarks.time_to_accuracy import Goal, Mark, race, reached
-from cifar_dist.distributed import start
-from cifar_dist.flops import Peak
+from cifar_dist.cost.flops import Peak
+from cifar_dist.distributed.group import start
 from cifar_dist.models import build_model
 from cifar_dist.parallel import Replicated
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 TINY = Case("test_vit", 160, 4, images_per_second=1e12, times_plain=1e-6, data_share=-1e9)
@@ -278,3 +280,10 @@ def test_the_noise_scale_of_made_up_gradients():
     noise = torch.zeros(count, 100)
     noise[:, 50:52] = torch.randn(count, 2, generator=generator) * (50 / batch) ** 0.5
     assert noise_scale(truth + noise, batch) == pytest.approx(4, rel=0.03)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_every_seeded_bug_has_a_place_and_a_test_that_may_notice_it(bug):
+    assert (ROOT / bug.file).read_text().count(bug.old) == 1
+    file, _, test = bug.test.partition("::")
+    assert f"def {test.partition('[')[0]}" in (ROOT / file).read_text()

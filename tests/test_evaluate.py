@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cifar_dist import checkpoint, checkpoint_store, evidence, scoring
+from cifar_dist import scoring
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data, load_training_data
 from cifar_dist.errors import UsageError
 from cifar_dist.models import build_model
-from cifar_dist.predictions import load_predictions
+from cifar_dist.recovery import checkpoint, store
+from cifar_dist.report import evidence
+from cifar_dist.report.predictions import load_predictions
 from cifar_dist.run_record import open_run
 from tests.conftest import ROOT
 from tests.made_up import COST, ENVIRONMENT, make_run
@@ -46,10 +48,10 @@ def quickly(monkeypatch, fresh_accelerate):
 def commit_weights(folder, weights, best=True, step=20):
     """A checkpoint with nothing in it but weights."""
     root = folder / "checkpoints"
-    aside = checkpoint_store.begin(root, step)
+    aside = store.begin(root, step)
     save_file(weights, aside / "model.safetensors")
-    files = checkpoint_store.settle([aside / "model.safetensors"])
-    return checkpoint_store.commit(root, aside, best, {"step": step, "num_processes": 1, "files": files})
+    files = store.settle([aside / "model.safetensors"])
+    return store.commit(root, aside, best, {"step": step, "num_processes": 1, "files": files})
 
 
 def weights_of(config, seed=0):

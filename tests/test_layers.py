@@ -3,39 +3,22 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"peers"},
-    {"errors", "policy_string", "stop_request"},
-    {"config", "ordering", "durable", "page", "slurm"},
-    {"command_line", "memory", "launch", "checkpoint_store", "pace"},
-    {"plan", "study_file", "study_record"},
-    {
-        *("distributed", "models", "optim", "data", "wandb_run", "predictions", "run_folder", "train_state"),
-        *("metrics", "statistics", "calibration", "label_errors", "flops", "explain"),
-    },
-    {
-        *(
-            "control",
-            "whitening",
-            "engine_choice",
-            "parallel",
-            "cost",
-            "figures",
-            "tracking",
-            "lost_work",
-            "run_record",
-        ),
-        *("evidence",),
-    },
-    {"batches", "checkpoint", "micro_batch", "wandb_report"},
-    {"engine", "precision", "report", "saver", "speed", "stream_batches", "study_state"},
-    {"preview", "export", "peak", "features", "study"},
-    {"scoring"},
+    {"errors", "policy_string", "ordering", "memory", "page", "explain", "figures", "metrics", "statistics"},
+    {"config", "durable", "distributed"},
+    {"command_line", "plan", "models", "optim", "data"},
+    {"parallel", "tracking"},
+    {"recovery"},
+    {"training", "run_folder"},
+    {"cost", "run_record", "study"},
+    {"report"},
+    {"export", "scoring"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))
 
@@ -44,25 +27,34 @@ def layer(part):
     return next(number for number, parts in enumerate(LAYERS) if part in parts)
 
 
+def dotted(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imports(path):
-    """Names of our own modules that a file imports, at any depth."""
+    """Our own modules that a file imports, at any depth."""
+    known = {dotted(module) for module in MODULES}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("cifar_dist"))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar_dist"):
-            yield from ([f"cifar_dist.{a.name}" for a in node.names] if node.module == "cifar_dist" else [node.module])
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            for alias in node.names:
+                yield submodule if (submodule := f"{node.module}.{alias.name}") in known else node.module
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_only_from_layers_below(path):
-    relative = path.relative_to(ROOT / "cifar_dist").with_suffix("")
-    own = relative.parts[0]
+    own = path.relative_to(ROOT / "cifar_dist").with_suffix("").parts[0]
     if own == "__init__":
         assert not list(imports(path))
         return
     for name in imports(path):
         other = name.split(".")[1]
         assert other == own or layer(other) < layer(own), name
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    TopologicalSorter({dotted(path): set(imports(path)) for path in MODULES}).prepare()
 
 
 @pytest.mark.parametrize("path", [*MODULES, ROOT / "train.py", ROOT / "evaluate.py"], ids=lambda path: path.name)
@@ -75,7 +67,7 @@ def test_modules_and_functions_stay_small(path):
             assert node.end_lineno - node.lineno < limit, node.name
 
 
-@pytest.mark.parametrize("module", [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in MODULES])
+@pytest.mark.parametrize("module", [dotted(path) for path in MODULES])
 def test_no_module_is_a_drawer(module):
     assert module.split(".")[-1] not in {"utils", "helpers", "misc", "common"}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train
-from cifar_dist import checkpoint, saver
-from cifar_dist.engine import Evaluator
+from cifar_dist.recovery import checkpoint, saver
+from cifar_dist.training.engine import Evaluator
 from tests.conftest import ROOT
 from tests.ranks import Ranks
 from tests.test_same_training import run

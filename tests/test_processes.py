@@ -15,23 +15,23 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_dist import checkpoint
-from cifar_dist.batches import Batch
-from cifar_dist.checkpoint import Trained
 from cifar_dist.config import OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.stream import StreamSet
-from cifar_dist.distributed import check_agreement, finish, on_main, shared_buffers, start
-from cifar_dist.engine import Evaluator, Meter, Stepper, train_step
+from cifar_dist.distributed.group import check_agreement, finish, on_main, shared_buffers, start
 from cifar_dist.errors import UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
-from cifar_dist.train_state import TrainState
+from cifar_dist.recovery import checkpoint
+from cifar_dist.recovery.checkpoint import Trained
+from cifar_dist.recovery.train_state import TrainState
+from cifar_dist.training.batches import Batch
+from cifar_dist.training.engine import Evaluator, Meter, Stepper, train_step
 from tests.ranks import Ranks
 from tests.saving import save
-from tests.test_engine import INPUT, images
 from tests.test_same_training import RECIPE, of, run
 from tests.test_train import records
+from tests.training.test_engine import INPUT, images
 
 
 def small_model():

@@ -15,7 +15,7 @@ from cifar_dist.config import Config
 from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.optim import state_per_parameter
 from cifar_dist.plan import Sizes, lr_at, make_plan
-from cifar_dist.study_file import load_study
+from cifar_dist.study.file import load_study
 from tests.conftest import ROOT
 
 RECIPES = ROOT / "recipes"

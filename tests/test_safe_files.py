@@ -263,7 +263,7 @@ def test_a_bomb_is_one_line_of_a_process(image_folder, config, tmp_path):  # noq
     (image_folder / "train" / "cat" / "1.png").write_bytes(png(10_000, 10_000))  # PIL warns from 89 million on
     code = (
         "import sys; from cifar_dist.config import DataConfig; from cifar_dist.data.sources import open_source;"
-        "from cifar_dist.errors import run_main;"
+        "from cifar_dist.distributed.ending import run_main;"
         "run_main(lambda: list(open_source(DataConfig(dataset=sys.argv[1])).rows('train')))"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}

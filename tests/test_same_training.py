@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
-from cifar_dist import features
-from cifar_dist.batches import Batches
-from cifar_dist.errors import run_main
-from cifar_dist.stream_batches import make_batches
+from cifar_dist.distributed.ending import run_main
+from cifar_dist.training import features
+from cifar_dist.training.batches import Batches
+from cifar_dist.training.stream_batches import make_batches
 from tests.ranks import Ranks
 
 RECIPE = shlex.split(

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from cifar_dist import checkpoint, scoring
+from cifar_dist import scoring
 from cifar_dist.config import Config
 from cifar_dist.data import load_training_data
-from cifar_dist.distributed import start
+from cifar_dist.distributed.group import start
 from cifar_dist.errors import UsageError
+from cifar_dist.recovery import checkpoint
 from cifar_dist.run_record import open_run
 from tests.ranks import Ranks
 from tests.test_evaluate import commit_weights, make, weights_of

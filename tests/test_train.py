@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import train
 from cifar_dist import scoring
 from cifar_dist.command_line import load_config
-from cifar_dist.engine import Meter
-from cifar_dist.errors import run_main
+from cifar_dist.distributed.ending import run_main
 from cifar_dist.run_record import open_run
+from cifar_dist.training.engine import Meter
 from tests.conftest import ROOT
 
 DIGITS = ["--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--batch-size", "64", "--log-every", "5"]

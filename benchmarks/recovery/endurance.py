@@ -30,7 +30,7 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data.stream import StreamSet
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.stream_batches import StreamBatches
+from cifar_dist.training.stream_batches import StreamBatches
 
 MIB = 2**20
 REAL = shlex.split(

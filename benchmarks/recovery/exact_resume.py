@@ -41,7 +41,7 @@ def under(engine: str, cut_at: int | None, number: signal.Signals, rank: int) ->
             ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
         )
     if cut_at is not None:
-        replace_everywhere("cifar_dist.engine.train_step", partial(_cut, cut_at, number))
+        replace_everywhere("cifar_dist.training.engine.train_step", partial(_cut, cut_at, number))
 
 
 def _cut(at: int, number: signal.Signals, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,8 +69,8 @@ def as_rank(fault: str, victim: int, call: int, notes: Path, flags: list[str]) -
         if fault == "never joins":
             note()
             misbehave(fault)
-        place = "cifar_dist.ordering.global_batch" if fault == "blocks in data" else "cifar_dist.engine.train_step"
-        replace_everywhere(place, hitting)
+        place = "ordering.global_batch" if fault == "blocks in data" else "training.engine.train_step"
+        replace_everywhere(f"cifar_dist.{place}", hitting)
     else:
         note()
     run_training(flags)

@@ -29,7 +29,7 @@ REAL_SHARE = 1 / 6  # of trials under real launchers, at 12 to 20 s a start
 
 def without_random_streams(rank: int) -> None:
     """The control: a process that resumes goes on with other random numbers."""
-    replace_everywhere("cifar_dist.checkpoint._put_back_own_state", lambda original: lambda *_: None)
+    replace_everywhere("cifar_dist.recovery.checkpoint._put_back_own_state", lambda original: lambda *_: None)
 
 
 def plan_trial(dice: random.Random, control: bool) -> dict[str, Any]:

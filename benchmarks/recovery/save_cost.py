@@ -30,14 +30,14 @@ import torch
 from timm.utils import ModelEmaV3
 
 from benchmarks.recovery.common import Failures, Small, campaign, checkpoints_of
-from cifar_dist.checkpoint import Trained
 from cifar_dist.config import OptimConfig, RunConfig
-from cifar_dist.distributed import start
+from cifar_dist.distributed.group import start
 from cifar_dist.optim import make_optimizer
-from cifar_dist.pace import Pace
 from cifar_dist.parallel import Replicated
-from cifar_dist.saver import Saver
-from cifar_dist.train_state import TrainState
+from cifar_dist.recovery.checkpoint import Trained
+from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.saver import Saver
+from cifar_dist.recovery.train_state import TrainState
 
 MIB, WIDTH, BATCH = 2**20, 2048, 8
 

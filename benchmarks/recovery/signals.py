@@ -43,10 +43,10 @@ PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in
         1,
     ),
     "first batch": (("cifar_dist.ordering.global_batch",), 1, 1),
-    "step": (("cifar_dist.engine.train_step", "cifar_dist.control.agree"), 2, STEPS - 2),
+    "step": (("cifar_dist.training.engine.train_step", "cifar_dist.distributed.control.agree"), 2, STEPS - 2),
     "accumulation": (("cifar_dist.ordering.micro_batch_slice",), 2, 2 * STEPS - 2),
     "save": (("cifar_dist.durable.fsync",), 1, 4),  # as often as any process makes something durable
-    "evaluation": (("cifar_dist.control.any_of",), 1, 2),
+    "evaluation": (("cifar_dist.distributed.control.any_of",), 1, 2),
 }
 
 
@@ -89,7 +89,7 @@ def sends_itself(how: dict[str, Any], folder: Path) -> Callable[[int], None]:
 
             return hit
 
-        replace_everywhere("cifar_dist.engine.train_step", counting)
+        replace_everywhere("cifar_dist.training.engine.train_step", counting)
         if rank in how["to"]:
             replace_everywhere(how["function"], hitting)
 

@@ -51,7 +51,7 @@ def notes_samples(folder: Path, life: int) -> Callable[[int], None]:
 
             return made
 
-        replace_everywhere("cifar_dist.stream_batches.make_batches", noting)
+        replace_everywhere("cifar_dist.training.stream_batches.make_batches", noting)
 
     return hook
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, load_state_dict
 from torch import nn
 
-from cifar_dist.errors import UsageError, is_first_process
+from cifar_dist.distributed.ending import is_first_process
+from cifar_dist.errors import UsageError
 from cifar_dist.models.factory import create, named
 from cifar_dist.models.hub import require_weights
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from cifar_dist.config import Config
-from cifar_dist.distributed import autocast
+from cifar_dist.distributed.group import autocast
 from cifar_dist.parallel.replicated import Replicated
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cifar_dist.errors import UsageError
-from cifar_dist.evidence import Evidence
-from cifar_dist.predictions import Scored
+from cifar_dist.report.evidence import Evidence
 from cifar_dist.report.grouping import Group
+from cifar_dist.report.predictions import Scored
 from cifar_dist.report.tables import NOT_SETTINGS
 from cifar_dist.run_record import Run
-from cifar_dist.study_record import StudyRecord
+from cifar_dist.study.record import StudyRecord
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,14 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from cifar_dist import calibration
+from cifar_dist.cost.flops import Flops, Peak, mfu
 from cifar_dist.errors import UsageError
-from cifar_dist.evidence import Chosen
-from cifar_dist.flops import Flops, Peak, mfu
-from cifar_dist.predictions import Scored
 from cifar_dist.report.endings import cut_warning
+from cifar_dist.report.evidence import Chosen
+from cifar_dist.report.predictions import Scored
 from cifar_dist.run_folder import cpu_name
 from cifar_dist.run_record import Run
-from cifar_dist.statistics import bootstrap_macro_f1, wilson_interval
+from cifar_dist.statistics import bootstrap_macro_f1, calibration, wilson_interval
 
 MOST_NAMED = 10  # classes in a sentence
 LOWEST, HIGHEST = 0.05, 20  # a fitted temperature outside has followed a few images

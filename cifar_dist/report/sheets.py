@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar_dist import figures
-from cifar_dist.evidence import CLASSES, Chosen, Evidence
-from cifar_dist.label_errors import can_tell
-from cifar_dist.predictions import Scored
+from cifar_dist.report.evidence import CLASSES, Chosen, Evidence
+from cifar_dist.report.predictions import Scored
+from cifar_dist.statistics.label_errors import can_tell
 
 CAPTIONS = {
     "loss": "Loss against steps",

@@ -14,16 +14,16 @@ import numpy as np
 
 from cifar_dist import statistics
 from cifar_dist.errors import UsageError
-from cifar_dist.evidence import load_evidence
-from cifar_dist.predictions import Scored, load_predictions
 from cifar_dist.report import study_figures
+from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import Group, group_runs
 from cifar_dist.report.members import Member, missing, names_of, row_of, spread
+from cifar_dist.report.predictions import Scored, load_predictions
 from cifar_dist.report.study_page import study_page
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import agreement, compare, compare_groups, corrected, verdict
-from cifar_dist.study_record import record_of
+from cifar_dist.study.record import record_of
 
 NAME = "comparison"
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cifar_dist import figures
-from cifar_dist.evidence import choose
+from cifar_dist.report.evidence import choose
 from cifar_dist.report.grouping import Group, grid_axes
 from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps

@@ -15,7 +15,7 @@ from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
 from cifar_dist.report.tables import interval, percent, quantity, shown
-from cifar_dist.study_record import StudyRecord
+from cifar_dist.study.record import StudyRecord
 
 MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
 

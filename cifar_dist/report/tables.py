@@ -11,8 +11,8 @@ from typing import Any
 from cifar_dist.config import Config
 from cifar_dist.memory import MIB
 from cifar_dist.page import Table
-from cifar_dist.predictions import About, Scored
 from cifar_dist.report.endings import steps_trained
+from cifar_dist.report.predictions import About, Scored
 from cifar_dist.run_record import Run
 
 SHOWN_SETTINGS = [

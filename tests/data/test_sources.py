@@ -373,8 +373,9 @@ def test_silent_hub_is_given_up_quickly(tmp_path):
         server.listen(8)
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         code = (
-            "from cifar_dist.data.sources import open_source; from cifar_dist.config import DataConfig; "
-            "from cifar_dist.errors import run_main; run_main(lambda: open_source(DataConfig(dataset='cifar100')))"
+            "from cifar_dist.data.sources import open_source; from cifar_dist.config import DataConfig\n"
+            "from cifar_dist.distributed.ending import run_main\n"
+            "run_main(lambda: open_source(DataConfig(dataset='cifar100')))"
         )
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
         environment.pop("HF_HUB_OFFLINE", None)

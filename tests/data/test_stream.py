@@ -26,7 +26,7 @@ from cifar_dist.data.stream import DataLost
 from cifar_dist.data.tables import Table
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.stream_batches import StreamBatches
+from cifar_dist.training.stream_batches import StreamBatches
 from tests.conftest import ROOT
 
 INPUT = InputConfig(img_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")

@@ -10,7 +10,7 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
 from cifar_dist.models.attention import use_plain_attention
-from cifar_dist.precision import ComputeFormat, measure_formats
+from cifar_dist.training.precision import ComputeFormat, measure_formats
 from tests.test_same_training import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

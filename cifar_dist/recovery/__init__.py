@@ -1,0 +1,1 @@
+"""What makes a run survive: checkpoints, signals, and the way back."""

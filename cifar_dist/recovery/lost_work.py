@@ -1,0 +1,49 @@
+"""What interruptions cost: a heartbeat says how far a run came, its checkpoint where it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from cifar_dist.distributed import peers
+from cifar_dist.recovery.train_state import TrainState
+
+_FILE = "progress.json"
+_EVERY_SECONDS = 1.0
+
+
+class Heartbeat:
+    """Writes how far the run has come, at most once a second; not durably, since it only serves the accounts.
+
+    Args:
+        run_dir: the run's folder.
+        writes: whether this process does; the others only know it for themselves.
+    """
+
+    def __init__(self, run_dir: Path, writes: bool):
+        self._path, self._writes, self._last = run_dir / _FILE, writes, 0.0
+
+    def beat(self, state: TrainState) -> None:
+        """Note where the run stands."""
+        peers.now_at(f"step {state.step}")
+        now = time.monotonic()
+        if self._writes and now - self._last >= _EVERY_SECONDS:
+            self._last = now
+            aside = self._path.with_name(f".tmp-{_FILE}")
+            aside.write_text(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)}) + "\n")
+            os.replace(aside, self._path)
+
+
+def lost_work(run_dir: Path, state: TrainState) -> dict[str, float]:
+    """What a run that goes on from `state` has to do again, as far as its last heartbeat (one a second) tells."""
+    reached = {"step": state.step, "seconds": state.seconds}
+    with suppress(OSError, ValueError, TypeError):  # none was written yet, or the machine lost power
+        reached |= json.loads((run_dir / _FILE).read_text())
+    return {
+        "resumed_at_step": state.step,
+        "steps_redone": max(0, reached["step"] - state.step),
+        "seconds_lost": round(max(0.0, reached["seconds"] - state.seconds), 1),
+    }

@@ -1,0 +1,86 @@
+"""Where the runs of a study stand, by what they and their runner left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cifar_dist.errors import UsageError
+from cifar_dist.study.file import Study, StudyRun
+from cifar_dist.study.record import failure_of
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps made, by its last checkpoint; 0 without one.
+        total_steps: those that it takes, where `step` is known.
+        finished: whether it is at its end.
+        running: whether a training holds its folder now, as far as this machine can see.
+        failure: how its last try failed, ``status 2: …``, or nothing.
+        in_the_way: why its folder cannot be continued, or nothing.
+    """
+
+    step: int
+    total_steps: int
+    finished: bool
+    running: bool = False
+    failure: str = ""
+    in_the_way: str = ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be started."""
+        return not self.finished and not self.running
+
+    def __str__(self) -> str:
+        if self.in_the_way:
+            return f"in the way: {self.in_the_way}"
+        if self.finished:
+            return "finished"
+        saved = f"step {self.step} of {self.total_steps}" if self.step else ""
+        if self.running:
+            return f"running (saved at {saved})" if saved else "running"
+        if self.failure:
+            return f"failed with {self.failure.partition(': ')[0]}" + (f" (at {saved})" if saved else "")
+        return f"cut at {saved}" if saved else "new"
+
+    @property
+    def in_full(self) -> str:
+        """With the reason of a failure."""
+        reason = self.failure.partition(": ")[2]
+        return f"{self}: {reason}" if reason and str(self).startswith("failed") else str(self)
+
+
+def standings(study: Study) -> list[Standing]:
+    """Where each run stands."""
+    return [standing_of(run) for run in study.runs]
+
+
+def standing_of(run: StudyRun) -> Standing:
+    """Where a run stands, by the counters of its newest checkpoint, which tell train.py too whether it goes on."""
+    standing = Standing(0, 0, finished=False, failure=failure_of(run.folder))
+    if not run.folder.exists():
+        return standing  # without the seconds of importing
+    from cifar_dist.plan import Plan
+    from cifar_dist.recovery import checkpoint, store
+    from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running, read_json
+
+    try:
+        if changed := changed_settings(run.config):
+            return replace(standing, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
+        choose_run_dir(run.config)
+        standing = replace(standing, running=is_running(run.folder))
+        stored = store.latest_manifest(run.folder / "checkpoints")
+        if stored is None:
+            return standing
+        state = checkpoint.state_of(stored)
+        plan = Plan(**read_json(run.folder / "plan.json"))
+    except (UsageError, OSError) as error:
+        return replace(standing, in_the_way=str(error).removeprefix("--resume auto: ").rstrip("."))
+    except TypeError:
+        return replace(standing, in_the_way=f"{run.folder / 'plan.json'} is of another version of cifar-dist")
+    plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
+    finished = not state.goes_on(plan, run.config.run.patience)
+    return replace(standing, step=state.step, total_steps=plan.total_steps, finished=finished)

@@ -1,0 +1,68 @@
+"""The largest micro-batch that fits, found by trying before anything is trained."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from cifar_dist.config import InputConfig
+from cifar_dist.distributed.control import BeforeStep, any_of
+from cifar_dist.distributed.group import autocast
+from cifar_dist.errors import UsageError
+from cifar_dist.plan import Plan
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no room, on a GPU or in main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def smaller(share: int, micro: int) -> int:
+    """The largest micro-batch up to half of `micro` that divides a process's `share` of the batch."""
+    return next(size for size in range(max(micro // 2, 1), 0, -1) if share % size == 0)
+
+
+def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig, plan: Plan, precision: str) -> int:
+    """Try a forward and backward pass with the plan's micro-batch, and with about half of it until all processes can.
+
+    Room for the optimizer's state, which a first step makes, is held meanwhile. Weights, statistics and random streams
+    are afterwards as before.
+
+    Raises:
+        UsageError: not even one image fits.
+    """
+    share, micro = plan.batch_size // plan.num_processes, plan.micro_batch_size
+    model = model.to(accelerator.device).train()
+    before = BeforeStep(model, accelerator.device)
+    before.keep()
+    while True:
+        sizes = (micro, input.img_size, plan.memory.optimizer)
+        failed = any_of(accelerator, not _fits(accelerator, model, sizes, precision))
+        before.put_back()
+        for parameter in model.parameters():
+            parameter.grad = None
+        if not failed:
+            return micro
+        if micro == 1:
+            raise UsageError("--auto-micro-batch: not even one image fits into memory; take a smaller model.")
+        micro = smaller(share, micro)
+
+
+def _fits(accelerator: Accelerator, model: torch.nn.Module, sizes: tuple[int, int, int], precision: str) -> bool:
+    """Whether `sizes`, images of so many pixels a side beside so many bytes, can be trained on here."""
+    count, side, state_bytes = sizes
+    try:
+        held = torch.empty(state_bytes, dtype=torch.uint8, device=accelerator.device)
+        images = torch.zeros(count, 3, side, side, device=accelerator.device)
+        with autocast(accelerator.device, precision):
+            loss = model(images).float().logsumexp(1).sum()
+        loss.backward()
+        del held
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True

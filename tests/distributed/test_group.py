@@ -1,0 +1,117 @@
+"""Starting Accelerate: what is refused instead of training wrongly in silence."""
+
+import os
+import platform
+import queue
+import resource
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+import torch
+
+from cifar_dist.distributed.group import on_main, seed_process, start
+from cifar_dist.errors import UsageError
+from cifar_dist.training import stream_batches
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without the rank variables of a launcher
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"):
+        start("fp32")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works on this machine's accelerator")
+def test_fp16_needs_an_accelerator():
+    with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
+        start("fp16")
+
+
+@pytest.mark.parametrize("precision, found", [("fp32", "no"), ("bf16", "bf16")])
+def test_precision_is_what_was_asked_for(precision, found):
+    assert start(precision).mixed_precision == found
+    assert torch.backends.cudnn.deterministic  # or a GPU's fp32 convolutions would be others in every run
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+@pytest.mark.parametrize("asked, least, most", [(False, 19, 21), (True, 1, 3)])
+def test_freed_memory_is_not_faulted_in_again(asked, least, most):
+    """Counted by the kernel, of twenty blocks of 64 MiB one after another; a page has at least 4 KiB."""
+    script = """
+import ctypes, resource, sys, torch
+from cifar_dist.distributed.group import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which some machines give unasked
+if sys.argv[1] == "True":
+    keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(asked)], capture_output=True, text=True, check=True)
+    assert least < int(done.stdout) / (2**26 / resource.getpagesize()) < most
+
+
+def test_random_streams_depend_on_seed_and_step():
+    accelerator, drawn = start("fp32"), set()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        seed_process(accelerator, seed, step)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 3
+
+
+def test_on_main_hands_over_results_and_errors():
+    accelerator = start("fp32")
+    assert on_main(accelerator, lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        on_main(accelerator, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("by_user, launcher, expected", [(False, True, 4), (True, True, 1), (False, False, 1)])
+def test_processes_share_the_cores_that_torchrun_leaves_idle(monkeypatch, by_user, launcher, expected):
+    """Not where the 1 is the user's, and not without torchrun, where each process may have cores of its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
+    environment = {"OMP_NUM_THREADS": "1"} if by_user else {}
+    monkeypatch.setattr(psutil.Process, "environ", lambda _: environment)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+
+    def work():
+        torch.set_num_threads(1)
+        start("fp32")
+        return torch.get_num_threads()
+
+    assert Ranks(work, 2).check().results == [expected] * 2
+
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    "free, environment, expected",
+    [
+        (6, {}, 6),
+        (6, {"LOCAL_WORLD_SIZE": "4"}, 1),
+        (2, {"LOCAL_WORLD_SIZE": "4"}, 1),
+        (4, TASKS | {"SLURM_CPUS_ON_NODE": "16"}, 4),  # each task has its own
+        (16, TASKS | {"SLURM_CPUS_ON_NODE": "16"}, 4),  # srun --cpu-bind=none
+        (16, TASKS | {"SLURM_CPUS_ON_NODE": "64", "TORCHELASTIC_RUN_ID": "1"}, 4),
+    ],
+)
+def test_a_stream_decodes_with_the_cores_that_the_process_may_use(monkeypatch, free, environment, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(free)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(stream_batches, "ThreadPoolExecutor", asked.append)
+    stream_batches.StreamBatches._run(None, 0, queue.Queue(), threading.Event())
+    assert asked == [expected]

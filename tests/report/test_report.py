@@ -1,0 +1,414 @@
+"""Reports of made-up runs, whose every number is known."""
+
+import base64
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
+from statsmodels.stats.proportion import proportion_confint
+
+from cifar_dist.errors import UsageError
+from cifar_dist.report import report_folder, write_report
+from cifar_dist.report.evidence import load_evidence
+from cifar_dist.report.predictions import Scored, load_predictions
+from cifar_dist.report.tables import shown
+from cifar_dist.run_record import open_run
+from cifar_dist.statistics.label_errors import label_issues
+from tests.made_up import COST, LOG, NAMES, make_run, make_scored, save_report, training
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = make_run(tmp_path / "run")
+    save_report(folder)
+    return folder
+
+
+def write(folder):
+    return write_report(open_run(folder), report_folder(folder))
+
+
+SHARP = make_scored(sharpness=2.0)  # three quarters right
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run's folder with its report, only to be looked at, and what `write_report` returned."""
+    folder = make_run(tmp_path_factory.mktemp("written") / "run")
+    save_report(folder, SHARP)
+    return folder, write(folder)
+
+
+def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
+    run, _ = written
+    found, scored = json.loads((run / "report" / "metrics.json").read_text()), SHARP
+    labels, predicted = scored.labels, scored.logits.argmax(1)
+    exact = scored.probabilities.astype(np.float64)
+    exact /= exact.sum(1, keepdims=True)
+    for k in (1, 3, 5):
+        assert found[f"top{k}"] == pytest.approx(top_k_accuracy_score(labels, scored.logits, k=k))
+    assert found["error_rate"] == pytest.approx((predicted != labels).mean())
+    assert found["loss"] == pytest.approx(log_loss(labels, exact))
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    expected = np.transpose(precision_recall_fscore_support(labels, predicted))
+    rows = [[c["precision"], c["recall"], c["f1"], c["support"]] for c in found["classes"]]
+    np.testing.assert_allclose(rows, expected)
+    assert [c["name"] for c in found["classes"]] == list(NAMES)
+    assert found["weighted_avg"]["f1"] == pytest.approx(f1_score(labels, predicted, average="weighted"))
+    right = int((predicted == labels).sum())
+    assert found["top1_interval"] == pytest.approx(proportion_confint(right, 300, method="wilson"))
+    low, high = found["macro_f1_interval"]
+    assert low < f1_score(labels, predicted, average="macro") < high
+    assert found["calibration"]["before"]["brier"] == pytest.approx(((exact - np.eye(6)[labels]) ** 2).sum(1).mean())
+    assert found["num_samples"] == 300
+    assert found["dataset"] == {"name": "pets", "split": "test", "fingerprint": "aa"}
+    assert (found["checkpoint"]["which"], found["checkpoint"]["step"], found["selected_on"]) == ("best", 20, "val")
+    assert found["warnings"] == []
+
+
+def test_cost_is_counted_by_hand(written):
+    run, report = written
+    cost = report.metrics["cost"]
+    assert (cost["gflops"], cost["gmacs"], cost["gmacs_without_attention"]) == (4.0, 2.0, 1.5)
+    assert cost["training"]["seconds"] == 122.0
+    assert cost["training"]["peak_memory_bytes"] == 5 * 2**20
+    assert cost["training"]["mfu"] == pytest.approx(3 * 4e9 * 20 / 1e12)
+    page = (run / "report" / "report.md").read_text()
+    assert "| parameters | 2.00 M | 1.00 M trained |" in page
+    assert "| GMACs without attention | 1.50 |" in page
+    assert (
+        "| latency | 2.00 ms | one image, median of 50; 95th percentile 4.00 ms; a processor (2 threads), fp32 |"
+        in page
+    )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of a report's time."""
+    monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("device", "settings"), [("another processor", {}), (None, {"freeze": "backbone"})])
+def test_mfu_is_left_out_where_the_machine_was_another_or_a_step_is_no_three_passes(tmp_path, device, settings):
+    folder = make_run(tmp_path / "run", **settings)
+    inference = COST["inference"]
+    save_report(folder, cost={**COST, "inference": {**inference, "device": device or inference["device"]}})
+    assert write(folder).metrics["cost"]["training"]["mfu"] is None
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_temperature_is_fitted_on_val_alone(run):
+    confident = make_scored(seed=7)
+    confident = dataclasses.replace(
+        confident, logits=confident.logits * 4, about=dataclasses.replace(confident.about, split="val")
+    )
+    save_report(run)
+    from cifar_dist.report.predictions import save_predictions
+
+    save_predictions(run / "report", confident)
+    found = write(run).metrics["calibration"]
+    assert found["fitted_on"] == "val"
+    # val is four times too sure, test is not: fitting on test would find a temperature near 1
+    grid = np.exp(np.linspace(-2, 3, 2001))
+    losses = [log_loss(confident.labels, softmax(confident.logits / t)) for t in grid]
+    assert found["temperature"] == pytest.approx(grid[int(np.argmin(losses))], rel=0.01)
+    scaled = softmax(make_scored().logits / found["temperature"])
+    assert found["after"]["nll"] == pytest.approx(log_loss(make_scored().labels, scaled), rel=1e-5)
+
+
+def softmax(logits):
+    weights = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def test_predictions_are_a_plain_table(written):
+    run, _ = written
+    table, scored = pq.read_table(run / "report" / "predictions.parquet").to_pandas(), SHARP
+    assert list(table) == ["id", "label", "prediction", "confidence", "logits"]
+    assert table["id"].dtype == np.int64
+    np.testing.assert_array_equal(np.stack(table["logits"]), scored.logits)
+    np.testing.assert_array_equal(table["prediction"], scored.logits.argmax(1))
+    np.testing.assert_allclose(table["confidence"], softmax(scored.logits).max(1), rtol=1e-6)
+    back = load_predictions(run / "report")
+    for field in dataclasses.fields(Scored):
+        np.testing.assert_array_equal(getattr(back, field.name), getattr(scored, field.name))
+
+
+def test_confusion_matrix_file(written):
+    run, _ = written
+    with (run / "report" / "confusion_matrix.csv").open(encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    scored = SHARP
+    assert header[1:] == [row[0] for row in rows] == list(NAMES)
+    counts = np.array([row[1:] for row in rows], dtype=int)
+    np.testing.assert_array_equal(counts, confusion_matrix(scored.labels, scored.logits.argmax(1)))
+
+
+PICTURES = [
+    "loss", "accuracy", "lr", "confusion_matrix", "confusion_shares", "class_accuracy", "confusions", "reliability",
+    "mistakes", "label_errors", "grad_cam",
+]  # fmt: skip
+
+
+def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
+    run, report = written
+    page, top1 = (run / "report" / "report.md").read_text(), 100 * report.metrics["top1"]
+    assert page.splitlines()[2].startswith(f"**Test accuracy {top1:.2f} % (95 % interval")
+    assert sorted(report.pictures) == sorted(PICTURES)
+    for name in PICTURES:
+        assert f"]({name}.png)" in page
+        with Image.open(run / "report" / f"{name}.png") as image:
+            image.verify()
+    for name in ("loss", "confusion_matrix", "reliability"):
+        ET.parse(run / "report" / f"{name}.svg")
+    assert "| val | 50.00 % | 0.4000 |" in page
+    assert "| train | 40.00 % | 0.1500 |" in page
+    assert "| a\\|b |" in page
+    assert " 17 labels are suspected to be wrong themselves" in page
+    assert "| training time | 0:02:02 |" in page
+    assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
+
+
+def test_the_learning_rate_is_drawn_at_every_step_of_the_schedule_up_to_the_last(tmp_path, monkeypatch):
+    """A cosine over 8 epochs of 10 steps, of which 20 were taken and three logged, is PyTorch's at all 20."""
+    drawn = {}
+    monkeypatch.setattr(
+        "cifar_dist.figures.lr_curve", lambda schedule, logged, axis: drawn.update(schedule=schedule, logged=logged)
+    )
+    folder = make_run(tmp_path / "run", epochs=8, lr=0.4, opt="momentum")
+    save_report(folder)
+    write(folder)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert list(drawn["schedule"].steps) == list(range(1, 21))
+    assert drawn["schedule"].values == pytest.approx(rates)
+    assert (drawn["logged"].steps, drawn["logged"].values) == ([5, 10, 20], [1e-3] * 3)
+
+
+def test_the_html_page_needs_nothing_beside_it(written):
+    run, _ = written
+    page = (run / "report" / "report.html").read_text()
+    assert len(re.findall('src="data:image/(?:png|jpeg);base64,', page)) == len(PICTURES)
+    sheet = min((run / "report" / f"grad_cam.{kind}" for kind in ("png", "jpg")), key=lambda path: path.stat().st_size)
+    assert base64.b64encode(sheet.read_bytes()).decode() in page
+    assert not re.search(r'(src|href)="(?!data:|#|[\w.]+(csv|parquet|json)")', page)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "<td>a|b</td>" in page
+    assert '<meta name="viewport"' in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_markup_in_names_stays_text(tmp_path):
+    folder = make_run(tmp_path / "<b>run")
+    scored = make_scored()
+    save_report(folder, dataclasses.replace(scored, class_names=("<script>x</script>", *NAMES[1:])))
+    write(folder)
+    page = (folder / "report" / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;" in page
+
+
+def test_a_report_is_made_again_without_the_model(run):
+    first = write(run)
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    for path in (run / "report").iterdir():
+        if path.suffix in (".png", ".jpg", ".svg", ".md", ".html", ".csv") or path.name == "metrics.json":
+            path.unlink()
+    assert write(run) == first
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
+
+
+def test_a_model_that_cannot_be_explained_has_a_report_all_the_same(tmp_path):
+    folder = make_run(tmp_path / "run")
+    save_report(folder, maps=False)
+    assert "grad_cam" not in write(folder).pictures
+    assert "There are no Grad-CAM maps: it has no map." in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, None), (1, "1 of the 12 Grad-CAM maps shown is"), (5, "5 of the 12 Grad-CAM maps shown are")],
+)
+def test_empty_maps_are_counted(run, count, said):
+    """Of the maps of a right and a wrong prediction of each of six classes."""
+    scored, evidence = make_scored(), load_evidence(run / "report", ())
+    confidence, shown = scored.probabilities.max(1), []
+    for number in range(6):
+        for right in (True, False):
+            of_class = np.flatnonzero((scored.labels == number) & (scored.correct == right))
+            shown.append(of_class[confidence[of_class].argmax()])
+    evidence.maps["grad_cam"][np.isin(evidence.explained, shown[:count])] = 0
+    evidence.save(run / "report")
+    write(run)
+    page = (run / "report" / "report.md").read_text()
+    assert ("empty, all black" in page) == bool(count)
+    assert said is None or f"{said} empty, all black" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("settings", "checkpoint", "log", "expected", "said"),
+    [
+        ({}, "best", LOG, "val", "checkpoint best of step 20 (epoch 2, the run's last step), selected on val"),
+        ({"select_on": "test"}, "best", LOG, "test", "selected on test"),
+        ({"select_on": "test"}, "last", LOG, "test", "selected on test"),  # whoever watched the run looked at it too
+        ({}, "last", LOG, "none", "checkpoint last of step 20 (epoch 2, the run's last step), not selected by a score"),
+        ({"val_fraction": 0}, "best", [LOG[0], LOG[3]], "none", "with the checkpoint of step 20"),
+    ],
+)
+def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected, said):
+    folder = make_run(tmp_path / "run", log=log, **settings)
+    save_report(folder, make_scored(checkpoint=checkpoint))
+    metrics = write(folder).metrics
+    page = (folder / "report" / "report.md").read_text()
+    assert metrics["selected_on"] == expected and said in page
+    assert ("**The run was watched, and its best checkpoint picked, on the test split" in page) == (expected == "test")
+    assert bool(metrics["warnings"]) == (expected == "test")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_another_data_set_is_neither_changed_nor_watched(tmp_path):
+    folder = make_run(tmp_path / "run", select_on="test")
+    save_report(folder, make_scored(fingerprint="bb", own_data=False))
+    assert write(folder).metrics["warnings"] == []
+    assert f"evaluate.py {folder}-again --data pets" in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("checkpoint", "flag"),
+    [
+        ("best", ""),
+        ("last", " --checkpoint last"),
+        ("some/run/checkpoints/step-00000020", " --checkpoint {run}-again/checkpoints/step-00000020"),
+    ],
+)
+def test_the_command_scores_the_same_checkpoint_of_the_run_that_is_made_again(tmp_path, checkpoint, flag):
+    folder = make_run(tmp_path / "run")
+    save_report(folder, make_scored(checkpoint=checkpoint))
+    write(folder)
+    lines = (folder / "report" / "report.md").read_text().splitlines()
+    assert f"python evaluate.py {folder}-again{flag.format(run=folder)}" in lines
+    assert "| seed | 0 |" in lines and "| split_seed | 42 |" in lines
+
+
+def test_a_class_without_images_counts_nothing_and_is_said(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("cifar_dist.figures.class_bars", lambda names, recalls, mean: drawn.update(recalls=recalls))
+    whole, folder = make_scored(), make_run(tmp_path / "run")
+    kept = whole.labels % 3 != 2  # neither "a|b" nor "frog"
+    scored = dataclasses.replace(whole, **{name: getattr(whole, name)[kept] for name in ("ids", "labels", "logits")})
+    save_report(folder, scored)
+    found, page = write(folder).metrics, (folder / "report" / "report.md").read_text()
+    for key, score in (("recall", recall_score), ("precision", precision_score), ("f1", f1_score)):
+        expected = score(scored.labels, scored.predicted, labels=[0, 1, 3, 4], average="macro")
+        assert found["macro_avg"][key] == pytest.approx(expected)
+    assert found["macro_avg"]["recall"] == pytest.approx(found["balanced_accuracy"])
+    low, high = found["macro_f1_interval"]
+    assert low < found["macro_avg"]["f1"] < high
+    said = "The images are of 4 of the 6 classes; macro means are over these, without a|b, frog."
+    assert said in found["warnings"]
+    assert "| frog | 0.0000 | – | – | 0 |" in page
+    assert np.isnan(drawn["recalls"]).tolist() == [False, False, True, False, False, True]
+
+
+def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(run):
+    """98 of 300, as half of its predictions are wrong; of the better model of the other tests 17."""
+    report, page = write(run), (run / "report" / "report.md")
+    assert report.metrics["suspected_label_errors"] == len(
+        label_issues(make_scored().probabilities, make_scored().labels)
+    )
+    assert "label_errors" not in report.pictures and "Images whose label may be wrong" not in page.read_text()
+    assert "this model is too unsure to tell: by confident learning" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "none"), (False, "no"), (True, "yes"), (0.0, "0"), (5e-5, "5e-05"), (0.12345678, "0.12345678"), ("a", "a")],
+)
+def test_settings_are_not_shown_as_python(value, words):
+    assert shown(value) == words
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_changed_data_is_said(tmp_path):
+    folder = make_run(tmp_path / "run")
+    save_report(folder, make_scored(fingerprint="bb"))
+    assert "fingerprint aa, now bb" in write(folder).metrics["warnings"][0]
+    assert "**The data set has changed since training" in (folder / "report" / "report.md").read_text()
+
+
+def test_a_log_of_a_killed_and_resumed_run(tmp_path):
+    """A torn last line is no error; a step logged twice counts once, and steps ascend."""
+    folder = make_run(tmp_path / "run", log=[*LOG, training(10, lr=5.0), training(30)])
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 40, "train/lo')
+    assert open_run(folder).series("lr") == ([5, 10, 20, 30], [1e-3, 5.0, 1e-3, 1e-3])
+
+
+def test_a_run_that_was_stopped_before_its_first_training_record_has_a_report(tmp_path):
+    folder = make_run(tmp_path / "run", log=[record for record in LOG if "val/top1" in record])
+    save_report(folder)
+    assert write(folder).metrics["cost"]["training"]["seconds"] is None
+    assert "| steps | 20 of 20 scheduled |" in (folder / "report" / "report.md").read_text()
+
+
+def break_log(folder, text):
+    (folder / "log.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
+        (lambda folder: (folder / "log.jsonl").unlink(), "log.jsonl is missing"),
+        (lambda folder: break_log(folder, ""), "holds no record yet"),
+        (lambda folder: break_log(folder, "not json\n" + json.dumps(training(1)) + "\n"), "line 1 is no log record"),
+        (lambda folder: break_log(folder, json.dumps(training(1)) + "\n[]\n{}\n"), "line 2 is no log record"),
+        (lambda folder: (folder / "environment.json").write_text("{"), "environment.json is damaged"),
+        (lambda folder: (folder / "report" / "predictions.parquet").unlink(), "predictions.parquet cannot be read"),
+        (lambda folder: (folder / "report" / "predictions.parquet").write_bytes(b"PAR1"), "cannot be read"),
+        (lambda folder: (folder / "report" / "evidence.npz").write_bytes(b"PK"), "evidence.npz is missing, damaged"),
+        (lambda folder: save_report(folder, make_scored(seed=5)) and save_other(folder), "of other predictions"),
+        (lambda folder: (folder / "report" / "cost.json").write_text("{"), "cost.json is damaged"),
+        (lambda folder: (folder / "report" / "cost.json").write_text('{"parameters": 1}'), "cost.json of the report"),
+    ],
+)
+def test_bad_run_folders_are_one_clear_line(run, damage, said):
+    damage(run)
+    with pytest.raises(UsageError, match=said) as error:
+        write(run)
+    assert "\n" not in str(error.value)
+
+
+def save_other(folder):
+    """Predictions that the evidence is not of."""
+    from cifar_dist.report.predictions import save_predictions
+
+    save_predictions(folder / "report", make_scored(seed=9))

@@ -1,0 +1,411 @@
+"""Comparisons of made-up runs: what is told apart, what is refused, and that the numbers are the runs' own."""
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import recall_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from cifar_dist.config import Config
+from cifar_dist.errors import UsageError
+from cifar_dist.report import report_folder, write_comparison, write_report
+from cifar_dist.report.endings import cut_warning
+from cifar_dist.report.evidence import load_evidence
+from cifar_dist.report.grouping import grid_axes, group_runs
+from cifar_dist.run_record import Run, open_run
+from cifar_dist.study.record import StudyRecord, save_record
+from tests.made_up import COST, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_of_runs(monkeypatch):
+    """Drawing takes most of a report's time, and is another test's."""
+    monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
+
+
+def make(tmp_path, name, scored=None, maps=True, **settings):
+    folder = make_run(tmp_path / name, **settings)
+    save_report(folder, scored, maps=maps)
+    run = open_run(folder)
+    write_report(run, report_folder(folder))
+    return run
+
+
+def compared(tmp_path, *runs):
+    found = write_comparison(runs, [report_folder(run.folder) for run in runs], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found.summary
+    return found
+
+
+@pytest.fixture
+def three(tmp_path):
+    """One clearly better than two that are alike."""
+    return [
+        make(tmp_path, "sharp", make_scored(seed=1, sharpness=3.0), model="cnn4"),
+        make(tmp_path, "dull", make_scored(seed=2), model="resnet18_cifar"),
+        make(tmp_path, "blunt", make_scored(seed=3), model="vit_small_cifar"),
+    ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
+    found = compared(tmp_path, *three)
+    scored = [make_scored(seed=1, sharpness=3.0), make_scored(seed=2), make_scored(seed=3)]
+    right = [s.logits.argmax(1) == s.labels for s in scored]
+    raw = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        table = [[(right[a] & right[b]).sum(), (right[a] & ~right[b]).sum()],
+                 [(~right[a] & right[b]).sum(), (~right[a] & ~right[b]).sum()]]  # fmt: skip
+        raw.append(mcnemar(table, exact=min(table[0][1] + table[1][0], 25) < 25).pvalue)
+    pairs = found.summary["pairs"]
+    assert [pair["p"] for pair in pairs] == pytest.approx(raw)
+    assert [pair["p_corrected"] for pair in pairs] == pytest.approx(multipletests(raw, method="holm")[1])
+    assert [pair["difference"] for pair in pairs] == pytest.approx(
+        [right[a].mean() - right[b].mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    )
+    assert pairs[0]["all_of_a_right_none_of_b"] == int((right[0] & ~right[1]).sum())
+    assert pairs[0]["agreement"] == pytest.approx((scored[0].predicted == scored[1].predicted).mean())
+    assert found.verdicts[0].startswith("cnn4 is better than resnet18_cifar by ")
+    assert "can't be told apart" in found.verdicts[2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_images_that_only_one_run_gets_right(tmp_path, three):
+    summary = compared(tmp_path, *three).summary
+    right = np.stack([s.correct for s in (make_scored(1, 3.0), make_scored(2), make_scored(3))])
+    expected = [i for i in range(300) if right[:, i].tolist() == [False, True, False]]
+    assert summary["only_right"]["dull"] == expected
+    assert summary["all_right"] == int(right.all(0).sum())
+    assert summary["none_right"] == int((~right).all(0).sum())
+
+
+def test_everything_is_written(tmp_path, three):
+    compared(tmp_path, *three)
+    out = tmp_path / "out"
+    with (out / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    metrics = [json.loads((run.folder / "report" / "metrics.json").read_text()) for run in three]
+    assert [float(row["top1"]) for row in rows] == [m["top1"] for m in metrics]
+    assert [float(row["gflops"]) for row in rows] == [4.0, 4.0, 4.0]
+    page = (out / "comparison.html").read_text()
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    assert pictures == [
+        "agreement.png", "curves.png", "gflops.png", "grad_cam.png", "latency.png", "only_right.png", "parameters.png",
+        "training_time.png",
+    ]  # fmt: skip
+    assert len(re.findall("data:image/(?:png|jpeg);base64,", page)) == len(pictures)
+    assert not re.search(r'src="(?!data:)', page)
+    for name in pictures:
+        with Image.open(out / name) as image:
+            image.verify()
+    markdown = (out / "comparison.md").read_text()
+    assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
+    assert "say nothing of other seeds" in markdown
+    assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_seeds_are_repeats_of_one_setting(tmp_path):
+    runs = [make(tmp_path, f"a{s}", make_scored(seed=s, sharpness=3), model="cnn4", seed=s) for s in range(3)]
+    runs += [make(tmp_path, f"b{s}", make_scored(seed=10 + s), model="cnn4", lr=0.1, seed=s) for s in range(3)]
+    found = compared(tmp_path, *runs)
+    groups = found.summary["groups"]
+    assert [group["runs"] for group in groups] == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+    assert [group["name"] for group in groups] == ["cnn4, lr 0.001", "cnn4, lr 0.1"]
+    accuracies = [make_scored(seed=s, sharpness=3).correct.mean() for s in range(3)]
+    assert groups[0]["mean_top1"] == pytest.approx(np.mean(accuracies))
+    assert groups[0]["std_top1"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert len(found.verdicts) == 1
+    assert "is better than" in found.verdicts[0]
+    mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
+    assert f"| **mean of 3 runs** |  |  | **{mean:.2f} % ± {std:.2f}** |" in found.markdown
+    assert "± is the sample standard deviation (n - 1) over the n runs" in found.markdown
+    assert "± is" not in compared(tmp_path, runs[0], runs[3]).markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
+    failed = "failed with status 2: --lr | is bad."
+    record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
+    save_record(tmp_path, record)
+    found = compared(tmp_path, *three[:2])
+    assert found.title == "Study mine: cnn4 against resnet18_cifar"
+    assert found.summary["study"] == {"name": "mine", "missing": {"blunt": "new", "bad": failed}}
+    assert "**2 of the 4 runs of this study are missing.**" in found.markdown
+    assert "| blunt | new |\n| bad | failed with status 2: --lr \\| is bad. |" in found.markdown
+    save_record(tmp_path, dataclasses.replace(record, runs=dict.fromkeys(("sharp", "dull", "more"), "finished")))
+    found = compared(tmp_path, *three[:2])
+    assert found.title.startswith("Study mine: ")
+    assert "issing" not in found.markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_are_not_all_of_one_study_are_of_none(tmp_path, three):
+    save_record(tmp_path, StudyRecord("mine", {"sharp": "finished", "dull": "finished"}))
+    found = compared(tmp_path, *three)
+    assert found.title == "cnn4 against resnet18_cifar against vit_small_cifar"
+    assert "study" not in found.summary
+    (tmp_path / "other").mkdir()
+    elsewhere = make(tmp_path / "other", "dull", make_scored(seed=2), model="resnet18_cifar")
+    assert "Study" not in compared(tmp_path, three[0], elsewhere).title
+    for foreign in ("{", "[]", '{"name": "mine"}'):
+        (tmp_path / "study.json").write_text(foreign)
+        assert "Study" not in compared(tmp_path, *three[:2]).title
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_of_several_pairs_the_page_says_that_p_decides(tmp_path, three):
+    decides = "What decides is p corrected for 3 pairs (Holm, 1979)"
+    several, single = (compared(tmp_path, *runs).markdown for runs in (three, three[:2]))
+    assert ("95 % interval of the pair alone" in several, decides in several) == (True, True)
+    assert ("of the pair alone" in single, "What decides" in single) == (False, False)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
+    runs = []
+    for seed, seconds in enumerate((0.002, 0.004, None)):
+        folder = make_run(tmp_path / f"a{seed}", seed=seed)
+        inference = {**COST["inference"], "latency_median_seconds": seconds, "device": f"processor {seed}"}
+        save_report(folder, make_scored(seed=seed), cost={**COST, "inference": inference} if seconds else None)
+        runs.append(open_run(folder))
+        write_report(runs[-1], report_folder(folder))
+    compared(tmp_path, *runs, make(tmp_path, "b", lr=0.1))
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    header = next(line for line in lines if "latency (ms)" in line).split(" | ")
+    row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 300 | 3.00")).split(" | ")
+    assert row[header.index("latency (ms)")] == "3.00"
+    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "images at a time"
+    assert row[-1] == "processor 0; processor 1 |"
+    assert "Of several runs of one setting the means are given." in lines
+
+
+def blacken(folder, number):
+    """Make the first maps of a report all zero."""
+    evidence = load_evidence(folder / "report", ())
+    evidence.maps["grad_cam"][:number] = 0
+    evidence.save(folder / "report")
+    return evidence.explained[:number]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_empty_maps_are_counted_for_each_run(tmp_path):
+    runs = [make(tmp_path, "a"), make(tmp_path, "b", make_scored(seed=4), lr=0.1)]
+    compared(tmp_path, *runs)
+    assert "some are empty" not in (tmp_path / "out" / "comparison.md").read_text()
+    scored, black = make_scored(seed=4), blacken(runs[1].folder, 10)
+    shared = {next(i for i in range(300) if scored.labels[i] == number) for number in range(6)}
+    count = len(shared & set(black.tolist()))
+    assert 0 < count < 10
+    compared(tmp_path, *runs)
+    said = f"Of the 6 Grad-CAM maps of each run, some are empty, all black: {count} of b."
+    assert said in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_accuracies_of_single_classes_stand_side_by_side(tmp_path):
+    """Means over seeds by scikit-learn, without "frog", of which there are no images; the best of each row is bold."""
+    kept = make_scored().labels != 5
+
+    def without_frogs(*args, **kwargs):
+        whole = make_scored(*args, **kwargs)
+        return dataclasses.replace(whole, **{n: getattr(whole, n)[kept] for n in ("ids", "labels", "logits")})
+
+    scored = [without_frogs(seed=1), without_frogs(seed=2), without_frogs(seed=3, sharpness=1.4)]
+    settings = [{"seed": 0}, {"seed": 1}, {"lr": 0.5}]
+    runs = [make(tmp_path, f"r{n}", one, **own) for n, (one, own) in enumerate(zip(scored, settings, strict=True))]
+    markdown = compared(tmp_path, *runs).markdown
+    recalls = [recall_score(one.labels, one.predicted, labels=range(5), average=None) for one in scored]
+    expected = ["| class | cnn4, lr 0.001 | cnn4, lr 0.5 |", "| --- | --- | --- |"]
+    for name, first, second in zip(NAMES, np.mean(recalls[:2], axis=0), recalls[2], strict=False):
+        cells = [f"{100 * value:.2f} %" for value in (first, second)]
+        cells[int(second > first)] = f"**{cells[int(second > first)]}**"
+        expected.append(f"| {name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
+    assert "\n".join(expected) in markdown
+    html = (tmp_path / "out" / "comparison.html").read_text()
+    assert html.count('<td class="number"><b>') == 5
+    assert "Accuracy per class" not in compared(tmp_path, *runs[:2]).markdown  # repeats of one setting
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    runs = [make(tmp_path / "x", "run", lr=0.1), make(tmp_path / "y", "run", make_scored(seed=5), lr=0.2)]
+    summary = compared(tmp_path, *runs).summary
+    assert list(summary["only_right"]) == ["x/run", "y/run"]
+    assert [row["lr"] for row in summary["runs"]] == [0.1, 0.2]
+    assert [row["train_top1"] for row in summary["runs"]] == [0.4, 0.4]
+    with pytest.raises(UsageError, match=r"x/run is given twice"):
+        compared(tmp_path, runs[0], runs[0])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_repeats_alone_have_no_verdict(tmp_path):
+    runs = [make(tmp_path, f"a{s}", make_scored(seed=s), seed=s) for s in range(2)]
+    found = compared(tmp_path, *runs)
+    assert found.verdicts == []
+    assert "there is nothing to compare" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_a_grid_of_two_settings(tmp_path):
+    runs = [
+        make(tmp_path, f"{batch}-{epochs}", make_scored(seed=batch + epochs), batch_size=batch, epochs=epochs)
+        for batch in (64, 128) for epochs in (20, 50)
+    ]  # fmt: skip
+    compared(tmp_path, *runs)
+    text = (tmp_path / "out" / "grid.svg").read_text()
+    for run in runs:
+        metrics = json.loads((run.folder / "report" / "metrics.json").read_text())
+        assert f"{metrics['top1']:.2%}" in text
+    assert "batch size" in text
+    assert "epochs" in text
+
+
+def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(tmp_path, three):
+    compared(tmp_path, *three)
+    out = tmp_path / "out"
+    own = {"holiday.jpg", "thesis.svg", "plot.png", "curves.txt"}
+    for name in (*own, "grid.png", "grid.svg"):
+        (out / name).write_text("")
+    drawn = {path.name for path in out.iterdir()} - {"grid.png", "grid.svg"}
+    compared(tmp_path, *three)
+    assert {path.name for path in out.iterdir()} == drawn >= own
+
+
+def test_names_of_groups():
+    def groups(*settings):
+        runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
+        return group_runs(runs, [f"run{n}" for n in range(len(runs))])
+
+    assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
+    found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
+    assert [g.name for g in found] == ["a, lr 0.1", "a, lr 0.2", "b"]
+    assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
+    # where it ran and what it was called are no settings
+    assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y", "seed": 1})) == 1
+    assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (
+        "lr", "epochs"
+    )  # fmt: skip
+    assert grid_axes(groups({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3})) is None
+
+
+def test_a_seed_that_a_group_has_already_is_no_repeat(tmp_path):
+    """As one training on a CPU and on a GPU: n would be 2, with no spread at all."""
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0}, {"seed": 0, "lr": 0.5}, {"seed": 1}]
+
+    def groups(*devices):
+        runs = [
+            Run(Path(), Config.from_flat(each), PLAN, {"device": device}, LOG)
+            for each, device in zip(settings, devices, strict=True)
+        ]
+        return [(group.name, group.members) for group in group_runs(runs, "abcde")]
+
+    assert groups(*["cpu"] * 5) == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
+    assert groups("cpu", "gpu", "gpu", "cpu", "cpu") == [
+        ("a", (0, 4)), ("b", (1, 2)), ("resnet18_cifar, lr 0.5", (3,))
+    ]  # fmt: skip
+
+
+def test_repeats_may_have_had_their_data_elsewhere():
+    places = [("job1", "x"), ("job2", "x"), ("other", "y")]
+    runs = [
+        Run(Path(), Config.from_flat({"dataset": place, "seed": seed}), PLAN, {"data_fingerprint": mark}, LOG)
+        for seed, (place, mark) in enumerate(places)
+    ]
+    assert [group.members for group in group_runs(runs, "abc")] == [(0, 1), (2,)]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_runs_of_one_seed_are_compared(tmp_path):
+    runs = [make(tmp_path, "cpu"), make(tmp_path, "gpu", make_scored(seed=1))]
+    found = compared(tmp_path, *runs)
+    assert found.title == "cpu against gpu"
+    assert [group["runs"] for group in found.summary["groups"]] == [["cpu"], ["gpu"]]
+    assert [pair["test"] for pair in found.summary["pairs"]] == ["McNemar, chi-square with continuity correction"]
+    assert "All settings are the same. Runs with the same settings and the same seed are no repeats" in found.markdown
+    assert "the same settings but the seed" not in found.markdown
+
+
+LONGER = {**PLAN, "schedule_steps": 40}
+STALLED = [{"step": 10 * n, "epoch": n, "val/loss": 1.0, "val/top1": 0.5} for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "log", "settings", "cut", "apart"),
+    [
+        (PLAN, LOG, {"max_steps": 20}, False, False),  # no fewer than are scheduled
+        (PLAN, LOG, {"max_steps": 500}, False, False),
+        (LONGER, LOG, {"max_steps": 20}, True, True),
+        (LONGER, LOG, {}, True, False),  # by a signal: the page warns
+        (LONGER, LOG, {"max_steps": 500}, True, False),
+        (LONGER, STALLED, {"patience": 1, "max_steps": 30}, False, False),
+        (LONGER, STALLED, {"patience": 2}, True, False),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, settings, cut, apart):
+    patience = {"patience": settings["patience"]} if "patience" in settings else {}
+    runs = [make(tmp_path, "a", **patience), make(tmp_path, "b", log=log, plan=plan, seed=1, **settings)]
+    found = compared(tmp_path, *runs)
+    assert len(found.summary["groups"]) == 1 + apart
+    said = "**Not all runs were trained to the end of their schedule; cut: b after 20 of 40 steps.**"
+    assert (said in found.markdown) == cut
+    assert "The run was not trained" not in found.markdown
+    own = (runs[1].folder / "report" / "report.md").read_text()
+    assert ("**The run was not trained to the end of its schedule: it was cut after 20 of 40 steps.**" in own) == cut
+    if apart:
+        assert "| max steps | none | 20 |" in found.markdown
+        assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
+
+
+def test_a_run_that_ended_before_its_last_evaluation_was_cut(tmp_path):
+    run = make(tmp_path, "a", log=LOG[:-1])
+    assert cut_warning(run).endswith("it was cut after 20 of 20 steps, before the last evaluation.")
+    assert cut_warning(make(tmp_path, "b", log=[record for record in LOG if "train/loss" in record])) is None
+
+
+def test_a_run_that_was_cut_between_two_records_has_the_steps_of_its_heartbeat(tmp_path):
+    run = make(tmp_path, "a", plan=LONGER)
+    for text, steps in (('{"step": 23, "seconds": 1.0}', 23), ('{"step": 7}', 20), ("{", 20)):
+        (run.folder / "progress.json").write_text(text)
+        assert cut_warning(run).endswith(f" {steps} of 40 steps.")
+
+
+def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):
+    runs = [make(tmp_path, "a", model="cnn4"), make(tmp_path, "b", make_scored(seed=4), maps=False, model="vit")]
+    compared(tmp_path, *runs)
+    assert (tmp_path / "out" / "grad_cam.png").exists()
+
+
+SCORED = make_scored(seed=4)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (with_class_names(SCORED, ["cow", "dog", "a|b", "ship", "truck", "frog"]), "have other classes"),
+        (dataclasses.replace(SCORED, ids=SCORED.ids + 1), "scored on other test images"),
+        (dataclasses.replace(SCORED, labels=(SCORED.labels + 1) % 6), "scored on other test images"),
+        (make_scored(seed=4, fingerprint="bb"), "data with other fingerprints"),
+        (make_scored(seed=4, tta="flip"), "with other --tta"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, other, said):
+    runs = [make(tmp_path, "a"), make(tmp_path, "b", other, lr=0.5)]
+    with pytest.raises(UsageError, match=said) as error:
+        compared(tmp_path, *runs)
+    assert "\n" not in str(error.value)
+    assert f"{runs[0].folder} and {runs[1].folder}" in str(error.value)

@@ -1,0 +1,124 @@
+"""Run folders and the log: what is refused, what is forgotten on resume, what is written."""
+
+import dataclasses
+import errno
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.config import Config
+from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.tracking import wandb_run
+from cifar_dist.tracking.tracker import Tracker
+from tests.tracking.test_wandb_run import FULL_DISK, Fake
+
+
+def config(run_dir, resume="never", **run):
+    return dataclasses.replace(
+        Config(), run=dataclasses.replace(Config().run, run_dir=str(run_dir), resume=resume, **run)
+    )
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def tracker(run_dir, first_step=0, wandb="disabled"):
+    settings = config(run_dir, wandb=wandb)
+    return Tracker(run_dir, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), first_step)
+
+
+TRAINING = {"train/loss": 1.5, "train/top1": 0.5, "images_per_second": 100.0, "lr": 0.1, "seconds": 1.0}
+
+
+def test_log_and_console(tmp_path, capsys):
+    voice = tracker(tmp_path)
+    voice.training(5, TRAINING)
+    voice.evaluation(10, {"loss": 1.25, "top1": 0.625}, best=True)
+    voice.close()
+    assert records(tmp_path) == [
+        {"step": 5, "epoch": 0.5, **TRAINING},
+        {"step": 10, "epoch": 1.0, "val/loss": 1.25, "val/top1": 0.625},
+    ]
+    first, second = capsys.readouterr().out.splitlines()
+    assert "step 5/100  loss 1.5000  acc 50.00%  lr 0.1  images/s 100  left " in first
+    assert second.endswith("val loss 1.2500  val acc 62.50%  best so far")
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    voice = tracker(tmp_path)
+    voice.advance(5)
+    voice.training(5, TRAINING)
+    voice.close()
+    shown = capsys.readouterr().err
+    assert "5/100" in shown
+    assert "loss=1.5000, acc=50.00%, lr=0.1, images/s=100" in shown
+
+
+def test_selecting_on_test_is_said_everywhere(tmp_path, capsys):
+    settings = config(tmp_path, wandb="disabled")
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, select_on="test"))
+    voice = Tracker(tmp_path, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), 0)
+    voice.evaluation(10, {"loss": 1.0, "top1": 0.5}, best=False)
+    voice.close()
+    assert records(tmp_path)[0]["selected_on"] == "test"
+    assert "TEST (selecting on it)" in capsys.readouterr().out
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path):
+    voice = tracker(tmp_path)
+    for step in (10, 20, 30):
+        voice.training(step, TRAINING)
+    voice.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 40, "trai')  # torn by a kill
+    voice = tracker(tmp_path, first_step=20)
+    voice.training(30, TRAINING)
+    voice.close()
+    assert [record["step"] for record in records(tmp_path)] == [10, 20, 30]
+
+
+def written(run_dir, wandb):
+    """The bytes of log.jsonl after the same records, and the seconds that took."""
+    run_dir.mkdir()
+    start = time.monotonic()
+    voice = tracker(run_dir, wandb=wandb)
+    for step in range(1, 21):
+        voice.training(step, {**TRAINING, "train/loss": 1 / step})
+    voice.evaluation(20, {"loss": 1.25, "top1": 0.625}, best=True)
+    voice.close()
+    return (run_dir / "log.jsonl").read_bytes(), time.monotonic() - start
+
+
+@pytest.mark.parametrize("call", ["login", "init", "log", "finish"])
+@pytest.mark.parametrize("fault", [RuntimeError("out of order"), FULL_DISK, 30], ids=["raises", "disk full", "hangs"])
+def test_the_log_is_the_same_whatever_becomes_of_w_and_b(call, fault, tmp_path, monkeypatch, capsys):
+    expected, _ = written(tmp_path / "without", "disabled")
+    assert expected.count(b"\n") == 21
+    module = Fake(**{call: fault})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.3)
+    found, seconds = written(tmp_path / "with", "online" if call == "login" else "offline")
+    assert found == expected and seconds < 2
+    assert module.calls
+    said = capsys.readouterr()
+    kept_offline = call == "login" and fault != 30
+    assert said.err.count("warning: ") == 1
+    assert said.out.count("wandb       kept offline") == (1 if kept_offline or call in ("log", "finish") else 0)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    voice = tracker(tmp_path)
+    voice.training(5, TRAINING)
+    voice._file.close()
+    voice._file = Path("/dev/full").open("w")  # noqa: SIM115  closing it is what the tracker does
+    with pytest.raises(OSError) as caught:
+        voice.training(10, TRAINING)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
+    with pytest.raises(OSError):  # what could not be written is not forgotten in closing
+        voice.close()

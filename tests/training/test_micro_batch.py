@@ -1,0 +1,91 @@
+"""The largest micro-batch that fits, with a memory that the test makes small."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cifar_dist.config import InputConfig
+from cifar_dist.errors import UsageError
+from cifar_dist.training import micro_batch
+from cifar_dist.training.micro_batch import smaller
+from tests.ranks import Ranks
+from tests.test_same_training import of, run
+
+FLAGS = "--dataset digits --model test_vit --img-size 32 --wandb disabled --batch-size 48 --max-steps 3 --log-every 1"
+
+INPUT = InputConfig(32, (0.5,) * 3, (0.5,) * 3, "bilinear")
+PLAN = SimpleNamespace(batch_size=8, num_processes=1, micro_batch_size=8, memory=SimpleNamespace(optimizer=100))
+
+
+class Tight(nn.Module):
+    """Finds no room for more than `most` images at a time, as a GPU would say it."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __call__(self, module, inputs):
+        if len(inputs[0]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def tight(most):
+    """Every model has such a memory from now on."""
+    nn.modules.module.register_module_forward_pre_hook(Tight(most))
+
+
+@pytest.mark.parametrize("share, micro, expected", [(48, 48, 24), (48, 16, 8), (45, 45, 15), (7, 7, 1), (30, 5, 2)])
+def test_the_next_smaller_micro_batch_divides_the_share(share, micro, expected):
+    assert smaller(share, micro) == expected
+
+
+def test_what_torch_says_without_room():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert micro_batch.is_out_of_memory(error.value)
+    assert not micro_batch.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_a_step_without_room_says_what_to_take(tmp_path):
+    def work():
+        tight(20)
+        return run(*FLAGS.split(), "--run-dir", tmp_path)
+
+    found = Ranks(work, 1)
+    assert found.statuses == [2]
+    assert "a step with 48 images at a time does not fit into memory; take --micro-batch-size 24" in found.said[0]
+    assert "Traceback" not in found.said[0]
+
+
+def test_the_micro_batch_is_halved_until_every_process_has_room(tmp_path):
+    """The training is that of the whole batch; process 1 has least room."""
+
+    def work():
+        tight(20 if os.environ["RANK"] == "0" else 7)
+        return run(*FLAGS.split(), "--auto-micro-batch", "--run-dir", tmp_path / "tight")
+
+    found = Ranks(work, 2).check()
+    assert "micro-batch 6" in found.said[0] or "6 images" in found.said[0], found.said[0]
+    Ranks(lambda: run(*FLAGS.split(), "--run-dir", tmp_path / "wide"), 1).check()
+    assert of(tmp_path / "tight", "train/loss") == pytest.approx(of(tmp_path / "wide", "train/loss"), rel=1e-5)
+
+
+def test_not_even_one_image():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    model.register_forward_pre_hook(Tight(0))
+    with pytest.raises(UsageError, match="not even one image fits"):
+        micro_batch.fitting(Accelerator(cpu=True), model, INPUT, PLAN, "fp32")
+
+
+def test_trying_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3600, 2))
+    before, random = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    assert micro_batch.fitting(Accelerator(cpu=True), model, INPUT, PLAN, "fp32") == 8
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
