@@ -27,22 +27,11 @@ else:
     from accelerate import Accelerator
 
     from cifar_dist import export, scoring
+    from cifar_dist.aim import Aim, choose_aims, is_done, precision_of
     from cifar_dist.command_line import OneLineParser
     from cifar_dist.distributed.ending import run_main
     from cifar_dist.distributed.group import finish, on_main, say, start
-    from cifar_dist.errors import UsageError
-    from cifar_dist.recovery import checkpoint
-    from cifar_dist.report import (
-        Report,
-        check_fingerprints,
-        check_runs,
-        make_room,
-        report_folder,
-        saved_scores,
-        wandb_report,
-        write_comparison,
-        write_report,
-    )
+    from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.tracking.wandb_run import log_report
 
@@ -62,11 +51,9 @@ def main() -> None:
     check_runs(runs)  # refused before anything is scored
     if arguments.wandb_report:
         wandb_report.runs_by_project(runs)
-    precisions = scoring.precisions(runs)
-    accelerator = start(precisions[0], WAIT_SECONDS)
-    if len(runs) > 1:
-        on_main(accelerator, lambda: make_room(comparison_folder(arguments)))
-    aims = on_main(accelerator, lambda: choose_all(runs, arguments, precisions))
+    accelerator = start(precision_of(runs[0]), WAIT_SECONDS)
+    on_main(accelerator, lambda: check_places(arguments))
+    aims = on_main(accelerator, lambda: choose_aims(runs, arguments.checkpoint, arguments.data, arguments.tta))
     for run, aim in zip(runs, aims, strict=True):
         report(run, aim, arguments, accelerator)
     if len(runs) > 1:
@@ -104,74 +91,39 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def report(run: Run, aim: scoring.Aim, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Score a run, unless that has been done, write and announce its report, and export its model if asked to."""
-    done = on_main(accelerator, lambda: is_done(run, aim))
-    if done and arguments.export is None:
-        on_main(accelerator, lambda: publish(run, aim.folder, "saved predictions"))
-        return
-    if not done:
-        say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
-    subject = scoring.load_subject(run, aim, accelerator)
-    if done:
-        on_main(accelerator, lambda: deliver(subject, publish(run, aim.folder, "saved predictions"), arguments))
-        return
-    data = scoring.test_data(run, aim.other)
-    scored, val = scoring.score_test(subject, data), scoring.score_val(subject)
-    say(accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
-
-    def save() -> None:
-        scoring.save_findings(subject, scored, val, data)
-        written = publish(run, aim.folder, f"checkpoint {aim.which}, step {scored.about.step}")
-        if (run.folder / "wandb_id").exists() and aim.folder.name == "report":
-            to_wandb(run, written)
-        if arguments.export is not None:
-            deliver(subject, written, arguments)
-
-    on_main(accelerator, save)
-
-
-def choose_all(runs: list[Run], arguments: argparse.Namespace, precisions: list[str]) -> list[scoring.Aim]:
-    """What to score of each run, after seeing that these are the same images wherever the data are at hand."""
-    aims = [choose(run, arguments, precision) for run, precision in zip(runs, precisions, strict=True)]
-    at_hand = [(run, aim.fingerprint) for run, aim in zip(runs, aims, strict=True) if aim.fingerprint is not None]
-    for run, fingerprint in at_hand[1:]:
-        check_fingerprints(at_hand[0][0], run, at_hand[0][1], fingerprint)
-    return aims
-
-
-def choose(run: Run, arguments: argparse.Namespace, precision: str) -> scoring.Aim:
-    """What to score: the wanted checkpoint, or the last where a run keeps no best, on the data that are there now."""
-    which = arguments.checkpoint
-    if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
-        print("checkpoint  the run has no best one; the last is scored", flush=True)
-        which = "last"
-    elif which not in ("best", "last") and run.folder.resolve() not in Path(which).resolve().parents:
-        raise UsageError(f"--checkpoint {which}: neither best nor last, nor a checkpoint's folder in {run.folder}.")
+def check_places(arguments: argparse.Namespace) -> None:
+    """Refuse folders that can't be written before the time that scoring takes."""
+    if len(arguments.run_dirs) > 1:
+        make_room(comparison_folder(arguments))
     if arguments.export is not None:
         export.check(arguments.export, arguments.onnx)
-    fingerprint = scoring.fingerprint(run, arguments.data)
-    folder = report_folder(run.folder, arguments.data, fingerprint, arguments.tta)
-    return scoring.Aim(which, arguments.data, fingerprint, arguments.tta, precision, folder)
 
 
-def is_done(run: Run, aim: scoring.Aim) -> bool:
-    """Whether a report's predictions are what scoring would find now; what is gone cannot have changed."""
-    scored = saved_scores(aim.folder)
-    if scored is None:
-        return False
-    about = scored.about
-    if (about.checkpoint, about.tta, about.precision) != (aim.which, aim.tta, aim.precision):
-        return False
-    if aim.fingerprint not in (None, about.fingerprint):
-        return False
-    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, aim.which).digest == about.digest
+def report(run: Run, aim: Aim, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Score a run, unless that has been done, write and announce its report, and export its model if asked to."""
+    done, subject = on_main(accelerator, lambda: is_done(run, aim)), None
+    if not done:
+        say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
+    if not done or arguments.export is not None:
+        subject = scoring.load_subject(run, aim, accelerator)
+    if subject is not None and not done:
+        scoring.score(subject)
+
+    def publish() -> None:
+        written = write_report(run, aim.folder)
+        announce(written, aim.folder, again=done)
+        if not done and (run.folder / "wandb_id").exists() and aim.folder.name == "report":
+            to_wandb(run, written)
+        if subject is not None and arguments.export is not None:
+            deliver(subject, written, arguments)
+
+    on_main(accelerator, publish)
 
 
-def publish(run: Run, folder: Path, how: str) -> Report:
-    """Write and announce the report."""
-    written = write_report(run, folder)
-    metrics = written.metrics
+def announce(written: Report, folder: Path, again: bool) -> None:
+    """Say what the report found, and where it is."""
+    metrics, scored = written.metrics, written.metrics["checkpoint"]
+    how = "saved predictions" if again else f"checkpoint {scored['which']}, step {scored['step']}"
     print(
         f"test        top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
         f"  ({metrics['num_samples']:,} images, {how})"
@@ -179,7 +131,6 @@ def publish(run: Run, folder: Path, how: str) -> Report:
     for warning in metrics["warnings"]:
         print(f"warning     {warning}")
     print(f"report      {folder / 'report.html'}", flush=True)
-    return written
 
 
 def to_wandb(run: Run, written: Report) -> None:

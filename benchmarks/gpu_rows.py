@@ -20,7 +20,6 @@ from benchmarks.plain_loop import PlainLoop, Setting
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
 from cifar_dist.cost.flops import Flops, Peak, count_flops, mfu
-from cifar_dist.cost.sizes import measure
 from cifar_dist.cost.speed import durations
 from cifar_dist.data import TrainingData
 from cifar_dist.distributed.group import peak_memory_bytes, seed_everything
@@ -28,6 +27,7 @@ from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.plan import Schedule, make_plan
 from cifar_dist.training.engine import Meter, Stepper, train_step
+from cifar_dist.training.sizes import measure
 from cifar_dist.training.stream_batches import make_batches
 from train import prepare
 

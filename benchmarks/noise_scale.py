@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from cifar_dist.cost.sizes import measure
 from cifar_dist.data import load_training_data
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.ending import run_main
@@ -28,6 +27,7 @@ from cifar_dist.plan import make_plan
 from cifar_dist.run_record import open_run
 from cifar_dist.scoring import Aim, Subject, load_subject
 from cifar_dist.training.batches import ResidentBatches
+from cifar_dist.training.sizes import measure
 
 
 def noise_scale(gradients: Iterable[torch.Tensor], batch: int) -> float:

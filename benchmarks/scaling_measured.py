@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.engines import run
-from benchmarks.scaling import Cluster, Link, Work, exposed_seconds
+from benchmarks.scaling_model import Cluster, Link, Work, exposed_seconds
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.models import build_model, count_parameters
 from cifar_dist.run_folder import processor

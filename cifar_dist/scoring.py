@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from cifar_dist.aim import Aim
 from cifar_dist.config import InputConfig
 from cifar_dist.cost.flops import count_flops
 from cifar_dist.cost.peak import device_peak
 from cifar_dist.cost.speed import measure_speed
-from cifar_dist.data import TestData, data_fingerprint, load_other_test_data, load_test_data, load_val_data
+from cifar_dist.data import TestData, load_other_test_data, load_test_data, load_val_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.group import check_agreement, first_failure, on_main, say
@@ -32,27 +32,6 @@ from cifar_dist.run_record import Run
 from cifar_dist.training.engine import Evaluator
 
 COST_FILE = "cost.json"
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What a run is to be scored on, and how.
-
-    Attributes:
-        which: the checkpoint: best, last, or its folder.
-        other: what ``--data`` names; None for the run's own test split.
-        fingerprint: of the data as they are now; None where the run's own are not at hand.
-        tta: none or flip.
-        precision: of the forward pass.
-        folder: of the report.
-    """
-
-    which: str
-    other: str | None
-    fingerprint: str | None
-    tta: str
-    precision: str
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -96,18 +75,16 @@ def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
     return Subject(run, aim, stored, model.to(accelerator.device).eval(), inputs, accelerator)
 
 
-def fingerprint(run: Run, other: str | None) -> str | None:
-    """The fingerprint of the data to score; nothing is decoded. None where the run's own are not at hand.
+def score(subject: Subject) -> None:
+    """Score test and val, and save all that a report needs.
 
     Raises:
-        UsageError: another set was named, and cannot be used.
+        UsageError: the data cannot be used, or the model predicts NaN.
     """
-    try:
-        return data_fingerprint(run.config.data, other)
-    except UsageError:
-        if other is not None:
-            raise
-        return None
+    data = test_data(subject.run, subject.aim.other)
+    scored, val = score_test(subject, data), score_val(subject)
+    say(subject.accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
+    on_main(subject.accelerator, lambda: save_findings(subject, scored, val, data))
 
 
 def test_data(run: Run, other: str | None) -> TestData:
@@ -250,9 +227,3 @@ def _cost_or_nothing(subject: Subject) -> dict[str, Any]:
     except (RuntimeError, UsageError) as error:
         print(f"cost        is not measured: {first_line(error)}", flush=True)
         return {}
-
-
-def precisions(runs: Sequence[Run]) -> list[str]:
-    """How each run is scored: as it was trained, but fp16 on a GPU only."""
-    on_cpu = not torch.accelerator.is_available()
-    return ["fp32" if on_cpu and run.config.run.precision == "fp16" else run.config.run.precision for run in runs]

@@ -12,13 +12,13 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.transforms.functional import normalize
 
-from benchmarks import gpu, gpu_rows, scaling, time_to_accuracy
+from benchmarks import gpu, gpu_rows, scaling, scaling_model, time_to_accuracy
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.noise_scale import noise_scale
 from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
 from benchmarks.recovery.seeded_bugs import BUGS
-from benchmarks.scaling import Cluster, Link, Work
 from benchmarks.scaling_measured import fit, predicted
+from benchmarks.scaling_model import Cluster, Link, Work
 from benchmarks.time_to_accuracy import Goal, Mark, race, reached
 from cifar_dist.cost.flops import Peak
 from cifar_dist.distributed.group import start
@@ -192,27 +192,27 @@ def ring_by_walking(count, nbytes, cluster):
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
 def test_half_a_ring_step_by_step(count):
-    assert scaling.half_ring(count, 240, TOY) == pytest.approx(ring_by_walking(count, 240, TOY))
+    assert scaling_model.half_ring(count, 240, TOY) == pytest.approx(ring_by_walking(count, 240, TOY))
 
 
 def test_all_reduce_by_hand():
-    assert scaling.all_reduce(4, 40, TOY) == pytest.approx(2 * (3 * 1 + 3 / 4 * 40 / 10))
+    assert scaling_model.all_reduce(4, 40, TOY) == pytest.approx(2 * (3 * 1 + 3 / 4 * 40 / 10))
     # 8 processes on 2 nodes: a ring takes 2 * 7 * ((6 * 1 + 2 * 5) / 8 + 40 / 8 / 4) = 45.5
-    assert scaling.all_reduce(8, 40, TOY) == pytest.approx(2 * (3 * 1 + 1 * 5) + 2 * 40 / 4)
-    assert scaling.all_reduce(8, 4000, TOY) == pytest.approx(2 * 7 * (2 + 4000 / 8 / 4))  # the ring sends less
+    assert scaling_model.all_reduce(8, 40, TOY) == pytest.approx(2 * (3 * 1 + 1 * 5) + 2 * 40 / 4)
+    assert scaling_model.all_reduce(8, 4000, TOY) == pytest.approx(2 * 7 * (2 + 4000 / 8 / 4))  # the ring sends less
 
 
 def test_what_does_not_hide_by_hand(monkeypatch):
-    monkeypatch.setattr(scaling, "DDP_BUCKET_BYTES", 20)
-    monkeypatch.setattr(scaling, "ZERO_BUCKET", 10)
-    monkeypatch.setattr(scaling, "FLAGS_BYTES", 0)
+    monkeypatch.setattr(scaling_model, "DDP_BUCKET_BYTES", 20)
+    monkeypatch.setattr(scaling_model, "ZERO_BUCKET", 10)
+    monkeypatch.setattr(scaling_model, "FLAGS_BYTES", 0)
     work = Work(parameters=20, image_seconds=0.0)  # 80 bytes: 4 buckets in DDP, 2 in ZeRO
     flags = 2 * 1  # on two processes, two hops without bytes
     one = 2 * (1 + 20 / 2 / 10)  # of DDP, 4 s
     half = 1 + 40 / 2 / 10  # of ZeRO, 3 s
 
     def exposed(engine, computing):
-        return scaling.exposed_seconds(work, engine, 2, computing, TOY)
+        return scaling_model.exposed_seconds(work, engine, 2, computing, TOY)
 
     assert exposed("ddp", 0.0) == pytest.approx(flags + 4 * one)
     assert exposed("ddp", 12.0) == pytest.approx(flags + 4 * one - 3 / 4 * 8)
@@ -221,23 +221,23 @@ def test_what_does_not_hide_by_hand(monkeypatch):
     assert exposed("zero3", 0.0) == pytest.approx(flags + 3 * 2 * half)
     assert exposed("zero3", 6.0) == pytest.approx(flags + (2 * half - 2) + (4 * half - 4))
     assert exposed("zero3", 1000.0) == pytest.approx(flags + 2 * half)
-    assert scaling.exposed_seconds(work, "ddp", 1, 1.0, TOY) == 0
+    assert scaling_model.exposed_seconds(work, "ddp", 1, 1.0, TOY) == 0
 
 
 def test_a_step_and_how_many_processes_it_is_worth():
     work = Work(parameters=1, image_seconds=1.0, floor_seconds=4.0, update_seconds=8.0)
     free = Cluster("free", Link(0.0, 1e30), Link(0.0, 1e30))
-    assert scaling.step_seconds(work, "ddp", 2, 16, free) == pytest.approx(16 + 8)
-    assert scaling.step_seconds(work, "zero2", 2, 16, free) == pytest.approx(16 + 8 / 2)
-    assert scaling.step_seconds(work, "ddp", 2, 1, free) == pytest.approx(4 + 8)
+    assert scaling_model.step_seconds(work, "ddp", 2, 16, free) == pytest.approx(16 + 8)
+    assert scaling_model.step_seconds(work, "zero2", 2, 16, free) == pytest.approx(16 + 8 / 2)
+    assert scaling_model.step_seconds(work, "ddp", 2, 1, free) == pytest.approx(4 + 8)
     # batch 32: 40, 24, 16, 12, 12 s on 1, 2, 4, 8, 16 processes
-    assert scaling.last_gain(work, 32, free) == 8
-    assert scaling.last_gain(work, 6, free) == 1  # 14, 12, and 6 images are not for 4
+    assert scaling_model.last_gain(work, 32, free) == 8
+    assert scaling_model.last_gain(work, 6, free) == 1  # 14, 12, and 6 images are not for 4
 
 
 def test_the_noise_scale_doubles_what_a_training_needs():
-    assert scaling.examples_factor(100, 100) == 2
-    assert scaling.examples_factor(1, 1000) == pytest.approx(1.001)
+    assert scaling_model.examples_factor(100, 100) == 2
+    assert scaling_model.examples_factor(1, 1000) == pytest.approx(1.001)
 
 
 def test_alpha_and_beta_are_found_again_from_times():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cifar_dist import scoring
+from cifar_dist import aim, scoring
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data, load_training_data
 from cifar_dist.errors import UsageError
@@ -264,7 +264,7 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_scored(tmp_
     with pytest.raises(UsageError, match=r"RUN_DIR .*a and .*b have other classes; compare runs on the same ones"):
         run_script(script, monkeypatch, *runs)
     (runs[1] / "environment.json").write_text(json.dumps(facts))
-    monkeypatch.setattr(scoring, "fingerprint", lambda run, other: f"of {run.folder.name}")
+    monkeypatch.setattr(aim, "_fingerprint", lambda run, other: f"of {run.folder.name}")
     with pytest.raises(UsageError, match=r"on data with other fingerprints \(of a and of b\); score both"):
         run_script(script, monkeypatch, *runs)
 

@@ -18,6 +18,7 @@ from cifar_dist import scoring
 from cifar_dist.command_line import load_config
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.run_record import open_run
+from cifar_dist.training import progress
 from cifar_dist.training.engine import Meter
 from tests.conftest import ROOT
 
@@ -155,7 +156,9 @@ def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_pa
 
 def test_images_that_fill_up_an_epoch_are_not_counted_as_speed(start, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(train, "Meter", lambda accelerator, images: told.append(images) or Meter(accelerator, images))
+    monkeypatch.setattr(
+        progress, "Meter", lambda accelerator, images: told.append(images) or Meter(accelerator, images)
+    )
     settings = [*DIGITS, "--epochs", 1, "--batch-size", 1000, "--max-steps", 1]
     assert start(*settings, "--run-dir", tmp_path) == 0
     assert told == [1294 / 2]  # the second batch of each epoch has 294

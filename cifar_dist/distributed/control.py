@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the processes agreed on: alike on all of them.
+    """What the processes agreed on after a step: alike on all of them; nothing, where there was none.
 
     Attributes:
         bad: the loss, or the gradient of the global batch, is not finite on some process.
@@ -20,11 +20,11 @@ class Verdict:
         lost: some process has no more data; the step is refused as a bad one.
     """
 
-    bad: bool
-    stop: bool
-    save: bool
-    writing: bool
-    lost: bool
+    bad: bool = False
+    stop: bool = False
+    save: bool = False
+    writing: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-import train
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
 from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.training import setup
 from cifar_dist.training.precision import ComputeFormat, measure_formats
 from tests.test_same_training import run
 
@@ -58,8 +58,8 @@ def test_the_gradient_is_as_near_to_that_in_fp32(vit):
 def test_training_uses_it(tmp_path, monkeypatch, precision, expected):
     """From before memory is tried (--auto-micro-batch) on."""
     monkeypatch.delenv("TIMM_FUSED_ATTN", raising=False)
-    seen, fitting = [], train.fitting
-    monkeypatch.setattr(train, "fitting", lambda *given: seen.append(fused(given[1])) or fitting(*given))
+    seen, fitting = [], setup.fitting
+    monkeypatch.setattr(setup, "fitting", lambda *given: seen.append(fused(given[1])) or fitting(*given))
     flags = "--dataset digits --model test_vit --img-size 32 --wandb disabled --max-steps 1 --auto-micro-batch"
     run(*flags.split(), "--precision", precision, "--run-dir", tmp_path / "run")
     assert set(seen[0]) == {expected}

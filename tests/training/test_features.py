@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import train
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import AugmentConfig, ModelConfig
+from cifar_dist.data import load_training_data
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.models import build_model, head_parameter_names
-from cifar_dist.training import features
+from cifar_dist.training import features, setup
 from cifar_dist.training.features import Backbone, Features, changes, decide
 from tests.ranks import Ranks
 
@@ -53,7 +54,7 @@ def start(monkeypatch):
     def start(*argv, slow=False):
         with monkeypatch.context() as patch:
             if slow:
-                patch.setattr(train, "decide", lambda *_: Features())
+                patch.setattr(setup, "decide", lambda *_: Features())
             return run(*argv)
 
     return start
@@ -158,7 +159,7 @@ def test_two_processes_equal_one(start, tmp_path):
 def test_plain_timm_scores_the_checkpoint_as_the_run_did(start, tmp_path):
     flags = [*PROBE, "--model", "test_efficientnet", *MODELS["test_efficientnet"]]
     assert start(*flags, "--run-dir", tmp_path) == 0
-    data = train.load_training_data(parse_command_line([*map(str, flags)]).config.data, 2**30)
+    data = load_training_data(parse_command_line([*map(str, flags)]).config.data, 2**30)
     plain = timm.create_model("test_efficientnet", num_classes=10)
     plain.load_state_dict(load_file(tmp_path / "checkpoints" / "last" / "model.safetensors"))
     mean, std = (torch.tensor(plain.pretrained_cfg[name]) for name in ("mean", "std"))

@@ -1,4 +1,4 @@
-"""What a model costs, counted before it runs."""
+"""How large a training is, counted for its plan before it runs."""
 
 from __future__ import annotations
 

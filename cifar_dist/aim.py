@@ -1,0 +1,94 @@
+"""What is to be scored of a run, and whether that has been done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cifar_dist.data import data_fingerprint
+from cifar_dist.errors import UsageError
+from cifar_dist.recovery import checkpoint
+from cifar_dist.report import check_fingerprints, report_folder, saved_scores
+from cifar_dist.run_record import Run
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a run is to be scored on, and how.
+
+    Attributes:
+        which: the checkpoint: best, last, or its folder.
+        other: what ``--data`` names; None for the run's own test split.
+        fingerprint: of the data as they are now; None where the run's own are not at hand.
+        tta: none or flip.
+        precision: of the forward pass.
+        folder: of the report.
+    """
+
+    which: str
+    other: str | None
+    fingerprint: str | None
+    tta: str
+    precision: str
+    folder: Path
+
+
+def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) -> list[Aim]:
+    """What to score of each run, after seeing that these are the same images wherever the data are at hand.
+
+    Args:
+        runs: they are compared, if there are several.
+        which: the checkpoint: best, last, or its folder. A run that keeps no best gives its last.
+        other: a data set to score instead of the runs' own test splits.
+        tta: none or flip.
+
+    Raises:
+        UsageError: there is no such checkpoint, or the data cannot be used or are not the same.
+    """
+    aims = [_choose(run, which, other, tta) for run in runs]
+    at_hand = [(run, aim.fingerprint) for run, aim in zip(runs, aims, strict=True) if aim.fingerprint is not None]
+    for run, fingerprint in at_hand[1:]:
+        check_fingerprints(at_hand[0][0], run, at_hand[0][1], fingerprint)
+    return aims
+
+
+def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
+    if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
+        print("checkpoint  the run has no best one; the last is scored", flush=True)
+        which = "last"
+    elif which not in ("best", "last") and run.folder.resolve() not in Path(which).resolve().parents:
+        raise UsageError(f"--checkpoint {which}: neither best nor last, nor a checkpoint's folder in {run.folder}.")
+    fingerprint = _fingerprint(run, other)
+    return Aim(which, other, fingerprint, tta, precision_of(run), report_folder(run.folder, other, fingerprint, tta))
+
+
+def _fingerprint(run: Run, other: str | None) -> str | None:
+    """Of the data to score; nothing is decoded."""
+    try:
+        return data_fingerprint(run.config.data, other)
+    except UsageError:
+        if other is not None:
+            raise
+        return None
+
+
+def precision_of(run: Run) -> str:
+    """How a run is scored: as it was trained, but fp16 on a GPU only."""
+    precision = run.config.run.precision
+    return "fp32" if precision == "fp16" and not torch.accelerator.is_available() else precision
+
+
+def is_done(run: Run, aim: Aim) -> bool:
+    """Whether a report's predictions are what scoring would find now; what is gone cannot have changed."""
+    scored = saved_scores(aim.folder)
+    if scored is None:
+        return False
+    about = scored.about
+    if (about.checkpoint, about.tta, about.precision) != (aim.which, aim.tta, aim.precision):
+        return False
+    if aim.fingerprint not in (None, about.fingerprint):
+        return False
+    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, aim.which).digest == about.digest

@@ -1,0 +1,130 @@
+"""What is settled before a training: its folder, data and model, and then how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from cifar_dist.command_line import CommandLine
+from cifar_dist.config import Config
+from cifar_dist.data import TrainingData, load_training_data
+from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
+from cifar_dist.models import build_model, input_config, resolve_name
+from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.sync_bn import synchronise
+from cifar_dist.parallel import check_engine
+from cifar_dist.parallel.choice import engine_table, zero_gain
+from cifar_dist.plan import Plan, make_plan
+from cifar_dist.recovery import checkpoint
+from cifar_dist.run_folder import choose_run_dir, identity, recorded_data_mode
+from cifar_dist.tracking.wandb_run import wandb_mode
+from cifar_dist.training.features import Features, decide
+from cifar_dist.training.micro_batch import fitting
+from cifar_dist.training.precision import resolve_precision
+from cifar_dist.training.preview import check_preview, write_preview
+from cifar_dist.training.sizes import measure
+from cifar_dist.training.whitening import whiten
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a training needs to know before it begins.
+
+    Attributes:
+        config: the merged configuration; nothing in it is left to be found out.
+        plan: what follows from it, the data and the processes.
+        accelerator: of this process; its precision is the configuration's.
+        data: the training data.
+        model: not on its device yet.
+        features: whether a frozen backbone's are computed once.
+    """
+
+    config: Config
+    plan: Plan
+    accelerator: Accelerator
+    data: TrainingData
+    model: nn.Module
+    features: Features
+
+
+def refuse_names(command: CommandLine) -> None:
+    """Refuse names that there are not, before anything takes time.
+
+    Raises:
+        UsageError: there is no such model, or the preview cannot be written there.
+    """
+    resolve_name(command.config.model.model)
+    if command.preview is not None:
+        check_preview(command.preview)
+
+
+def claim(command: CommandLine, accelerator: Accelerator) -> Path | None:
+    """The run's folder, once everything that can refuse a run at its start has agreed; None if there is to be no run.
+
+    Raises:
+        UsageError: W&B or the folder can't be had, or other processes were given something else.
+    """
+    config = command.config
+    check_agreement(accelerator, identity(config))
+
+    def chosen() -> Path:
+        wandb_mode(config)
+        return choose_run_dir(config)
+
+    return on_main(accelerator, chosen) if command.trains else None
+
+
+def load_data(config: Config, run_dir: Path | None, accelerator: Accelerator) -> TrainingData:
+    """The training data, the same on all processes, held as the run in `run_dir` holds them if it goes on."""
+    mode = recorded_data_mode(run_dir) if run_dir is not None and config.run.resume == "auto" else None
+    data = load_training_data(replace(config.data, data_mode=mode or config.data.data_mode), device_bytes(accelerator))
+    found = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
+    check_agreement(accelerator, found)
+    return data
+
+
+def make_model(config: Config, data: TrainingData, run_dir: Path | None, accelerator: Accelerator) -> nn.Module:
+    """The model with the weights that a new run begins with; one that goes on will put back its own."""
+    seed_everything(config.run.seed)
+    resuming = run_dir is not None and checkpoint.exists(run_dir)
+    fresh = replace(config.model, pretrained=False, init_weights=None)
+    model = build_model(fresh if resuming else config.model, len(data.class_names))
+    if config.model.sync_bn:
+        model = synchronise(model, accelerator.device)
+    if not resuming:
+        whiten(model, data, config.model, accelerator)
+    return model
+
+
+def settle(
+    command: CommandLine, data: TrainingData, model: nn.Module, run_dir: Path | None, accelerator: Accelerator
+) -> Setup:
+    """Find out what was left open (precision, what fits into memory), make the plan, and say it.
+
+    Raises:
+        UsageError: settings, data, model and engine do not go together.
+    """
+    features = decide(command.config, data, model, accelerator)
+    config, accelerator = resolve_precision(command.config, model, accelerator, run_dir)
+    use_plain_attention(model, accelerator.device, config.run.precision)
+    sizes = measure(config, data, model)
+    sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
+    plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
+    if config.run.auto_micro_batch and command.trains:
+        micro = fitting(accelerator, model, input_config(model, config.model), plan, config.run.precision)
+        config = replace(config, run=replace(config.run, micro_batch_size=micro))
+        plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
+    check_engine(config, plan, model)
+    lines = plan.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
+    say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
+    return Setup(config, plan, accelerator, data, model, features)
+
+
+def show_augmentation(path: Path, setup: Setup) -> None:
+    """Write a sheet of training images as the model will see them."""
+    inputs = input_config(setup.model, setup.config.model)
+    on_main(setup.accelerator, lambda: write_preview(path, setup.config, setup.plan, setup.data, inputs))
+    say(setup.accelerator, f"preview     {path}")
