@@ -24,12 +24,16 @@ if __name__ == "evaluate":  # `import evaluate` found this script first: hand ov
     sys.modules["evaluate"] = importlib.util.module_from_spec(library)
     library.loader.exec_module(sys.modules["evaluate"])
 else:
+    from cifar_dist.distributed.ending import run_main
+    from cifar_dist.evaluate_arguments import parse_arguments
+
+    if __name__ == "__main__":
+        arguments = run_main(parse_arguments)  # --help and wrong flags are answered at once
+
     from accelerate import Accelerator
 
     from cifar_dist import export, scoring
     from cifar_dist.aim import Aim, choose_aims, is_done, precision_of
-    from cifar_dist.command_line import OneLineParser
-    from cifar_dist.distributed.ending import run_main
     from cifar_dist.distributed.group import finish, on_main, say, start
     from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
@@ -44,9 +48,9 @@ if TYPE_CHECKING:  # type checkers take `import evaluate` for this file too
 WAIT_SECONDS = 4 * 3600  # that other processes wait for the one that draws, exports and uploads
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace | None = None) -> None:
     """Score each run once, write its report from what was saved, and compare the runs."""
-    arguments = parse_arguments()
+    arguments = arguments or parse_arguments()
     runs = [open_run(folder) for folder in arguments.run_dirs]
     check_runs(runs)  # refused before anything is scored
     if arguments.wandb_report:
@@ -59,36 +63,6 @@ def main() -> None:
     if len(runs) > 1:
         on_main(accelerator, lambda: compare(runs, [aim.folder for aim in aims], arguments))
     finish(accelerator)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = OneLineParser(prog="evaluate.py", allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs that train.py made")
-    parser.add_argument(
-        "--checkpoint", default="best", help="weights to score: best, last, or a checkpoint's folder (default: best)"
-    )
-    parser.add_argument("--data", help="score another set with the same classes: a name or path, also CLASS/*.png")
-    parser.add_argument("--tta", choices=("none", "flip"), default="none", help="flip: average with the mirror image")
-    parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")
-    parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")
-    parser.add_argument("--push-to-hub", metavar="NAME/REPO", help="with --export: upload the folder to the Hub")
-    parser.add_argument("--wandb-report", action="store_true", help="of several runs: make a W&B report too")
-    arguments = parser.parse_args()
-    several, plain = len(arguments.run_dirs) > 1, arguments.data is None and arguments.tta == "none"
-    for flag, ok, cure in (
-        ("--export", not several, "give one RUN_DIR"),
-        ("--export", plain, "its card is of the run's own test set, without --data and --tta"),
-        ("--onnx", arguments.export is not None, "add --export DIR"),
-        ("--push-to-hub", arguments.export is not None, "add --export DIR"),
-        ("--wandb-report", several, "give several RUN_DIRs"),
-        ("--checkpoint", not several or arguments.checkpoint in ("best", "last"), "a folder is of one RUN_DIR"),
-        ("--output", several, "give several RUN_DIRs; a run's report is in its folder"),
-    ):
-        if getattr(arguments, flag[2:].replace("-", "_")) and not ok:
-            parser.error(f"{flag} does not go with this command; {cure}.")
-    return arguments
 
 
 def check_places(arguments: argparse.Namespace) -> None:
@@ -170,4 +144,4 @@ def compare(runs: list[Run], folders: list[Path], arguments: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(arguments))

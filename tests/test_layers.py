@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "policy_string", "ordering", "memory", "page", "explain", "figures", "metrics", "statistics"},
     {"config", "durable", "distributed"},
     {"command_line", "plan", "models", "optim", "data"},
-    {"parallel", "tracking"},
+    {"parallel", "tracking", "evaluate_arguments"},
     {"recovery"},
     {"run_folder"},
     {"training", "run_record", "study"},
@@ -81,9 +81,17 @@ def test_training_imports_nothing_it_does_not_need():
     assert found.stdout.strip() == "[]"
 
 
-def test_a_wrong_flag_is_answered_before_the_seconds_of_importing():
-    command = [sys.executable, "-X", "importtime", "train.py", "--epoch", "3"]
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train.py", "--epoch", "3"], "unrecognized arguments: --epoch 3. Did you mean --epochs"),
+        (["evaluate.py", "runs/x", "--tta", "all"], "argument --tta: invalid choice: 'all'"),
+    ],
+    ids=["train", "evaluate"],
+)
+def test_a_wrong_flag_is_answered_before_the_seconds_of_importing(command, said):
+    command = [sys.executable, "-X", "importtime", *command]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
-    assert "unrecognized arguments: --epoch 3. Did you mean --epochs" in found.stderr
+    assert said in found.stderr
     assert " cifar_dist.config" in found.stderr and " torch" not in found.stderr and " timm" not in found.stderr
