@@ -27,9 +27,11 @@ from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.plan import Schedule, make_plan
 from cifar_dist.training.engine import Meter, Stepper, train_step
+from cifar_dist.training.features import Features
+from cifar_dist.training.job import prepare
+from cifar_dist.training.setup import Setup
 from cifar_dist.training.sizes import measure
 from cifar_dist.training.stream_batches import make_batches
-from train import prepare
 
 PRECISION, LR = "bf16", "1e-4"
 WINDOWS = 5
@@ -175,7 +177,7 @@ class Ours:
         model = build_model(config.model, len(bench.data.class_names))
         plan = make_plan(config, measure(config, bench.data, model), 1)
         use_plain_attention(model, bench.device, PRECISION)
-        parallel = prepare(config, plan, model, bench.accelerator).parallel
+        parallel = prepare(Setup(config, plan, bench.accelerator, bench.data, model, Features())).parallel
         parallel.model.train()
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)
         self._schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)

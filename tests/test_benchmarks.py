@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 import timm
@@ -130,9 +130,9 @@ def test_a_race_gives_both_the_same_steps_and_rates(small_race, monkeypatch):
         (rates,) = {(group["lr"], group["betas"]) for group in groups}
         steps.append((id(optimizer), *rates, max(group["weight_decay"] for group in groups)))
 
-    hook = register_optimizer_step_post_hook(note)
-    found = small_race()
-    hook.remove()
+    with ExitStack() as after:
+        after.callback(register_optimizer_step_post_hook(note).remove)
+        found = small_race()
     del steps[0]  # to count the optimizer's state
     ours, plain = steps[0][0], steps[1][0]
     assert ours != plain
