@@ -93,7 +93,7 @@ class DataConfig:
     )
     data_size: int = option(32, "pixels a side at which images are kept, cropped and flipped", type=positive_int)
     val_fraction: float = option(
-        0.1, "stratified part of train set apart for validation; 0 trains on everything", type=fraction
+        0.1, "stratified part of train set apart as val where the data bring no val split; 0: no val", type=fraction
     )
     split_seed: int = option(42, "seed of the train/val split", type=any_seed)
     select_on: str = option(

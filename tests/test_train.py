@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
 import train
 from cifar_dist import scoring
+from cifar_dist.aim import choose_aims
 from cifar_dist.command_line import load_config
 from cifar_dist.distributed.ending import run_main
+from cifar_dist.models import build_model, input_config
 from cifar_dist.run_record import open_run
 from cifar_dist.training import progress
 from cifar_dist.training.engine import Meter
@@ -93,6 +97,37 @@ def test_a_run_goes_on_and_is_scored_where_its_data_lie_now(start, tmp_path):
     other = write(tmp_path / "job3", 24)
     assert start(*flags, "--dataset", other, "--max-steps", 3, "--resume", "auto") == 2
     assert load_config(tmp_path / "run" / "config.yaml").data.dataset == str(moved)
+
+
+def test_val_is_the_split_that_the_data_bring_for_it(start, tmp_path, capfd):
+    random, pixels = np.random.default_rng(0), {}
+    for split, number in (("train", 20), ("validation", 7), ("test", 5)):
+        pixels[split] = random.integers(0, 256, (2, number, 16, 16, 3), dtype=np.uint8)
+        for label, images in enumerate(pixels[split]):
+            (tmp_path / "set" / split / str(label)).mkdir(parents=True)
+            for row, image in enumerate(images):
+                Image.fromarray(image).save(tmp_path / "set" / split / str(label) / f"{row:02}.png")
+    run_dir = tmp_path / "run"
+    flags = ["--dataset", tmp_path / "set", "--data-size", 16, "--model", "cnn4", "--wandb", "disabled"]
+    flags += ["--batch-size", 8, "--img-size", 16, "--run-dir", run_dir]
+    assert start(*flags, "--max-steps", 5) == 0
+    said = capfd.readouterr().out
+    assert "train 40, val 14, test 10" in said and "\nval         is the data set's own split" in said
+    assert start(*flags, "--resume", "auto", "--max-steps", 10) == 0
+
+    run = open_run(run_dir)
+    model = build_model(run.config.model, 2).eval()
+    model.load_state_dict(load_file(run_dir / "checkpoints" / "last" / "model.safetensors"))
+    inputs, labels = input_config(model, run.config.model), torch.arange(2).repeat_interleave(7)
+    images = torch.from_numpy(pixels["validation"].reshape(14, 16, 16, 3)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (inputs.mean, inputs.std))
+    with torch.no_grad():
+        logits = model((images - mean) / std)
+    (score,) = [record for record in records(run_dir) if record.get("epoch") == 2 and "val/top1" in record]
+    assert score["val/top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert score["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    subject = scoring.load_subject(run, choose_aims([run], "last", None, "none")[0], Accelerator(cpu=True))
+    np.testing.assert_allclose(scoring.score_val(subject).logits, logits, atol=1e-4)
 
 
 def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):

@@ -26,7 +26,11 @@ from cifar_dist.errors import UsageError
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training may see; `num_test` is None where the test split would have to be read to count it."""
+    """What training may see.
+
+    `num_test` is None where the test split would have to be read to count it; `own_val`: val is a split that the set
+    brought, not a part of train.
+    """
 
     train: ResidentSet | StreamSet
     val: ResidentSet | None
@@ -34,6 +38,12 @@ class TrainingData:
     name: str
     fingerprint: str
     num_test: int | None
+    own_val: bool = False
+
+    def lines(self) -> list[str]:
+        """What the plan is to say besides, a fact a line."""
+        said = "val         is the data set's own split, so train is whole and --val-fraction has no effect"
+        return [said] if self.own_val else []
 
     @property
     def mode(self) -> str:
@@ -73,10 +83,10 @@ class TestData:
 
 
 def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
-    """Load train, or open it as a stream, and set val apart from it (None for ``--val-fraction 0``).
+    """Load train, or open it as a stream, and val (None for ``--val-fraction 0``).
 
-    With ``--select-on test`` val is the test split and train is whole, as in the studies this reproduces. val is
-    resident in any case.
+    val is the data set's own split for that, or else set apart from train. With ``--select-on test`` it is the test
+    split and train is whole, as in the studies this reproduces. It is resident in any case.
 
     Args:
         config: which data.
@@ -93,19 +103,30 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
     if len(train.labels.unique()) < 2:
         raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
     val: ResidentSet | None = None
+    own_val = config.select_on == "val" and config.val_fraction > 0 and source.has_val
     if config.select_on == "test":
         val = load_resident(source, "test", config)
+    elif own_val:
+        if streams:
+            _refuse_large_val(source.num_rows("val") or 0, f"--dataset {config.dataset}", config, device_bytes)
+        val = load_resident(source, "val", config)
     elif config.val_fraction:
         in_train, in_val = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)
-        if streams and _bytes(len(in_val), config) > device_bytes / 4:
-            raise UsageError(
-                f"--val-fraction {config.val_fraction}: val is held in memory, and its {len(in_val)} images would take"
-                f" {_bytes(len(in_val), config) / 2**20:,.0f} MiB, more than a quarter of the"
-                f" {device_bytes / 2**20:,.0f} MiB there are; give a smaller one."
-            )
+        if streams:
+            _refuse_large_val(len(in_val), f"--val-fraction {config.val_fraction}", config, device_bytes)
         val = train.take(in_val) if isinstance(train, ResidentSet) else train.take_resident(in_val)
         train = train.take(in_train)
-    return TrainingData(train, val, source.class_names, source.name, source.fingerprint, source.num_rows("test"))
+    num_test = source.num_rows("test")
+    return TrainingData(train, val, source.class_names, source.name, source.fingerprint, num_test, own_val)
+
+
+def _refuse_large_val(rows: int, where: str, config: DataConfig, device_bytes: int) -> None:
+    if _bytes(rows, config) > device_bytes / 4:
+        raise UsageError(
+            f"{where}: val is held in memory, and its {rows} images would take"
+            f" {_bytes(rows, config) / 2**20:,.0f} MiB, more than a quarter of the"
+            f" {device_bytes / 2**20:,.0f} MiB there are; give a smaller one."
+        )
 
 
 def _fits(source: Source, config: DataConfig, device_bytes: int) -> bool:
@@ -131,7 +152,7 @@ def load_test_data(config: DataConfig) -> TestData:
 
 
 def load_val_data(config: DataConfig) -> ResidentSet | None:
-    """Load the images that training set apart to choose by; None where it chose by test, or had none.
+    """Load the val that training chose by; None where it chose by test, or had none.
 
     Raises:
         UsageError: the data cannot be used; the message names the flag and the cure.
@@ -139,6 +160,8 @@ def load_val_data(config: DataConfig) -> ResidentSet | None:
     if config.select_on == "test" or not config.val_fraction:
         return None
     source = open_source(config)
+    if source.has_val:
+        return load_resident(source, "val", config)
     streams = config.data_mode == "stream"
     train = open_stream(source, "train", config) if streams else load_resident(source, "train", config)
     chosen = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.data.pickles import find_layout, open_pickles
-from cifar_dist.data.tables import SPLITS, Table
+from cifar_dist.data.tables import SPLITS, VAL_NAMES, Table
 from cifar_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Local:
     """The splits found in a path.
 
     Attributes:
-        tables: the splits.
+        tables: the splits; one that the set brings for validation, whatever it is called there, as val.
         fingerprint: a hex digest of the names and sizes of the files behind them; the same for a copy.
         stamp: a hex digest of when these files were written; another for most copies.
     """
@@ -57,7 +57,8 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
 
     Args:
         path: a folder, or a tar file.
-        splits: which it must have. Where that is test alone, a folder of classes without splits is it too.
+        splits: which it must have; with train comes val, if there is one. Where that is test alone, a folder of
+            classes without splits is it too.
 
     Raises:
         UsageError: no form is recognised, a split is missing, or a file is damaged.
@@ -84,15 +85,23 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
     raise UsageError(f"--dataset {path}: {_contents(path)}, which is no form known here; give {LOCAL_FORMS}.")
 
 
-def require_splits(path: Path, present: Iterable[str], splits: Sequence[str] = SPLITS) -> None:
-    """Raise `UsageError` naming the first of `splits` that is not among `present`, and what is there."""
+def find_splits(path: Path, present: Iterable[str], splits: Sequence[str]) -> dict[str, str]:
+    """What `splits`, and with train also val if there is one, are called among those that are `present`.
+
+    Raises:
+        UsageError: one is missing, or several could be val.
+    """
     present = list(present)
+    own_val = [name for name in VAL_NAMES if name in present and "train" in splits]
     for split in splits:
         if split not in present:
             raise UsageError(
                 f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {_contents(path)}); "
                 f"it needs {' and '.join(splits)}."
             )
+    if len(own_val) > 1:
+        raise UsageError(f"--dataset {path}: {' and '.join(own_val)} are both for validation; keep one of them.")
+    return {split: split for split in splits} | ({"val": own_val[0]} if own_val else {})
 
 
 def _contents(path: Path) -> str:
@@ -134,7 +143,7 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for file in sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]):
         words = re.split(r"[-_.]", file.stem) if file.parent == folder else [file.parent.name]
-        split = next((word for word in words if word in (*SPLITS, "validation")), None)
+        split = next((word for known in (SPLITS, VAL_NAMES) for word in words if word in known), None)
         if split is not None:
             splits.setdefault(split, []).append(file)
     return splits
@@ -145,11 +154,11 @@ def _open_parquet(path: Path, files: dict[str, list[Path]], splits: Sequence[str
     import pyarrow.parquet as pq
     from datasets import IterableDataset
 
-    require_splits(path, files, splits)
+    names = find_splits(path, files, splits)
     tables = {}
-    for split in splits:
+    for split, name in names.items():
         sizes = {}
-        for file in files[split]:
+        for file in files[name]:
             try:
                 sizes[file] = pq.read_metadata(file).num_rows
             except (pa.ArrowException, OSError) as error:
@@ -157,11 +166,11 @@ def _open_parquet(path: Path, files: dict[str, list[Path]], splits: Sequence[str
                 raise UsageError(
                     f"--dataset {path}: {file.name} is truncated or no parquet file ({reason}); copy it again."
                 ) from None
-        filled = [file for file in files[split] if sizes[file]] or files[split]
+        filled = [file for file in files[name] if sizes[file]] or files[name]
         stream, only = (partial(how, [str(file) for file in filled]) for how in (IterableDataset.from_parquet, _column))
         named = tuple((file.name, sizes[file]) for file in filled)
         tables[split] = Table(stream(), sum(sizes.values()), named, only)
-    return _opened(tables, path, path, [file for split in splits for file in files[split]])
+    return _opened(tables, path, path, [file for name in names.values() for file in files[name]])
 
 
 def _column(files: list[str], name: str) -> IterableDataset:
@@ -189,9 +198,17 @@ def _image_rows(chunks: list[tuple[tuple[int, str], ...]]) -> Iterator[dict[str,
 def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]]) -> Local:
     from datasets import ClassLabel, Features, Image, IterableDataset
 
-    require_splits(path, [split for split in images if images[split]], list(images))
+    own_val = [name for name in VAL_NAMES if (path / name).is_dir()]
+    names = find_splits(path, [*(split for split in images if images[split]), *own_val], tuple(images))
+    if "val" in names:
+        images["val"] = _image_files(path / names["val"])
     tables = {}
     for split, classes in images.items():
+        if not classes:
+            raise UsageError(
+                f"--dataset {path}: {names[split]} has no folders of classes, as train has; sort its images into some,"
+                " or rename it (val is then cut from train)."
+            )
         filled = {folder: files for folder, files in classes.items() if files}
         empty = [str(folder.relative_to(path)) for folder in classes if folder not in filled]
         if empty and (split == "train" or not filled):  # what is only scored may lack classes
@@ -216,11 +233,12 @@ def _open_saved(path: Path, splits: Sequence[str]) -> Local:
     except Exception as error:  # a damaged folder can fail in any way
         reason = str(error).splitlines()[0]
         raise UsageError(f"--dataset {path}: cannot be loaded by datasets ({reason}); save it again.") from None
-    require_splits(path, saved, splits)
+    names = find_splits(path, saved, splits)
     tables = {}
-    for split in splits:
-        rows = saved[split].num_rows
+    for split, name in names.items():
+        rows = saved[name].num_rows
         shards = max(1, min(_MOST_SHARDS, rows // _IMAGES_A_SHARD))
-        tables[split] = Table(saved[split].to_iterable_dataset(num_shards=shards), rows)
-    files = [Path(root) / name for split in splits for root, _, names in os.walk(path / split) for name in names]
+        tables[split] = Table(saved[name].to_iterable_dataset(num_shards=shards), rows)
+    inside = [found for name in names.values() for found in os.walk(path / name)]
+    files = [Path(root) / file for root, _, here in inside for file in here]
     return _opened(tables, path, path, files)

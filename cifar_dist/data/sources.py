@@ -35,7 +35,7 @@ _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
 @dataclass(frozen=True)
 class Source:
-    """A data set with the splits train and test, opened but not decoded.
+    """A data set with the splits train and test, maybe one of its own for val, opened but not decoded.
 
     Attributes:
         name: "cifar10", "digits", or the path's last part.
@@ -55,6 +55,11 @@ class Source:
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; label k is the k-th."""
         return self.columns.class_names
+
+    @property
+    def has_val(self) -> bool:
+        """Whether the set brings a split for validation."""
+        return "val" in self.tables
 
     def num_rows(self, split: str) -> int | None:
         """Rows of a split, where that is known without reading it."""
@@ -157,8 +162,8 @@ def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
         name, found = _open_named(config.dataset, splits)
     except OSError as error:
         raise _unwritable_cache(config.dataset, error) or error from None
-    for split in splits:
-        if found.tables[split].num_rows == 0:
+    for split, table in found.tables.items():
+        if table.num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
     return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)
 

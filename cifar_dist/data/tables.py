@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SPLITS = ("train", "test")
+VAL_NAMES = ("val", "valid", "validation", "dev")
 _MOST_CLASSES = 100_000  # of plain numbers, in a set that has fewer rows; above are ids
 
 
@@ -61,11 +62,9 @@ def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     Of a set to be scored, which may have no train split and images of one class only, test alone decides.
 
     Raises:
-        UsageError: a named column is not there or of another type, none or several would do, train and test differ, or
-            there is only one class.
+        UsageError: a named column is not there or of another type, none or several would do, another split differs
+            from train, or there is only one class.
     """
-    from datasets import ClassLabel
-
     main = tables["train" if "train" in tables else "test"]
     features = dict(main.stream.features or {})
     image = _named(config.image_column, "--image-column", features, "images", _is_image)
@@ -75,27 +74,33 @@ def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     names = _class_names(main, label, config)
     if "train" not in tables:
         return Columns(image, label, names)
-    in_test = dict(tables["test"].stream.features or {})
-    if image not in in_test or label not in in_test:
-        raise UsageError(
-            f"--dataset {config.dataset}: test lacks the column {image if image not in in_test else label!r} of train; "
-            f"it has {_listed(in_test)}."
-        )
-    if isinstance(in_test[label], ClassLabel):
-        check_same_classes(names, in_test[label].names, config)
+    found = Columns(image, label, names)
+    for split, table in tables.items():
+        if split != "train":
+            _check_like_train(split, table, found, config)
     if len(names) < 2:
         raise UsageError(f"--dataset {config.dataset}: {label!r} has only one class; a classifier needs at least two.")
-    return Columns(image, label, names)
+    return found
 
 
-def check_same_classes(train: tuple[str, ...], test: list[str], config: DataConfig) -> None:
-    """Raise `UsageError` unless both splits have the same class names in the same order."""
-    if list(train) == test:
+def _check_like_train(split: str, table: Table, train: Columns, config: DataConfig) -> None:
+    """Raise `UsageError` unless a split has train's columns, and its class names in the same order."""
+    from datasets import ClassLabel
+
+    features = dict(table.stream.features or {})
+    for column in (train.image, train.label):
+        if column not in features:
+            raise UsageError(
+                f"--dataset {config.dataset}: {split} lacks the column {column!r} of train; it has {_listed(features)}."
+            )
+    label = features[train.label]
+    if not isinstance(label, ClassLabel) or list(train.class_names) == label.names:
         return
-    lonely = {"train": sorted(set(train) - set(test)), "test": sorted(set(test) - set(train))}
-    found = [f"only in {split}: {', '.join(names[:5])}" for split, names in lonely.items() if names]
+    ours, theirs = set(train.class_names), set(label.names)
+    lonely = {"train": sorted(ours - theirs), split: sorted(theirs - ours)}
+    found = [f"only in {where}: {', '.join(names[:5])}" for where, names in lonely.items() if names]
     raise UsageError(
-        f"--dataset {config.dataset}: train and test have different classes "
+        f"--dataset {config.dataset}: train and {split} have different classes "
         f"({'; '.join(found) or 'the same names in another order'}); give both the same ones."
     )
 

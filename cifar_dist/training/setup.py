@@ -118,7 +118,7 @@ def settle(
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     check_engine(config, plan, model)
-    lines = plan.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
+    lines = plan.lines() + data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
 

@@ -2,10 +2,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as Picture
 
-from cifar_dist.data import load_other_test_data, load_test_data, load_training_data
-from cifar_dist.data.sources import Source
+from cifar_dist.data import load_other_test_data, load_test_data, load_training_data, load_val_data
+from cifar_dist.data.sources import Source, open_source
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.errors import UsageError
 from tests.data.fakes import pixels
@@ -54,11 +55,104 @@ def test_another_set_is_read_by_the_runs_columns_where_it_has_them(cifar100_pick
         load_other_test_data("nowhere", settings, coarse)
 
 
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+OWN = {"train": 12, "val": 6, "test": 4}  # images; split k's are pixels(number, seed=k), the first half cats
+
+
+def labels_of(number):
+    return [0] * (number // 2) + [1] * (number // 2)
+
+
+def write_own(form, val, root):
+    """A set that brings a split for validation, called `val` there."""
+    saved = DatasetDict()
+    for seed, (split, number) in enumerate(OWN.items()):
+        name = val if split == "val" else split
+        images = [Picture.fromarray(image) for image in pixels(number, seed)]
+        if form == "images":
+            for row, (label, image) in enumerate(zip(labels_of(number), images, strict=True)):
+                folder = root / name / ("cat", "dog")[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{row:02}.png")
+            continue
+        table = Dataset.from_dict({"image": images, "label": labels_of(number)}, FEATURES)
+        root.mkdir(exist_ok=True)
+        if form == "parquet":
+            table.to_parquet(str(root / f"{name}-00000-of-00001.parquet"))
+        else:
+            saved[name] = table
+    if form == "saved":
+        saved.save_to_disk(root)
+    return root
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("images", "val"), ("images", "valid"), ("images", "dev"), ("parquet", "validation"), ("saved", "validation")],
+)
+def test_a_split_of_the_sets_own_is_val_and_train_is_whole(form, name, mode, tmp_path, config):
+    settings = config(write_own(form, name, tmp_path / "set"), data_mode=mode, val_fraction=0.3)
+    data = load_training_data(settings, 2**40)
+    assert (len(data.train), len(data.val), data.num_test, data.mode) == (12, 6, 4, mode)
+    assert np.array_equal(data.val.images.numpy(), pixels(6, 1)) and data.val.labels.tolist() == labels_of(6)
+    assert data.train.ids.tolist() == list(range(12)) and data.train.labels.tolist() == labels_of(12)
+    assert np.array_equal(load_val_data(settings).images.numpy(), pixels(6, 1))
+    assert "own split" in data.lines()[0]
+    assert np.array_equal(load_test_data(settings).test.images.numpy(), pixels(4, 2))
+    without = load_training_data(config(settings.dataset, data_mode=mode, val_fraction=0.0), 2**40)
+    assert without.val is None and len(without.train) == 12 and not without.lines()
+    on_test = load_training_data(config(settings.dataset, data_mode=mode, select_on="test"), 2**40)
+    assert np.array_equal(on_test.val.images.numpy(), pixels(4, 2)) and len(on_test.train) == 12
+
+
+@pytest.mark.parametrize("form", ["images", "parquet", "saved"])
+def test_a_split_of_the_sets_own_is_part_of_its_fingerprint(form, tmp_path, config, monkeypatch):
+    first, copy = (open_source(config(write_own(form, "val", tmp_path / name))) for name in ("set", "copy"))
+    monkeypatch.setitem(OWN, "val", 8)
+    other = open_source(config(write_own(form, "val", tmp_path / "other")))
+    assert first.fingerprint == copy.fingerprint != other.fingerprint
+
+
+def test_a_split_of_the_sets_own_must_have_images_of_trains_classes(tmp_path, config, parquet_folder):
+    folder = write_own("images", "val", tmp_path / "set")
+
+    def refused(message):
+        with pytest.raises(UsageError, match=message):
+            load_training_data(config(folder), 2**40)
+
+    (folder / "valid").mkdir()
+    refused("val and valid are both for validation; keep one of them")
+    (folder / "valid").rmdir()
+    (folder / "val" / "dog").rename(folder / "val" / "emu")
+    refused(r"train and val have different classes \(only in train: dog; only in val: emu\)")
+    for file in (folder / "val").glob("*/*"):
+        file.rename(folder / "val" / f"{file.parent.name}-{file.name}")
+    refused("no image lies directly in val/cat")
+    for label in ("cat", "emu"):
+        (folder / "val" / label).rmdir()
+    refused("val has no folders of classes, as train has; sort its images")
+    images = {"image": list(pixels(4)), "label": [0, 1, 0, 1]}
+    none = {"image": [], "label": []}
+    folder = parquet_folder({"train": images, "test": images, "validation": none}, FEATURES)
+    refused("the val split is empty")
+    other = Features({"image": Image(), "kind": ClassLabel(names=["cat", "dog"])})
+    table = Dataset.from_dict({"image": images["image"], "kind": images["label"]}, features=other)
+    table.to_parquet(str(next(folder.rglob("validation*"))))
+    refused("val lacks the column 'label' of train; it has image")
+
+
+def test_a_split_of_the_sets_own_that_takes_too_much_memory(tmp_path, config):
+    settings = config(write_own("images", "val", tmp_path / "set"), data_mode="stream")
+    assert len(load_training_data(settings, 4 * 6 * 32 * 32 * 3).val) == 6
+    with pytest.raises(UsageError, match=r"--dataset .*: val is held in memory, and its 6 images.*a smaller one"):
+        load_training_data(settings, 4 * 6 * 32 * 32 * 3 - 4)
+
+
 def test_train_images_of_one_class(parquet_folder, config):
-    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
     values = {"image": list(pixels(4)), "label": [1, 1, 1, 1]}
     with pytest.raises(UsageError, match="all train images are of one class"):
-        load_training_data(config(parquet_folder({"train": values, "test": values}, features)), 2**40)
+        load_training_data(config(parquet_folder({"train": values, "test": values}, FEATURES)), 2**40)
 
 
 def test_real_cifar10_test_split(real_cifar10, config):
