@@ -95,9 +95,11 @@ def find_splits(path: Path, present: Iterable[str], splits: Sequence[str]) -> di
     own_val = [name for name in VAL_NAMES if name in present and "train" in splits]
     for split in splits:
         if split not in present:
+            rename = f"rename {own_val[0]} to test (val is then cut from train), or " if own_val else ""
+            cure = f": {rename}set images of train apart as test" if split == "test" and "train" in present else ""
             raise UsageError(
                 f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {_contents(path)}); "
-                f"it needs {' and '.join(splits)}."
+                f"it needs {' and '.join(splits)}{cure}."
             )
     if len(own_val) > 1:
         raise UsageError(f"--dataset {path}: {' and '.join(own_val)} are both for validation; keep one of them.")

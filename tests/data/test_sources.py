@@ -255,10 +255,23 @@ def test_empty_split(parquet_folder, config):
 
 def test_missing_splits_list_what_is_there(image_folder, parquet_folder, tmp_path, config):
     folder = parquet_folder({"train": columns(), "validation": columns()}, FEATURES, "{}.parquet")
-    with pytest.raises(UsageError, match=r"no test split \(splits: train, validation; the folder holds train\.parquet"):
+    message = (
+        r"no test split \(splits: train, validation; the folder holds train\.parquet, .*\); it needs train and test: "
+        r"rename validation to test \(val is then cut from train\), or set images of train apart as test\."
+    )
+    with pytest.raises(UsageError, match=message):
         open_source(config(folder))
     shutil.rmtree(image_folder / "test")
-    with pytest.raises(UsageError, match=r"no test split \(splits: train; the folder holds train\)"):
+    message = r"no test split \(splits: train; the folder holds train\); it needs train and test: set images of train"
+    with pytest.raises(UsageError, match=message):
+        open_source(config(image_folder))
+    shutil.copytree(image_folder / "train", image_folder / "val")  # ImageNet's layout
+    with pytest.raises(UsageError, match=r"no test split .*: rename val to test \(val is then cut from train\), or"):
+        open_source(config(image_folder))
+    (image_folder / "val").rename(image_folder / "test")
+    assert not open_source(config(image_folder)).has_val
+    shutil.rmtree(image_folder / "train")
+    with pytest.raises(UsageError, match=r"no train split \(splits: test; .*\); it needs train and test\."):
         open_source(config(image_folder))
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns(), FEATURES)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UsageError, match="no test split"):
