@@ -111,7 +111,8 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
             _refuse_large_val(source.num_rows("val") or 0, f"--dataset {config.dataset}", config, device_bytes)
         val = load_resident(source, "val", config)
     elif config.val_fraction:
-        in_train, in_val = stratified_split(train.labels.numpy(), config.val_fraction, config.split_seed)
+        labels, names = train.labels.numpy(), source.class_names
+        in_train, in_val = stratified_split(labels, config.val_fraction, config.split_seed, names)
         if streams:
             _refuse_large_val(len(in_val), f"--val-fraction {config.val_fraction}", config, device_bytes)
         val = train.take(in_val) if isinstance(train, ResidentSet) else train.take_resident(in_val)

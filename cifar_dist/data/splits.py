@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cifar_dist.errors import UsageError
 
 
-def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(
+    labels: np.ndarray, val_fraction: float, seed: int, class_names: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Set a share of each class apart.
 
     val has round(N * val_fraction) rows, shared between the classes by largest remainder. Each class is drawn by a
@@ -17,6 +21,7 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
         labels: whole numbers (N,).
         val_fraction: share of val, in [0, 1); 0 leaves val empty.
         seed: the split's seed.
+        class_names: what messages call the classes; without them, by number.
 
     Returns:
         Row numbers of train and of val, int64, each sorted.
@@ -29,18 +34,32 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
         return rows, rows[:0]
     classes, sizes = np.unique(labels, return_counts=True)
     counts = _shares(sizes, val_fraction)
-    for name, size, count in zip(classes, sizes, counts, strict=True):
-        if count == 0 or count == size:
-            lacking = "val" if count == 0 else "train"
-            raise UsageError(
-                f"--val-fraction {val_fraction:g}: class {name} has {size} train images, which leaves none for "
-                f"{lacking}; choose {'a larger' if count == 0 else 'a smaller'} fraction or 0 for no val."
-            )
+    if len(left_out := _left_out(sizes, counts)):
+        worst = left_out[np.argmin(sizes[left_out])]
+        name, size = class_names[classes[worst]] if class_names else classes[worst], int(sizes[worst])
+        raise UsageError(
+            f"--val-fraction {val_fraction:g}: class {name} has {size} train image{'s' * (size != 1)},"
+            f" which leaves none for {'val' if counts[worst] == 0 else 'train'}; {_cure(sizes, val_fraction)}, or take"
+            " 0 for no val."
+        )
     chosen = np.zeros(len(labels), dtype=bool)
     for name, count in zip(classes, counts, strict=True):
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(name)])))
         chosen[generator.permutation(rows[labels == name])[:count]] = True
     return rows[~chosen], rows[chosen]
+
+
+def _left_out(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Indices of the classes that have all of their images, or none, in val."""
+    return np.flatnonzero((counts == 0) | (counts == sizes))
+
+
+def _cure(sizes: np.ndarray, fraction: float) -> str:
+    """The fraction nearest to `fraction`, in hundredths, that leaves no class out; there is one from two images on."""
+    if sizes.min() < 2:
+        return "no fraction can mend that: add images, leave the class out, bring a val split of your own"
+    fractions = sorted((hundredth / 100 for hundredth in range(1, 100)), key=lambda near: abs(near - fraction))
+    return f"choose {next(near for near in fractions if not len(_left_out(sizes, _shares(sizes, near))))}"
 
 
 def _shares(sizes: np.ndarray, fraction: float) -> np.ndarray:

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
@@ -57,8 +59,41 @@ def test_zero_leaves_val_empty():
     assert len(val) == 0 and np.array_equal(train, np.arange(len(LABELS)))
 
 
-@pytest.mark.parametrize(("fraction", "lacking"), [(0.1, "val"), (0.9, "train")])
-def test_small_class_is_refused(fraction, lacking):
-    labels = np.array([0] * 50 + [1] * 2)
-    with pytest.raises(UsageError, match=f"--val-fraction {fraction}.*class 1 has 2 .* none for {lacking}"):
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "message"),
+    [
+        ((50, 2), 0.1, "class 1 has 2 train images, which leaves none for val; choose 0.26, or take 0 for no val"),
+        ((50, 2), 0.9, "class 1 has 2 train images, which leaves none for train; choose 0.75, or take 0"),
+        ((50, 3, 2), 0.9, "class 2 has 2 train images, which leaves none for train; choose"),
+        ((200, 200, 3), 0.001, "class 2 has 3 train images, which leaves none for val; choose"),
+        ((50, 1, 2), 0.1, "class 1 has 1 train image, which leaves none for val; no fraction can mend that: add"),
+        ((50, 1), 0.9, "class 1 has 1 train image, which leaves none for train; no fraction can mend that: add"),
+    ],
+)
+def test_a_class_too_small_is_named_with_the_fraction_that_works(sizes, fraction, message):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    with pytest.raises(UsageError, match=f"--val-fraction {fraction}: {message}") as error:
         stratified_split(labels, fraction, 0)
+    named = re.search(r"choose (0\.\d+)", str(error.value))
+    for hundredth in range(1, 100) if named else ():
+        if abs(hundredth / 100 - fraction) < abs(float(named[1]) - fraction) - 1e-9:
+            with pytest.raises(UsageError):
+                stratified_split(labels, hundredth / 100, 0)
+    if named:
+        both = stratified_split(labels, float(named[1]), 0)
+        assert all(set(labels[part]) == set(range(len(sizes))) for part in both)
+
+
+def test_a_class_is_called_by_its_name():
+    with pytest.raises(UsageError, match="class newt has 2 train images"):
+        stratified_split(np.repeat([0, 2], [50, 2]), 0.1, 0, ("cat", "dog", "newt"))
+
+
+@pytest.mark.parametrize("smallest", [2, 3, 4, 7, 20])
+def test_some_fraction_always_works_from_two_images_on(smallest):
+    labels = np.repeat(np.arange(30), np.random.default_rng(smallest).integers(smallest, 50, 30))
+    for fraction in (0.001, 0.999):
+        try:
+            stratified_split(labels, fraction, 0)
+        except UsageError as error:
+            stratified_split(labels, float(re.search(r"choose (0\.\d+)", str(error))[1]), 0)
