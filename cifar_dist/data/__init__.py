@@ -103,22 +103,21 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
     if len(train.labels.unique()) < 2:
         raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
     val: ResidentSet | None = None
-    own_val = config.select_on == "val" and config.val_fraction > 0 and source.has_val
+    names, num_test = source.class_names, source.num_rows("test")
     if config.select_on == "test":
         val = load_resident(source, "test", config)
-    elif own_val:
+    elif source.has_val:
         if streams:
             _refuse_large_val(source.num_rows("val") or 0, f"--dataset {config.dataset}", config, device_bytes)
         val = load_resident(source, "val", config)
     elif config.val_fraction:
-        labels, names = train.labels.numpy(), source.class_names
+        labels = train.labels.numpy()
         in_train, in_val = stratified_split(labels, config.val_fraction, config.split_seed, names)
         if streams:
             _refuse_large_val(len(in_val), f"--val-fraction {config.val_fraction}", config, device_bytes)
         val = train.take(in_val) if isinstance(train, ResidentSet) else train.take_resident(in_val)
         train = train.take(in_train)
-    num_test = source.num_rows("test")
-    return TrainingData(train, val, source.class_names, source.name, source.fingerprint, num_test, own_val)
+    return TrainingData(train, val, names, source.name, source.fingerprint, num_test, source.has_val)
 
 
 def _refuse_large_val(rows: int, where: str, config: DataConfig, device_bytes: int) -> None:

@@ -58,7 +58,7 @@ class Source:
 
     @property
     def has_val(self) -> bool:
-        """Whether the set brings a split for validation."""
+        """Whether the set brings a split for validation, and it is to be used."""
         return "val" in self.tables
 
     def num_rows(self, split: str) -> int | None:
@@ -162,10 +162,12 @@ def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
         name, found = _open_named(config.dataset, splits)
     except OSError as error:
         raise _unwritable_cache(config.dataset, error) or error from None
-    for split, table in found.tables.items():
+    without_val = config.select_on == "test" or not config.val_fraction
+    tables = {split: table for split, table in found.tables.items() if split != "val" or not without_val}
+    for split, table in tables.items():
         if table.num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
-    return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)
+    return Source(name, found.fingerprint, found.stamp, choose_columns(tables, config), tables)
 
 
 def _open_named(dataset: str, splits: Sequence[str]) -> tuple[str, Local]:

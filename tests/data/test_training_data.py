@@ -102,6 +102,7 @@ def test_a_split_of_the_sets_own_is_val_and_train_is_whole(form, name, mode, tmp
     assert np.array_equal(load_test_data(settings).test.images.numpy(), pixels(4, 2))
     without = load_training_data(config(settings.dataset, data_mode=mode, val_fraction=0.0), 2**40)
     assert without.val is None and len(without.train) == 12 and not without.lines()
+    assert without.fingerprint == data.fingerprint
     on_test = load_training_data(config(settings.dataset, data_mode=mode, select_on="test"), 2**40)
     assert np.array_equal(on_test.val.images.numpy(), pixels(4, 2)) and len(on_test.train) == 12
 
@@ -126,6 +127,8 @@ def test_a_split_of_the_sets_own_must_have_images_of_trains_classes(tmp_path, co
     (folder / "valid").rmdir()
     (folder / "val" / "dog").rename(folder / "val" / "emu")
     refused(r"train and val have different classes \(only in train: dog; only in val: emu\)")
+    for ignored in ({"select_on": "test"}, {"val_fraction": 0.0}):
+        assert len(load_training_data(config(folder, **ignored), 2**40).train) == 12
     for file in (folder / "val").glob("*/*"):
         file.rename(folder / "val" / f"{file.parent.name}-{file.name}")
     refused("no image lies directly in val/cat")
