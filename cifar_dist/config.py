@@ -47,7 +47,6 @@ fraction = _number(float, 0, 1, False, True)
 closed_fraction = _number(float, 0, 1, False, False)
 positive_fraction = _number(float, 0, 1, True, False)
 
-
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -91,7 +90,7 @@ class DataConfig:
     label_column: str | None = option(
         None, "column of labels, e.g. coarse_label (default: the class-label column with the most classes)"
     )
-    data_size: int = option(32, "pixels a side at which images are kept, cropped and flipped", type=positive_int)
+    data_size: int | None = option(None, "pixels a side to keep and crop images at (default: 32)", type=positive_int)
     val_fraction: float = option(
         0.1, "stratified part of train set apart as val where the data bring no val split; 0: no val", type=fraction
     )
@@ -115,6 +114,11 @@ class DataConfig:
         0, "stream: images that may be damaged, per process, before the run stops", type=non_negative_int
     )
     cache_dir: str | None = option(None, "folder of decoded data sets (default: ~/.cache/cifar-dist)")
+
+    @property
+    def pixels(self) -> int:
+        """A side of the images as they are kept."""
+        return self.data_size or 32
 
 
 @dataclass(frozen=True)
@@ -228,9 +232,7 @@ class RunConfig:
         "the fastest here before training",
         choices=(*PRECISIONS, "auto"),
     )
-    patience: int | None = option(
-        None, "stop after this many epochs without a better top-1 (early stopping)", type=positive_int
-    )
+    patience: int | None = option(None, "stop after so many epochs without a better top-1", type=positive_int)
     min_delta: float = option(0.0, "smallest gain in top-1 (a fraction) that early stopping counts", type=fraction)
     on_nan: str = option(
         "stop",
@@ -245,9 +247,7 @@ class RunConfig:
     )
     log_every: int = option(50, "steps between two training records", type=positive_int)
     checkpoint_every: int | str | None = option(
-        None,
-        "also checkpoint every so many steps, or every so often: 10m (always at the end of an epoch)",
-        type=steps_or_duration,
+        None, "also checkpoint every so many steps, or so often: 10m (always at an epoch's end)", type=steps_or_duration
     )
     keep_last: int = option(2, "checkpoints to keep besides the best one", type=positive_int)
     time_limit: str | None = option(

@@ -291,7 +291,7 @@ def _settings(config: Config, dataset: str) -> dict[str, str]:
     """The settings that say what the run is, and others that differ from the defaults; of paths the last part."""
     values, defaults = config.flat(), Config().flat()
     others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
-    values["dataset"] = dataset
+    values |= {"dataset": dataset, "data_size": config.data.pixels}
     if config.model.init_weights:
         values["init_weights"] = Path(config.model.init_weights).name
     if config.model.model.startswith("local-dir:"):

@@ -235,7 +235,7 @@ def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
 
 
 def _refuse_augmentation(config: Config) -> None:
-    augment, size = config.augment, config.data.data_size
+    augment, size = config.augment, config.data.pixels
     if augment.crop_padding >= size:
         raise UsageError(f"--crop-padding {augment.crop_padding} must be less than the images' --data-size {size}.")
     if augment.cutout > size:

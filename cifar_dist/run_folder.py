@@ -86,7 +86,9 @@ def changed_settings(config: Config) -> list[str]:
     saved = Path(config.run.run_dir or "") / "config.yaml"
     if not saved.is_file():
         return []
-    old, new = load_config(saved).flat(), config.flat()
+    before = load_config(saved)
+    old = before.flat() | {"data_size": before.data.pixels}
+    new = config.flat() | {"data_size": config.data.pixels}
     if new["precision"] == "auto":  # it goes on as it began
         new |= {name: old[name] for name in ("precision", "channels_last")}
     return [

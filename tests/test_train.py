@@ -130,6 +130,33 @@ def test_val_is_the_split_that_the_data_bring_for_it(start, tmp_path, capfd):
     np.testing.assert_allclose(scoring.score_val(subject).logits, logits, atol=1e-4)
 
 
+def test_photographs_are_kept_at_32_pixels_only_for_those_who_ask(start, tmp_path, monkeypatch, capfd):
+    def write(folder, width, height):
+        for split in ("train", "test"):
+            for label in (0, 1):
+                (folder / split / str(label)).mkdir(parents=True)
+                for number in range(20):
+                    picture = Image.new("RGB", (width, height), (80 * label, number, 0))
+                    picture.save(folder / split / str(label) / f"{number}.png")
+        return folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--model", "cnn4", "--img-size", 64, "--wandb", "disabled", "--batch-size", 8, "--max-steps", 1]
+    flags += ["--dataset", write(tmp_path / "photos", 80, 60), "--run-dir", tmp_path / "run"]
+    for more in ([], ["--plan"], ["--resume", "auto"]):
+        assert start(*flags, *more) == 2
+        assert "photos: its images (the first: 80 x 60 pixels) would be kept at 32 x 32" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "recipe.yaml").write_text("data_size: 32\n")
+    assert start(*flags, "--config", tmp_path / "recipe.yaml") == 0
+    assert start(*flags, "--resume", "auto", "--max-steps", 2) == 0  # as does a run of before this was asked
+    assert records(tmp_path / "run")[-1]["step"] == 2
+    assert start(*flags, "--data-size=64", "--run-dir", tmp_path / "large") == 0
+    assert load_config(tmp_path / "large" / "config.yaml").data.data_size == 64
+    assert start(*flags, "--dataset", write(tmp_path / "small", 80, 48), "--run-dir", tmp_path / "other") == 0
+    assert load_config(tmp_path / "other" / "config.yaml").data.data_size == 32
+
+
 def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
     run_dir = tmp_path / "run"
     assert start(*DIGITS, "--epochs", 4, "--lr", "3e-3", "--hflip", 0, "--run-dir", run_dir) == 0

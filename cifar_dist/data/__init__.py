@@ -17,7 +17,7 @@ import torch
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.arrays import arrays_fingerprint, find_arrays, load_arrays
-from cifar_dist.data.resident import ResidentSet, load_resident
+from cifar_dist.data.resident import ResidentSet, check_size, load_resident
 from cifar_dist.data.sources import Source, open_source
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.stream import StreamSet, open_stream
@@ -100,6 +100,8 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
     if config.skip_corrupt and not streams:
         raise UsageError(f"--skip-corrupt {config.skip_corrupt} works with --data-mode stream only; add that.")
     train = open_stream(source, "train", config) if streams else load_resident(source, "train", config)
+    if isinstance(train, StreamSet) and (first := train.first_picture()) is not None:
+        check_size(first, config)
     if len(train.labels.unique()) < 2:
         raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
     val: ResidentSet | None = None
@@ -138,7 +140,7 @@ def _fits(source: Source, config: DataConfig, device_bytes: int) -> bool:
 
 def _bytes(rows: int, config: DataConfig) -> int:
     """What so many decoded images take."""
-    return rows * config.data_size**2 * 3
+    return rows * config.pixels**2 * 3
 
 
 def load_test_data(config: DataConfig) -> TestData:
@@ -207,7 +209,7 @@ def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence
         UsageError: the set has other classes, or cannot be used.
     """
     if (files := find_arrays(Path(dataset))) is not None:
-        images = load_arrays(files, config.data_size, class_names)
+        images = load_arrays(files, config.pixels, class_names)
         return TestData(images, tuple(class_names), Path(dataset).resolve().name, arrays_fingerprint(files))
     source = _open_other(config, dataset)
     try:

@@ -28,6 +28,7 @@ from cifar_dist.errors import UsageError
 
 _FORMAT = 1
 _CHUNK_ROWS = 1024
+_LARGEST_UNASKED = 1.5  # times --data-size: the shorter side of an image that nobody has to be asked about
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,17 @@ def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet
     try:
         if not entry.exists():
             entry.parent.mkdir(parents=True, exist_ok=True)
-        found = _open(entry, source, config.data_size)
+        found = _open(entry, source, config.pixels)
         if isinstance(found, ResidentSet):
             return found
         with FileLock(entry.with_name(entry.name + ".lock")):
-            found = _open(entry, source, config.data_size)
+            found = _open(entry, source, config.pixels)
             if isinstance(found, ResidentSet):
                 return found
             if entry.exists():
                 print(f"cache {entry} is damaged ({found}): decoding {split} again", file=sys.stderr, flush=True)
-            _write(entry, source, split, config.data_size)
-            found = _open(entry, source, config.data_size)
+            _write(entry, source, split, config)
+            found = _open(entry, source, config.pixels)
     except OSError as error:
         raise UsageError(
             f"--cache-dir {entry.parent}: the decoded images cannot be kept there ({error.strerror or error}); "
@@ -111,9 +112,9 @@ def _cache_folder(config: DataConfig) -> Path:
 def _entry_name(source: Source, split: str, config: DataConfig) -> str:
     columns = source.columns
     origin = (source.fingerprint, source.stamp)
-    key = (_FORMAT, origin, split, config.data_size, columns.image, columns.label, columns.class_names)
+    key = (_FORMAT, origin, split, config.pixels, columns.image, columns.label, columns.class_names)
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name)[:40]
-    return f"{readable}-{split}-{config.data_size}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
+    return f"{readable}-{split}-{config.pixels}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
 
 
 def _open(entry: Path, source: Source, size: int) -> ResidentSet | str:
@@ -131,11 +132,11 @@ def _open(entry: Path, source: Source, size: int) -> ResidentSet | str:
     return ResidentSet(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(len(labels)))
 
 
-def _write(entry: Path, source: Source, split: str, size: int) -> None:
+def _write(entry: Path, source: Source, split: str, config: DataConfig) -> None:
     """Decode into a temporary folder beside `entry` and rename it; the caller holds the lock.
 
     Raises:
-        UsageError: see `Source.rows`; or the split is empty.
+        UsageError: see `Source.rows` and `check_size`; or the split is empty.
         OSError: the cache cannot be written.
     """
     for left_over in entry.parent.glob(f".tmp-{entry.name}-*"):
@@ -143,7 +144,7 @@ def _write(entry: Path, source: Source, split: str, size: int) -> None:
     temporary = entry.with_name(f".tmp-{entry.name}-{socket.gethostname()}-{os.getpid()}")
     temporary.mkdir()
     try:
-        _decode_into(temporary, source, split, size)
+        _decode_into(temporary, source, split, config)
         if entry.exists():
             shutil.rmtree(entry)
         temporary.rename(entry)
@@ -152,7 +153,7 @@ def _write(entry: Path, source: Source, split: str, size: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
+def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -> None:
     from tqdm import tqdm
 
     labels: list[int] = []
@@ -161,7 +162,9 @@ def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
     stream = iter(progress)
     with (folder / "images.u8").open("wb") as file:
         for rows in iter(lambda: list(itertools.islice(stream, _CHUNK_ROWS)), []):
-            file.write(np.stack([to_pixels(image, size) for image, _ in rows]).tobytes())
+            if split == "train" and not labels:
+                check_size(rows[0][0], config)
+            file.write(np.stack([to_pixels(image, config.pixels) for image, _ in rows]).tobytes())
             labels.extend(label for _, label in rows)
     if not labels:
         raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
@@ -172,6 +175,21 @@ def _decode_into(folder: Path, source: Source, split: str, size: int) -> None:
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     for path in (folder / "images.u8", folder / "labels.npy", folder):
         fsync(path)
+
+
+def check_size(image: Image.Image | np.ndarray, config: DataConfig) -> None:
+    """Refuse to shrink photographs to what small pictures are kept at, unless that was asked for.
+
+    Raises:
+        UsageError: the image is much larger than it would be kept, and no ``--data-size`` was given.
+    """
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    if config.data_size is None and min(width, height) > _LARGEST_UNASKED * config.pixels:
+        raise UsageError(
+            f"--dataset {config.dataset}: its images (the first: {width} x {height} pixels) would be kept at"
+            f" {config.pixels} x {config.pixels}, whatever --img-size says; give --data-size N, for instance the"
+            f" model's --img-size, or {config.pixels} if that is enough."
+        )
 
 
 def to_pixels(image: Image.Image | np.ndarray, size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from cifar_dist.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from PIL import Image
 
 _ROWS_AT_A_TIME = 256
 _FILES_AT_ONCE = 8
@@ -168,6 +170,13 @@ class StreamSet:
         """
         return to_pixels(decode_image(image, partial(self.source.place, self.split, number)), self.size)
 
+    def first_picture(self) -> Image.Image | np.ndarray | None:
+        """The first row's image as large as it is; None if it is damaged, which is for those who read all."""
+        ((number, image),) = self.read(np.arange(len(self.all_labels)) == 0, seed=0, epoch=0)
+        with suppress(UsageError):
+            return decode_image(image, partial(self.source.place, self.split, number))
+        return None
+
     def take_resident(self, numbers: np.ndarray) -> ResidentSet:
         """Rows of the split (int64, sorted), decoded into memory, in the order of their numbers: val.
 
@@ -203,7 +212,7 @@ def open_stream(source: Source, split: str, config: DataConfig) -> StreamSet:
         ) from None
     labels, shard_rows = label_index(source, split, config, num_shards)
     everything = np.ones(len(labels), dtype=bool)
-    return StreamSet(source, split, shards, labels, shard_rows, everything, config.data_size, config.shuffle_window)
+    return StreamSet(source, split, shards, labels, shard_rows, everything, config.pixels, config.shuffle_window)
 
 
 def _in_memory(values: pa.ChunkedArray) -> list[Any]:

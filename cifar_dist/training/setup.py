@@ -109,6 +109,7 @@ def settle(
     """
     features = decide(command.config, data, model, accelerator)
     config, accelerator = resolve_precision(command.config, model, accelerator, run_dir)
+    config = replace(config, data=replace(config.data, data_size=config.data.pixels))
     use_plain_attention(model, accelerator.device, config.run.precision)
     sizes = measure(config, data, model)
     sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)

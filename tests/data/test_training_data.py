@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
 
 from cifar_dist.data import load_other_test_data, load_test_data, load_training_data, load_val_data
@@ -150,6 +150,36 @@ def test_a_split_of_the_sets_own_that_takes_too_much_memory(tmp_path, config):
     assert len(load_training_data(settings, 4 * 6 * 32 * 32 * 3).val) == 6
     with pytest.raises(UsageError, match=r"--dataset .*: val is held in memory, and its 6 images.*a smaller one"):
         load_training_data(settings, 4 * 6 * 32 * 32 * 3 - 4)
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("form", ["images", "saved", "arrays"])
+def test_images_that_nobody_asked_to_shrink(form, mode, tmp_path, config):
+    def write(side):
+        values = {"image": list(pixels(4, 0, side, 80)), "label": [0, 1, 0, 1]}
+        kind = Array3D((side, 80, 3), "uint8") if form == "arrays" else Image()
+        root = tmp_path / str(side)
+        if form == "images":
+            for split in ("train", "test"):
+                for row, image in enumerate(values["image"]):
+                    (root / split / str(row % 2)).mkdir(parents=True, exist_ok=True)
+                    Picture.fromarray(image).save(root / split / str(row % 2) / f"{row}.png")
+            return root
+        if form == "saved":
+            values["image"] = [Picture.fromarray(image) for image in values["image"]]
+        table = Dataset.from_dict(values, Features({"image": kind, "label": FEATURES["label"]}))
+        DatasetDict(dict.fromkeys(("train", "test"), table)).save_to_disk(root)
+        return root
+
+    large, small = write(60), write(48)
+    for _ in range(2):  # nothing was kept that would pass the second time
+        with pytest.raises(
+            UsageError, match=r"\(the first: 80 x 60 pixels\) would be kept at 32 x 32, .*--data-size N,"
+        ):
+            load_training_data(config(large, data_mode=mode, val_fraction=0.5), 2**40)
+    for size, root in ((32, large), (64, large), (None, small)):
+        data = load_training_data(config(root, data_mode=mode, data_size=size, val_fraction=0.5), 2**40)
+        assert data.val.images.shape[1] == (size or 32)
 
 
 def test_train_images_of_one_class(parquet_folder, config):
