@@ -16,7 +16,7 @@ from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_lo
 from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
 
 _MOST_WITH_TRAIN = 6
-_APART = 0.015  # of the picture's width: as far apart intervals are seen side by side
+_APART, _REACH = 0.01, 0.015  # of the axis: between runs of one cost, and the most that one is drawn beside it
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -93,7 +93,8 @@ def accuracy_against(
 
     The axis of costs is logarithmic where they differ by more than a factor of 10. It reaches at least a fifth beyond
     the lowest and the highest, so that costs that are nearly equal stand close together; accuracies likewise span at
-    least a point. Runs of one cost stand side by side, or their intervals would hide each other.
+    least a point. Runs of exactly one cost stand side by side, at most 1.5 % of the axis beside it, or their intervals
+    would hide each other; marks are hollow, so that those of nearly one cost are seen through each other.
 
     Args:
         x: costs of N runs, at least 0; NaN where unknown, then the legend says so.
@@ -119,7 +120,7 @@ def accuracy_against(
             known = "" if np.isfinite(costs[rows]).any() else " (not measured)"
             axes.errorbar(
                 costs[rows], middle[rows], yerr=errors, color=color, marker=marker, linestyle="none",
-                markersize=5, capsize=4, linewidth=1.2, label=shortened(label, 34) + known,
+                markersize=5, capsize=2, linewidth=1.2, markerfacecolor="none", label=shortened(label, 34) + known,
             )  # fmt: skip
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, middle.min() - 0.005), max(high, middle.max() + 0.005))
@@ -130,15 +131,12 @@ def accuracy_against(
 
 
 def _side_by_side(axes: Axes, costs: np.ndarray) -> np.ndarray:
-    """Costs (N,), those that would be drawn over each other moved apart about their middle."""
-    scale = axes.transScale + axes.transLimits
-    places = scale.transform(np.column_stack([costs, np.ones(len(costs))]))[:, 0]
-    order = np.argsort(places, kind="stable")
-    order, moved = order[np.isfinite(places[order])], costs.copy()
-    for rows in np.split(order, np.flatnonzero(np.diff(places[order]) > _APART) + 1):
+    """Costs (N,), those that are equal moved a little apart about it; all others stay as they are."""
+    scale, moved = axes.transScale + axes.transLimits, costs.copy()
+    for cost in np.unique(costs[np.isfinite(costs)]):
+        rows = np.flatnonzero(costs == cost)
         if len(rows) > 1:
-            apart = min(_APART, (1 - 2 * _APART) / (len(rows) - 1))
-            fan = places[rows].mean() + apart * (np.arange(len(rows)) - (len(rows) - 1) / 2)
-            fan += max(_APART - fan[0], 0) - max(fan[-1] - 1 + _APART, 0)  # within the axes
-            moved[rows] = scale.inverted().transform(np.column_stack([fan, np.ones(len(rows))]))[:, 0]
+            reach = min(_REACH, _APART * (len(rows) - 1) / 2)
+            places = scale.transform((cost, 1))[0] + np.linspace(-reach, reach, len(rows))
+            moved[rows] = scale.inverted().transform(np.column_stack([places, np.ones(len(rows))]))[:, 0]
     return moved

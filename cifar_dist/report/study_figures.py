@@ -15,12 +15,13 @@ from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps
 from cifar_dist.report.tables import shown
 
+_BESIDE = "; runs of the same cost are drawn side by side, at most 1.5 % of the axis beside it"
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
     "grid": "Test accuracy over the two settings that differ",
-    "gflops": "Accuracy against arithmetic; runs of one cost stand side by side",
-    "latency": "Accuracy against latency",
-    "parameters": "Accuracy against size",
+    "gflops": f"Accuracy against arithmetic{_BESIDE}",
+    "latency": "Accuracy against latency of one image",
+    "parameters": f"Accuracy against size{_BESIDE}",
     "training_time": "Accuracy against training time",
     "agreement": "Share of test images that two runs give the same class",
     "only_right": "Some of the images that only one run gets right (its name), and what another one, sure of it, says",

@@ -118,26 +118,33 @@ def test_costs_that_are_nearly_equal_look_so_and_intervals_are_seen(costs):
     assert low < 0.89 and high > 0.97
 
 
-@pytest.mark.parametrize("others", [[], [9.0], [900.0]], ids=["alone", "linear", "logarithmic"])
+@pytest.mark.parametrize("others", [[], [9.0], [3.04, 3.05, 9.0], [900.0]], ids=["alone", "linear", "near", "log"])
 def test_intervals_of_one_cost_stand_side_by_side(others):
     """Five of one cost, in two settings, are a little apart about it; the others stay where they are."""
     axes = against([*[3.0] * 5, *others], [*"aabbb", *"c" * len(others)]).axes[0]
     drawn = np.concatenate([container.lines[0].get_xdata() for container in axes.containers])
     places = axes.transLimits.transform(axes.transScale.transform([(cost, 0.92) for cost in (*drawn, 3.0)]))[:, 0]
-    assert (np.diff(np.sort(places[:5])) > 0.01).all() and np.ptp(places[:5]) < 0.1
-    assert places[:5].mean() == pytest.approx(places[-1], abs=0.02)  # the axes may end beside them
+    assert (np.diff(np.sort(places[:5])) > 0.005).all() and abs(places[:5] - places[-1]).max() < 0.0151
+    assert places[:5].mean() == pytest.approx(places[-1])
     assert drawn[5:].tolist() == others
     bars = np.concatenate([container.lines[2][0].get_segments() for container in axes.containers])
     np.testing.assert_allclose(bars[:, 0, 0], drawn)
 
 
 @pytest.mark.parametrize(("count", "other"), [(6, 9.0), (10, 9.0), (10, 300.0), (80, 2.0)])
-def test_many_intervals_of_one_cost_stay_within_the_axes(count, other):
+def test_many_intervals_of_one_cost_stay_close_to_it(count, other):
     axes = against([1.0] * count + [other], ["a"] * count + ["b"]).axes[0]
     drawn = np.concatenate([container.lines[0].get_xdata() for container in axes.containers])
-    low, high = axes.get_xlim()
-    assert low < drawn.min() and drawn.max() < high
-    assert len(set(drawn)) == count + 1
+    places = axes.transLimits.transform(axes.transScale.transform([(cost, 0.92) for cost in (*drawn[:-1], 1.0)]))[:, 0]
+    assert abs(places - places[-1]).max() < 0.0151 and places.min() > -0.001
+    assert len(set(drawn)) == count + 1 and drawn[-1] == other
+
+
+def test_many_costs_in_a_row_are_where_they_are():
+    """Each less than a hundredth of the axis from the next."""
+    costs = 1 + 0.003 * np.arange(12)
+    axes = against(costs, NAMES).axes[0]
+    assert [float(container.lines[0].get_xdata()[0]) for container in axes.containers] == costs.tolist()
 
 
 def test_equal_accuracies_of_huge_test_sets_are_not_torn_apart_and_none_is_above_100_percent():
