@@ -66,7 +66,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "group": group,
         **{name: value for name, value in member.run.config.flat().items() if name not in NOT_SETTINGS},
         "train_top1": member.run.value_at("train/top1", step),
-        "val_top1": member.run.value_at("val/top1", step),
+        "val_top1": (metrics["evaluation"] or {}).get("top1"),
         "final_train_loss": next(reversed(member.run.series("train/loss")[1]), None),
         "top1": metrics["top1"],
         "top1_low": metrics["top1_interval"][0],

@@ -62,6 +62,7 @@ def metrics_of(run: Run, scored: Scored, val: Scored | None, chosen: Chosen, cos
         "weighted_avg": found["weighted_avg"],
         "classes": [{"name": name, **numbers} for name, numbers in classes],
         "confusion_matrix": found["confusion_matrix"],
+        "evaluation": _evaluation(run, scored, val),
         "calibration": _calibration(scored, val, found),
         "suspected_label_errors": chosen.num_suspects,
         "cost": _cost(run, cost),
@@ -72,6 +73,18 @@ def metrics_of(run: Run, scored: Scored, val: Scored | None, chosen: Chosen, cos
         "selected_on": selected_on,
         "warnings": _warnings(run, scored, selected_on),
     }
+
+
+def _evaluation(run: Run, scored: Scored, val: Scored | None) -> dict[str, Any] | None:
+    """Accuracy and loss on the split that the run was watched on, of the very weights that were scored, if known."""
+    step, split = scored.about.step, run.evaluation_split
+    logged = {name: dict(zip(*run.series(f"val/{name}"), strict=True)).get(step) for name in ("top1", "loss")}
+    if None not in logged.values():
+        return {"split": split, **logged, "measured": "while training"}
+    if val is None or split != "val" or val.about.digest != scored.about.digest:
+        return None
+    numbers = {"top1": float(val.correct.mean()), "loss": compute_metrics(val, of_confidence_alone=True)["loss"]}
+    return {"split": split, **numbers, "measured": "afterwards"}
 
 
 def _selected_on(run: Run, scored: Scored) -> str:

@@ -86,14 +86,16 @@ def results(metrics: dict[str, Any]) -> Table:
 
 def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     """Train, val and test side by side, at the checkpoint's step."""
-    rows, step = [], scored.about.step
-    for split, key, how in (
-        ("train", "train", f"while training, on augmented images{softened(run.config)}, up to the checkpoint"),
-        (run.evaluation_split, "val", "at the checkpoint, while training"),
-    ):
-        top1, loss = run.value_at(f"{key}/top1", step), run.value_at(f"{key}/loss", step)
-        if top1 is not None and loss is not None:
-            rows.append((split, percent(top1), f"{loss:.4f}", how))
+    rows, step, evaluation = [], scored.about.step, metrics["evaluation"]
+    top1, loss = run.value_at("train/top1", step), run.value_at("train/loss", step)
+    if top1 is not None and loss is not None:
+        how = f"while training, on augmented images{softened(run.config)}, up to the checkpoint"
+        rows.append(("train", percent(top1), f"{loss:.4f}", how))
+    if evaluation:
+        how = f"at the checkpoint, {evaluation['measured']}"
+        rows.append((run.evaluation_split, percent(evaluation["top1"]), f"{evaluation['loss']:.4f}", how))
+    elif run.series("val/top1")[0]:
+        rows.append((run.evaluation_split, "–", "–", "not at the checkpoint's step"))
     rows.append(("test", percent(metrics["top1"]), f"{metrics['loss']:.4f}", "afterwards, each image once"))
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
 

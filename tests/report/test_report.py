@@ -28,7 +28,7 @@ from statsmodels.stats.proportion import proportion_confint
 from cifar_dist.errors import UsageError
 from cifar_dist.report import report_folder, write_report
 from cifar_dist.report.evidence import load_evidence
-from cifar_dist.report.predictions import Scored, load_predictions
+from cifar_dist.report.predictions import Scored, load_predictions, save_predictions
 from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from cifar_dist.statistics.label_errors import label_issues
@@ -84,6 +84,28 @@ def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
     assert found["warnings"] == []
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("step", "digest", "split", "row"),
+    [
+        (20, "dd", "val", "| val | 50.00 % | 0.4000 | at the checkpoint, while training |"),
+        (16, "dd", "val", "| val | {top1:.2f} % | {loss:.4f} | at the checkpoint, afterwards |"),
+        (16, "of other weights", "val", "| val | – | – | not at the checkpoint's step |"),
+        (16, "dd", "test", "| test | – | – | not at the checkpoint's step |"),
+    ],
+)
+def test_the_score_at_the_checkpoint_is_of_its_weights(tmp_path, step, digest, split, row):
+    """The log holds those of steps 10 and 20; of step 16 the val predictions of the scoring tell."""
+    folder, val = make_run(tmp_path / "run", select_on=split), make_scored(seed=7, split="val", step=16, digest=digest)
+    save_predictions(save_report(folder, make_scored(step=step)), val)
+    metrics, page = write(folder).metrics, (folder / "report" / "report.md").read_text()
+    assert (
+        row.format(top1=100 * (val.predicted == val.labels).mean(), loss=log_loss(val.labels, val.probabilities))
+        in page
+    )
+    assert (metrics["evaluation"] is None) == ("–" in row)
+
+
 def test_cost_is_counted_by_hand(written):
     run, report = written
     cost = report.metrics["cost"]
@@ -122,8 +144,6 @@ def test_temperature_is_fitted_on_val_alone(run):
         confident, logits=confident.logits * 4, about=dataclasses.replace(confident.about, split="val")
     )
     save_report(run)
-    from cifar_dist.report.predictions import save_predictions
-
     save_predictions(run / "report", confident)
     found = write(run).metrics["calibration"]
     assert found["fitted_on"] == "val"
@@ -409,6 +429,4 @@ def test_bad_run_folders_are_one_clear_line(run, damage, said):
 
 def save_other(folder):
     """Predictions that the evidence is not of."""
-    from cifar_dist.report.predictions import save_predictions
-
     save_predictions(folder / "report", make_scored(seed=9))
