@@ -60,13 +60,13 @@ def missing(study: StudyRecord, members: Sequence[Member]) -> dict[str, str]:
 def row_of(member: Member, group: str) -> dict[str, Any]:
     """A run as a row of ``comparison.csv``."""
     metrics, cost, step = member.metrics, member.metrics["cost"], member.scored.about.step
-    inference, training = cost.get("inference", {}), cost.get("training", {})
+    inference, training, evaluation = cost.get("inference", {}), cost.get("training", {}), metrics["evaluation"]
     return {
         "run": member.name,
         "group": group,
         **{name: value for name, value in member.run.config.flat().items() if name not in NOT_SETTINGS},
         "train_top1": member.run.value_at("train/top1", step),
-        "val_top1": (metrics["evaluation"] or {}).get("top1"),
+        "val_top1": evaluation["top1"] if evaluation and evaluation["split"] == "val" else None,
         "final_train_loss": next(reversed(member.run.series("train/loss")[1]), None),
         "top1": metrics["top1"],
         "top1_low": metrics["top1_interval"][0],

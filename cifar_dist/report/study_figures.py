@@ -62,11 +62,16 @@ def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
         steps, values = member.run.series(key)
         return [step / member.run.plan["steps_per_epoch"] for step in steps], values
 
+    splits = [member.run.evaluation_split for member in members]
+    mixed = len(set(splits)) > 1
     curves = [
-        figures.RunCurves(label, *(points(member, key) for key in ("train/loss", "val/loss", "train/top1", "val/top1")))
-        for member, label in zip(members, labels, strict=True)
+        figures.RunCurves(
+            f"{label} (on test)" if mixed and split == "test" else label,
+            *(points(member, key) for key in ("train/loss", "val/loss", "train/top1", "val/top1")),
+        )
+        for member, label, split in zip(members, labels, splits, strict=True)
     ]
-    return figures.run_curves(curves, members[0].run.evaluation_split)
+    return figures.run_curves(curves, "val, or test where said so" if mixed else splits[0])
 
 
 def _against(members: Sequence[Member], labels: Sequence[str], name: str) -> Figure:

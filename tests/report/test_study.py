@@ -135,6 +135,23 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert "± is" not in compared(tmp_path, runs[0], runs[3]).markdown
 
 
+@pytest.mark.parametrize(("splits", "solid"), [("vv", "val"), ("tt", "test"), ("vt", "val, or test where said so")])
+def test_what_was_scored_on_test_while_training_is_never_called_val(tmp_path, monkeypatch, splits, solid):
+    drawn = []
+    monkeypatch.setattr("cifar_dist.figures.run_curves", lambda curves, split: drawn.append((curves, split)))
+    names = {"v": "val", "t": "test"}
+    runs = [make(tmp_path, f"r{n}", lr=0.1 + n, select_on=names[split]) for n, split in enumerate(splits)]
+    markdown = compared(tmp_path, *runs).markdown
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_top1"] for row in rows] == ["0.5" if split == "v" else "" for split in splits]
+    for number, split in enumerate(splits):
+        assert f" | r{number} | 40.00 % | {'50.00 %' if split == 'v' else '–'} | " in markdown
+    ((curves, split),) = drawn
+    assert split == solid
+    assert [curve.label.endswith(" (on test)") for curve in curves] == [splits == "vt" and s == "t" for s in splits]
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     failed = "failed with status 2: --lr | is bad."
