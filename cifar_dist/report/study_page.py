@@ -57,10 +57,10 @@ def study_page(
     title = " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared"
     absent = missing(study, members) if study else {}
     if study and absent:
-        warnings.add(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
+        warnings.append(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
     return Page(
         f"Study {study.name}: {title}" if study else title,
-        [Text(words, strong=True), *(Text(warning, strong=True) for warning in sorted(warnings))],
+        [Text(words, strong=True), *(Text(warning, strong=True) for warning in warnings)],
         [
             Section(
                 "Missing runs",
@@ -77,14 +77,19 @@ def study_page(
     )
 
 
-def _warnings(members: Sequence[Member]) -> set[str]:
-    """Those of the runs' reports; runs that were not trained to their end are named in one."""
-    cut = [member for member in members if was_cut(member.run)]
-    found = {warning for member in members for warning in member.metrics["warnings"]}
-    found -= {cut_warning(member.run) or "" for member in cut}
+def _warnings(members: Sequence[Member]) -> list[str]:
+    """Those of the runs' reports, with the runs' names where not all have it; one for all that were cut."""
+    cut, names = [member for member in members if was_cut(member.run)], dict[str, list[str]]()
+    for member in members:
+        for warning in member.metrics["warnings"]:
+            if warning != cut_warning(member.run):
+                names.setdefault(warning, []).append(member.name)
+    found = [
+        warning if len(named) == len(members) else f"{', '.join(named)}: {warning}" for warning, named in names.items()
+    ]
     if cut:
-        named = ", ".join(f"{member.name} after {steps_of(member.run)}" for member in cut)
-        found.add(f"Not all runs were trained to the end of their schedule; cut: {named}.")
+        after = ", ".join(f"{member.name} after {steps_of(member.run)}" for member in cut)
+        found.insert(0, f"Not all runs were trained to the end of their schedule; cut: {after}.")
     return found
 
 

@@ -153,6 +153,15 @@ def test_what_was_scored_on_test_while_training_is_never_called_val(tmp_path, mo
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_warning_names_its_runs_unless_it_is_of_all(tmp_path):
+    runs = [make(tmp_path, f"r{n}", lr=0.1 + n, select_on=split) for n, split in enumerate(("test", "val", "test"))]
+    warning = "The run was watched, and its best checkpoint picked, on the test split"
+    assert f"**r0, r2: {warning}" in compared(tmp_path, *runs).markdown
+    assert f"**{warning}" in (of_all := compared(tmp_path, runs[0], runs[2]).markdown)
+    assert of_all.count(warning) == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     failed = "failed with status 2: --lr | is bad."
     record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
