@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ def study_page(
         return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := study_figures.map_words(members)) else []
-    best = max(groups, key=lambda group: spread(members, group)["mean_top1"])
-    words = f"Of {len(members)} runs on {count:,} test images of {about.dataset}, {best.name} has the highest accuracy."
+    best, images = _best([spread(members, group)["mean_top1"] for group in groups]), f"{count:,} test images"
+    words = f"Of {len(members)} runs on {images} of {about.dataset}, {_ahead(groups, best, len(members))}."
     if len(groups) == 1:
-        words = f"{len(members)} runs with {_mean_accuracy(members, best)} on {count:,} test images of {about.dataset}."
+        words = f"{len(members)} runs with {_mean_accuracy(members, groups[0])} on {images} of {about.dataset}."
     title = " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared"
     absent = missing(study, members) if study else {}
     if study and absent:
@@ -69,12 +70,26 @@ def study_page(
             Section("Settings", _settings(members, groups)),
             Section("Accuracy", [*_accuracies(members, groups), *drawn("grid", "curves")]),
             Section("Accuracy per class", _per_class(members, groups)),
-            Section("Which is better", _verdicts(pairs, best.name, len(members) > len(groups))),
+            Section("Which is better", _verdicts(pairs, groups[best[0]].name, len(members) > len(groups))),
             Section("Cost", [*_costs(members, groups), *drawn("gflops", "latency", "parameters", "training_time")]),
             Section("Where they differ", [_only(members), *empty, *drawn("agreement", "only_right", "grad_cam")]),
             Section("Files", [Files(files)]),
         ],
     )
+
+
+def _best(means: Sequence[float]) -> list[int]:
+    """Numbers of the highest; means that differ by rounding alone are equal."""
+    return [number for number, mean in enumerate(means) if math.isclose(mean, max(means), abs_tol=1e-9)]
+
+
+def _ahead(groups: Sequence[Group], best: Sequence[int], runs: int) -> str:
+    """Which settings have the highest accuracy, of repeats the mean."""
+    what, accuracy = ("settings", "mean accuracy") if runs > len(groups) else ("runs", "accuracy")
+    if len(best) == len(groups):
+        return f"{'both' if len(best) == 2 else f'all {len(best)}'} {what} have the same {accuracy}"
+    named = " and ".join(groups[number].name for number in best) if len(best) <= 3 else f"{len(best)} {what}"
+    return f"{named} {'has' if len(best) == 1 else 'share'} the highest {accuracy}"
 
 
 def _warnings(members: Sequence[Member]) -> list[str]:
@@ -154,9 +169,10 @@ def _per_class(members: Sequence[Member], groups: Sequence[Group]) -> list[Table
     for row, name in enumerate(names):
         if found[0][0][row]["support"]:
             means = [float(np.mean([classes[row]["recall"] for classes in runs])) for runs in found]
-            best |= {(len(rows), column) for column, mean in enumerate(means, 1) if mean == max(means)}
+            highest = _best(means)
+            best |= {(len(rows), column + 1) for column in highest if len(highest) < len(means)}
             rows.append((name, *map(percent, means)))
-    words = "The best of each class is bold; whether it is so by chance was not tested."
+    words = "The best of each class is bold, unless all are equal; whether it is so by chance was not tested."
     return [Table(("class", *(group.name for group in groups)), rows, strong_cells=best), Text(words)]
 
 

@@ -162,6 +162,43 @@ def test_a_warning_names_its_runs_unless_it_is_of_all(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([(2, 0.1, 0), (1, 0.2, 0)], "Of 2 runs on 300 test images of pets, cnn4, lr 0.1 has the highest accuracy."),
+        ([(1, 0.1, 0), (1, 0.2, 0)], "Of 2 runs on 300 test images of pets, both runs have the same accuracy."),
+        ([(1, lr, 0) for lr in (1, 2, 3)], "Of 3 runs on 300 test images of pets, all 3 runs have the same accuracy."),
+        ([(1, 0.1, 0), (2, 0.2, 0), (2, 0.3, 0)], "cnn4, lr 0.2 and cnn4, lr 0.3 share the highest accuracy."),
+        ([(1, 0.1, 0), (2, 0.2, 0), (1, 0.2, 1), (1, 0.3, 0)], "pets, cnn4, lr 0.2 has the highest mean accuracy."),
+        (
+            [(2, 0.1, 0), (3, 0.1, 1), (6, 0.1, 2), (11, 0.2, 0), (2, 0.2, 1), (3, 0.2, 2)],
+            "Of 6 runs on 300 test images of pets, both settings have the same mean accuracy.",
+        ),
+    ],
+)
+def test_the_highest_accuracy_may_be_shared_and_is_of_repeats_a_mean(tmp_path, runs, said):
+    """Of predictions by their seed: 2 is right more often than 1 is, and 6 as often as 11."""
+    right = {seed: make_scored(seed).correct.sum() for seed in (1, 2, 6, 11)}
+    assert right[2] > right[1] and right[6] == right[11]
+    made = [make(tmp_path, f"r{n}", make_scored(which), lr=lr, seed=s) for n, (which, lr, s) in enumerate(runs)]
+    assert said in compared(tmp_path, *made).markdown.splitlines()[2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_class_that_all_settings_get_right_alike_has_no_best(tmp_path):
+    """Two of three share the best of "dog"; of all others all have the same."""
+    one = make_scored(seed=1)
+    logits = one.logits.copy()
+    logits[(one.labels == 1) & one.correct, 0] = 99
+    worse = dataclasses.replace(one, logits=logits)
+    runs = [make(tmp_path, f"r{n}", scored, lr=0.1 + n) for n, scored in enumerate((one, worse, one))]
+    rows = [line for line in compared(tmp_path, *runs).markdown.splitlines() if line.count("%") == 3]
+    bold = {row.split(" | ")[0]: [cell.strip(" |").startswith("**") for cell in row.split(" | ")[1:]] for row in rows}
+    assert bold["| dog"] == [True, False, True]
+    assert not any(any(cells) for name, cells in bold.items() if name != "| dog")
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     failed = "failed with status 2: --lr | is bad."
     record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
