@@ -13,6 +13,7 @@ from cifar_dist.run_record import Run
 
 _ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
 
+MOST_NAMED = 4  # settings in a name
 _MACHINE = ("device", "num_processes")
 
 
@@ -37,7 +38,8 @@ def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     ``--max-steps`` is a setting where it cut the training, and data are the same wherever they lie. Runs with the same
     settings and the same seed are no repeats: then those of one device and number of processes go together, and further
     ones open groups of their own. A group is named by its model and by the settings in which the groups of that model
-    differ; groups that would have one name take the names of their first runs.
+    differ, of many by those that it shares with the fewest; groups that would have one name take the names of their
+    first runs.
 
     Args:
         runs: what was trained.
@@ -58,8 +60,7 @@ def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     first = [kept[numbers[0]] for numbers in members.values()]
     differing, groups = _differing(first), []
     for settings, numbers in zip(first, members.values(), strict=True):
-        own = _differing([other for other in first if other["model"] == settings["model"]])
-        name = _name(settings["model"], {key: settings[key] for key in own})
+        name = _name(settings, [other for other in first if other["model"] == settings["model"]])
         groups.append(Group(name, tuple(numbers), {key: settings[key] for key in differing}))
     return _told_apart(groups, names)
 
@@ -86,12 +87,19 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in settings[0] if key != "seed" and len({repr(each[key]) for each in settings}) > 1]
 
 
-def _name(model: str, own: dict[str, Any]) -> str:
-    words = [model]
-    for key, value in own.items():
-        if value not in (None, False):
-            words.append(key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {shown(value)}")
-    return ", ".join(words) if len(words) <= 5 else f"{', '.join(words[:5])}, …"
+def _name(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+    """The model and what differs among `rivals`, the groups of that model; what is off where all else is shared."""
+    times = {key: sum(repr(other[key]) == repr(settings[key]) for other in rivals) for key in _differing(rivals)}
+    named = [key for key in times if settings[key] is not None and settings[key] is not False]
+    if named and min(times[key] for key in named) > 1:
+        named = list(times)
+    rarest = sorted(named, key=lambda key: times[key])[:MOST_NAMED]
+    words = [settings["model"]]
+    for key in named:
+        if key in rarest:
+            name, value = key.replace("_", " "), settings[key]
+            words.append(name if value is True else f"{name} {shown(value)}")
+    return ", ".join([*words, "…"] if len(named) > MOST_NAMED else words)
 
 
 def grid_axes(groups: Sequence[Group]) -> tuple[str, str] | None:

@@ -357,6 +357,22 @@ def test_names_of_groups():
     found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
     assert [g.name for g in found] == ["a, lr 0.1", "a, lr 0.2", "b"]
     assert [g.members for g in groups({"seed": 1}, {"seed": 2}, {"lr": 0.5})] == [(0, 1), (2,)]
+    found = groups({"hflip": 0.0, "lr": 0.1}, {"hflip": 0.5, "lr": 0.1}, {"hflip": 0.5, "lr": 0.2})
+    assert [g.name for g in found] == [
+        f"resnet18_cifar, hflip {flip}, lr {lr}" for flip, lr in ((0, 0.1), (0.5, 0.1), (0.5, 0.2))
+    ]
+    # what is off is named where all else is others' too
+    found = groups({"lr": 0.1}, {"lr": 0.1, "model_ema_decay": 0.9}, {"lr": 0.2, "model_ema_decay": 0.9})
+    assert found[0].name == "resnet18_cifar, lr 0.1, model ema decay none"
+    assert [g.name for g in groups({}, {"model_ema_decay": 0.9})] == [
+        "resnet18_cifar", "resnet18_cifar, model ema decay 0.9"
+    ]  # fmt: skip
+    # of many settings, those that tell it apart
+    plain = {"lr": 0.1, "batch_size": 64, "mixup": 0.1, "cutmix": 0.1, "reprob": 0.1}
+    other = {"lr": 0.2, "batch_size": 32, "mixup": 0.2, "cutmix": 0.2, "smoothing": 0.1, "epochs": 3}
+    names = [g.name for g in groups({**plain, "val_fraction": 0.0, "epochs": 7}, plain, other)]
+    assert "val fraction 0" in names[0] and "epochs 7" in names[0] and names[0].endswith(", …")
+    assert "val fraction" not in names[2]
     # where it ran and what it was called are no settings
     assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y", "seed": 1})) == 1
     assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (
