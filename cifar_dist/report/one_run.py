@@ -242,6 +242,6 @@ def _map_words(found: Found) -> str:
 
 def _curve_words(run: Run) -> str:
     return (
-        f"Train numbers are taken while training, on augmented images{tables.softened(run.config)}, so they may lie on"
-        f" either side of {run.evaluation_split}'s. The dotted line is the checkpoint that was scored."
+        f"Train numbers are taken {tables.while_training(run.config)}, so they may lie on either side of"
+        f" {run.evaluation_split}'s. The dotted line is the checkpoint that was scored."
     )

@@ -14,6 +14,7 @@ from cifar_dist.page import Table
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.predictions import About, Scored
 from cifar_dist.run_record import Run
+from cifar_dist.training.features import changes
 
 SHOWN_SETTINGS = [
     "model",
@@ -89,7 +90,7 @@ def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     rows, step, evaluation = [], scored.about.step, metrics["evaluation"]
     top1, loss = run.value_at("train/top1", step), run.value_at("train/loss", step)
     if top1 is not None and loss is not None:
-        how = f"while training, on augmented images{softened(run.config)}, up to the checkpoint"
+        how = f"{while_training(run.config)}, up to the checkpoint"
         rows.append(("train", percent(top1), f"{loss:.4f}", how))
     if evaluation:
         how = f"at the checkpoint, {evaluation['measured']}"
@@ -100,12 +101,13 @@ def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
 
 
-def softened(config: Config) -> str:
-    """How the training loss differs from the plain cross-entropy of the other splits."""
+def while_training(config: Config) -> str:
+    """When train numbers are taken, and how images and loss differ from those of the other splits."""
     augment = config.augment
     used = [name for name, on in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if on]
     used += [f"label smoothing {augment.smoothing:g}"] if augment.smoothing else []
-    return f" with {' and '.join(used)}" if used else ""
+    softened = f" with {' and '.join(used)}" if used else ""
+    return f"while training{', on augmented images' if changes(augment) else ''}{softened}"
 
 
 def per_class(metrics: dict[str, Any]) -> Table:

@@ -106,6 +106,28 @@ def test_the_score_at_the_checkpoint_is_of_its_weights(tmp_path, step, digest, s
     assert (metrics["evaluation"] is None) == ("–" in row)
 
 
+PLAIN = {"crop_padding": 0, "hflip": 0.0}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "while training, on augmented images, "),
+        (PLAIN, "while training, "),
+        ({**PLAIN, "smoothing": 0.1}, "while training with label smoothing 0.1, "),
+        ({**PLAIN, "mixup": 0.2}, "while training, on augmented images with mixup, "),
+        ({**PLAIN, "aa": "trivial"}, "while training, on augmented images, "),
+    ],
+)
+def test_images_are_called_augmented_where_they_are(tmp_path, settings, said):
+    folder = make_run(tmp_path / "run", **settings)
+    save_report(folder)
+    write(folder)
+    page = (folder / "report" / "report.md").read_text()
+    assert f"| {said}up to the checkpoint |" in page and f"Train numbers are taken {said}so they may lie" in page
+
+
 def test_cost_is_counted_by_hand(written):
     run, report = written
     cost = report.metrics["cost"]
