@@ -116,14 +116,23 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
     numbers = {"ece": found["ece"], "brier": found["brier"], "nll": found["loss"]}
     temperature = None if val is None or val.correct.all() else calibration.fit_temperature(val.logits, val.labels)
     if temperature is None or not LOWEST < temperature < HIGHEST:  # with hardly a mistake in val, any small one fits
-        return {"before": numbers, "temperature": None, "fitted_on": None, "after": None}
+        missing = "there is no val split at hand" if val is None else "every image of val is right"
+        reason = missing if temperature is None else _out_of_bounds(temperature)
+        return {"before": numbers, "temperature": None, "fitted_on": None, "after": None, "unfitted": reason}
     after = compute_metrics(cooled(scored, temperature), of_confidence_alone=True)
     return {
         "before": numbers,
         "temperature": temperature,
         "fitted_on": "val",
         "after": {"ece": after["ece"], "brier": after["brier"], "nll": after["loss"]},
+        "unfitted": None,
     }
+
+
+def _out_of_bounds(temperature: float) -> str:
+    """Why a fitted temperature is not used."""
+    why = "there is hardly a mistake in val" if temperature < 1 else "on val the model is hardly better than guessing"
+    return f"the best on val, {temperature:.3g}, is not between {LOWEST:g} and {HIGHEST:g}, as {why}"
 
 
 def cooled(scored: Scored, temperature: float) -> Scored:

@@ -230,9 +230,8 @@ def _checkpoint_words(run: Run, scored: Scored, selected_on: str) -> str:
 
 
 def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
-    if metrics["calibration"]["after"]:
-        return []
-    return [Text("No temperature is fitted: there is no val split at hand, or hardly a mistake in it.")]
+    reason = metrics["calibration"]["unfitted"]
+    return [Text(f"No temperature is used: {reason}.")] if reason else []
 
 
 def _map_words(found: Found) -> str:

@@ -177,6 +177,33 @@ def test_temperature_is_fitted_on_val_alone(run):
     assert found["after"]["nll"] == pytest.approx(log_loss(make_scored().labels, scaled), rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("wrong", "surely", "reason"),
+    [
+        (None, 1, "there is no val split at hand"),
+        (0, 1, "every image of val is right"),
+        (1, 1e-15, "the best on val, 0.01, is not between 0.05 and 20, as there is hardly a mistake in val"),
+        (
+            290,
+            1,
+            "the best on val, 100, is not between 0.05 and 20, as on val the model is hardly better than guessing",
+        ),
+        (100, 1, None),
+    ],
+)
+def test_why_there_is_no_temperature_is_said(run, wrong, surely, reason):
+    if wrong is not None:
+        val = make_scored(split="val")
+        logits = 0.3 * np.eye(6, dtype=np.float32)[val.labels]
+        logits[:wrong] = surely * np.roll(logits[:wrong], 1, axis=1)
+        save_predictions(run / "report", dataclasses.replace(val, logits=logits))
+    metrics, page = write(run).metrics["calibration"], (run / "report" / "report.md").read_text()
+    assert metrics["unfitted"] == reason and (metrics["temperature"] is None) == (reason is not None)
+    assert ("No temperature" in page) == (reason is not None)
+    assert reason is None or f"No temperature is used: {reason}." in page
+
+
 def softmax(logits):
     weights = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)
