@@ -13,7 +13,7 @@ import numpy as np
 
 from cifar_dist.errors import UsageError
 from cifar_dist.report.predictions import Scored
-from cifar_dist.statistics.label_errors import can_tell, label_issues
+from cifar_dist.statistics.label_errors import can_tell, label_issues, mean_probability
 
 FILE = "evidence.npz"
 SHARED, CLASSES, MISTAKES, SUSPECTS = 10, 20, 24, 24
@@ -66,13 +66,14 @@ def choose(scored: Scored) -> Chosen:
 
     wrong = np.flatnonzero(~scored.correct)
     suspects = label_issues(scored.probabilities, scored.labels)
+    told = can_tell(len(suspects), len(scored.labels), mean_probability(scored.probabilities, scored.labels))
     return Chosen(
         shared=[int(of_class[number][0]) for number in present[:SHARED]],
         classes=classes,
         right=[surest(of_class[number][scored.correct[of_class[number]]]) for number in classes],
         wrong=[surest(of_class[number][~scored.correct[of_class[number]]]) for number in classes],
         mistakes=wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist(),
-        suspects=suspects[:SUSPECTS].tolist() if can_tell(len(suspects), len(scored.labels)) else [],
+        suspects=suspects[:SUSPECTS].tolist() if told else [],
         num_suspects=len(suspects),
     )
 

@@ -208,7 +208,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
                 ],
             ),
             Section("Calibration", [tables.calibration(metrics), *_uncalibrated(metrics), *shown("reliability")]),
-            Section("Mistakes", [Text(sheets.mistake_words(metrics)), *shown("mistakes", "label_errors")]),
+            Section("Mistakes", [Text(sheets.mistake_words(scored, found.chosen)), *shown("mistakes", "label_errors")]),
             Section("What the model looks at", [Text(_map_words(found)), *shown("grad_cam", "rollout")]),
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
             Section("Settings", [tables.settings(run.config)]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from PIL import Image
 from cifar_dist import figures
 from cifar_dist.report.evidence import CLASSES, Chosen, Evidence
 from cifar_dist.report.predictions import Scored
-from cifar_dist.statistics.label_errors import can_tell
+from cifar_dist.statistics.label_errors import MOST_SUSPECTED, can_tell, mean_probability
 
 CAPTIONS = {
     "loss": "Loss against steps",
@@ -89,19 +88,27 @@ def as_seen(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def mistake_words(metrics: dict[str, Any]) -> str:
-    """How many images are wrong, and how many labels look wrong."""
-    count, suspected = metrics["num_samples"], metrics["suspected_label_errors"]
-    wrong = round(metrics["error_rate"] * count)
-    words = f"{wrong:,} of {count:,} images are given another class than their label."
+def mistake_words(scored: Scored, chosen: Chosen) -> str:
+    """How many images are wrong, and how many labels look wrong or why this model cannot tell."""
+    count, suspected, wrong = len(scored.labels), chosen.num_suspects, int((~scored.correct).sum())
+    trust = mean_probability(scored.probabilities, scored.labels)
+    words = f"{wrong:,} of {count:,} images {'is' if wrong == 1 else 'are'} given another class than their label."
     by = "by confident learning (Northcutt et al., 2021)"
-    if not can_tell(suspected, count):
-        return (
-            f"{words} Whether labels are wrong themselves this model is too unsure to tell: {by} it would suspect"
-            f" {suspected:,}, more than the tenth that the worst of well-known test sets have."
+    if not can_tell(suspected, count, trust):
+        why = (
+            f"{by} it would suspect {suspected:,}, more than the tenth that the worst of well-known test sets have"
+            if suspected > MOST_SUSPECTED * count
+            else f"on average it gives a label a probability of only {trust:.2f}, and confident learning (Northcutt et"
+            " al., 2021), which compares with that, would take its doubts for wrong labels"
         )
+        return f"{words} Whether labels are wrong themselves this model is too unsure to tell: {why}."
+    are = (
+        "1 label is suspected to be wrong itself"
+        if suspected == 1
+        else f"{suspected:,} labels are suspected to be wrong themselves"
+    )
     return (
-        f"{words} {suspected:,} labels are suspected to be wrong themselves {by}: the model finds another class at"
+        f"{words} {are} {by}: the model finds another class at"
         " least as likely as it usually finds that class. The less accurate a model, the more it suspects wrongly."
     )
 

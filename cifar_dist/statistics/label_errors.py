@@ -5,15 +5,28 @@ from __future__ import annotations
 import numpy as np
 
 MOST_SUSPECTED = 0.1  # of the images; of ten test sets that were checked by people the worst had 10.1 % label errors
+LEAST_TRUST = 0.5
 
 
-def can_tell(suspected: int, count: int) -> bool:
+def can_tell(suspected: int, count: int, trust: float) -> bool:
     """Whether so many suspects of `count` images may be label errors, not just mistakes of the model.
 
     Northcutt et al. (2021b, Pervasive Label Errors in Test Sets) found 0.15 to 10.1 % wrong labels in ten well-known
     test sets (CIFAR-10 0.54 %, CIFAR-100 5.9 %). Where more than a tenth is suspected, it is the model that is unsure.
+    So it is where the mean probability of the labels, which makes the thresholds of `label_issues`, is below one half:
+    it takes another class there for likely enough that it holds to be more likely wrong than right.
+
+    Args:
+        suspected: rows that `label_issues` finds.
+        count: images.
+        trust: `mean_probability` of their labels.
     """
-    return suspected <= MOST_SUSPECTED * count
+    return suspected <= MOST_SUSPECTED * count and trust > LEAST_TRUST
+
+
+def mean_probability(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """What a model gives the labels, int (N,), on average, by its probabilities (N, K)."""
+    return float(probabilities[np.arange(len(labels)), labels].mean())
 
 
 def label_issues(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

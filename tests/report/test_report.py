@@ -416,6 +416,36 @@ def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(r
     assert "this model is too unsure to tell: by confident learning" in page.read_text()
 
 
+def test_a_model_that_doubts_most_labels_suspects_none(tmp_path):
+    """Two thirds right, sure of nothing, and fewer than a tenth suspected, all of them mistakes of its own."""
+    folder, scored = make_run(tmp_path / "run"), make_scored(sharpness=2.0)
+    flat = dataclasses.replace(scored, logits=0.5 * scored.logits)
+    assert flat.correct.mean() > 0.6 and 0 < len(label_issues(flat.probabilities, flat.labels)) < 30
+    save_report(folder, flat)
+    report, page = write(folder), (folder / "report" / "report.md").read_text()
+    mean = np.take_along_axis(softmax(flat.logits), flat.labels[:, None], 1).mean()
+    assert "label_errors" not in report.pictures
+    assert f"this model is too unsure to tell: on average it gives a label a probability of only {mean:.2f}" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("mistakes", "said"),
+    [
+        (0, "0 of 300 images are given another class than their label. 0 labels are suspected to be wrong themselves"),
+        (1, "1 of 300 images is given another class than their label. 1 label is suspected to be wrong itself"),
+        (2, "2 of 300 images are given another class than their label. 2 labels are suspected to be wrong themselves"),
+    ],
+)
+def test_mistakes_are_counted_in_words(tmp_path, mistakes, said):
+    folder, scored = make_run(tmp_path / "run"), make_scored()
+    logits = 9 * np.eye(6, dtype=np.float32)[scored.labels]
+    logits[:mistakes] = np.roll(logits[:mistakes], 1, axis=1)
+    save_report(folder, dataclasses.replace(scored, logits=logits))
+    write(folder)
+    assert said in (folder / "report" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [(None, "none"), (False, "no"), (True, "yes"), (0.0, "0"), (5e-5, "5e-05"), (0.12345678, "0.12345678"), ("a", "a")],

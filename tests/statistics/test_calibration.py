@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cifar_dist.statistics import calibration
-from cifar_dist.statistics.label_errors import can_tell, label_issues
+from cifar_dist.statistics.label_errors import can_tell, label_issues, mean_probability
 
 
 def drawn(temperature, count=20_000, classes=10, seed=0):
@@ -99,6 +99,12 @@ def test_planted_label_errors_are_found():
     assert (np.diff(margins) >= 0).all()
 
 
-@pytest.mark.parametrize(("suspected", "told"), [(0, True), (1000, True), (1001, False)])
-def test_what_suspects_more_than_a_tenth_cannot_tell(suspected, told):
-    assert can_tell(suspected, 10_000) == told
+@pytest.mark.parametrize(
+    ("suspected", "trust", "told"), [(0, 0.9, True), (1000, 0.51, True), (1001, 0.9, False), (5, 0.49, False)]
+)
+def test_what_suspects_more_than_a_tenth_or_doubts_most_labels_cannot_tell(suspected, trust, told):
+    assert can_tell(suspected, 10_000, trust) == told
+
+
+def test_the_mean_probability_of_labels_by_hand():
+    assert mean_probability(np.array([[0.9, 0.1], [0.3, 0.7]]), np.array([0, 0])) == pytest.approx(0.6)
