@@ -23,7 +23,7 @@ MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
 # Columns of the studies' tables: which number of a run, and how it is shown.
 _Columns = dict[str, tuple[str, Callable[[float], str]]]
 _TRAINING: _Columns = {
-    "parameters (M)": ("parameters", lambda count: f"{count / 1e6:,.2f}"),
+    "parameters (M)": ("parameters", lambda count: quantity(count / 1e6)),
     "GFLOPs": ("gflops", quantity),
     "GMACs": ("gmacs", quantity),
     "GMACs without attention": ("gmacs_without_attention", quantity),

@@ -58,6 +58,11 @@ def quantity(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def parameters(count: int) -> str:
+    """A number of parameters: in millions, or of few all digits."""
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
 def shown(value: Any) -> str:
     """A setting's value for people, who need not know Python."""
     if value is None or isinstance(value, bool):
@@ -136,8 +141,8 @@ def calibration(metrics: dict[str, Any]) -> Table:
 def cost(metrics: dict[str, Any]) -> Table:
     """Size, arithmetic, time and memory."""
     found = metrics["cost"]
-    trained = f"{found['trained_parameters'] / 1e6:.2f} M trained"
-    rows = [("parameters", f"{found['parameters'] / 1e6:.2f} M", trained)]
+    trained = f"{parameters(found['trained_parameters'])} trained"
+    rows = [("parameters", parameters(found["parameters"]), trained)]
     return Table(("what", "value", "how"), [*rows, *_arithmetic(found), *_inference(found), *_training(found)])
 
 

@@ -144,6 +144,15 @@ def test_cost_is_counted_by_hand(written):
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_few_parameters_are_not_none(tmp_path):
+    """A head's, as of a frozen backbone."""
+    folder = make_run(tmp_path / "run")
+    save_report(folder, cost={**COST, "trained_parameters": 2570})
+    write(folder)
+    assert "| parameters | 2.00 M | 2,570 trained |" in (folder / "report" / "report.md").read_text()
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes most of a report's time."""

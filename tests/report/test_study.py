@@ -35,9 +35,9 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
 
 
-def make(tmp_path, name, scored=None, maps=True, **settings):
+def make(tmp_path, name, scored=None, maps=True, cost=COST, **settings):
     folder = make_run(tmp_path / name, **settings)
-    save_report(folder, scored, maps=maps)
+    save_report(folder, scored, maps=maps, cost=cost)
     run = open_run(folder)
     write_report(run, report_folder(folder))
     return run
@@ -53,7 +53,7 @@ def compared(tmp_path, *runs):
 def three(tmp_path):
     """One clearly better than two that are alike."""
     return [
-        make(tmp_path, "sharp", make_scored(seed=1, sharpness=3.0), model="cnn4"),
+        make(tmp_path, "sharp", make_scored(1, 3.0), model="cnn4", cost={**COST, "parameters": 2570}),
         make(tmp_path, "dull", make_scored(seed=2), model="resnet18_cifar"),
         make(tmp_path, "blunt", make_scored(seed=3), model="vit_small_cifar"),
     ]
@@ -112,6 +112,7 @@ def test_everything_is_written(tmp_path, three):
             image.verify()
     markdown = (out / "comparison.md").read_text()
     assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
+    assert "| cnn4 | 0.00257 | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 4.00 |" in markdown
     assert "say nothing of other seeds" in markdown
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
 
