@@ -25,6 +25,10 @@ def test_a_certain_mistake_costs_a_finite_number(make):
     assert found["loss"] == pytest.approx(-np.log(np.finfo(np.float32).tiny))
 
 
+def test_certainty_costs_nothing_rather_than_minus_nothing(make):
+    assert f"{make(CrossEntropy).compute(predictions=[[1.0, 0.0]], references=[0])['loss']:.4f}" == "0.0000"
+
+
 def test_refuses_logits(make):
     with pytest.raises(ValueError, match="softmax"):
         make(CrossEntropy).compute(predictions=[[3.0, -1.0]], references=[1])
