@@ -50,7 +50,9 @@ def class_bars(class_names: Sequence[str], accuracies: Sequence[float], mean: fl
                     axes.text(0.01, row, "no images", va="center", fontsize=7)
                 elif few:
                     axes.text(1.02, row, f"{value:.1%}", va="center", fontsize=9)
-            line = axes.axvline(mean, color=EVALUATION, linestyle="--", linewidth=1.5, label=f"mean {mean:.2%}")
+            line = axes.axvline(
+                mean, color=EVALUATION, linestyle="--", linewidth=1.5, label=f"mean {mean:.2%}", clip_on=False, zorder=3
+            )
         lowest = f", lowest {count} of {len(values):,} classes" if len(values) > count else ""
         figure.supxlabel(f"accuracy of a class{lowest}", fontsize=10)
         figure.legend(handles=[line], loc="outside upper right")

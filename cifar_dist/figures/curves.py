@@ -70,7 +70,7 @@ def lr_curve(schedule: Curve, logged: Curve, axis: StepAxis) -> Figure:
             marker="o", markersize=4,
         )  # fmt: skip
         axes.legend()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max([*schedule.values, *logged.values], default=0) or 1)
     axes.yaxis.set_major_formatter("{x:g}")
     return figure
 

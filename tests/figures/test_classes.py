@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 
 from cifar_dist import figures
 from tests.figures.drawn import CIFAR10, LONG, assert_no_texts_overlap, assert_nothing_is_cut_off, labels_in, texts_of
@@ -47,6 +48,19 @@ def test_class_bars_hold_every_accuracy_the_lowest_first_with_values_and_the_mea
     assert list(line.get_xdata()) == [0.9405, 0.9405] and line.get_linestyle() == "--"
     assert axes.get_xlim() == (0, 1)
     assert "mean 94.05%" in labels_in(figure)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_the_mean_is_whole_at_the_edges(mean):
+    """Its line is two to three pixels wide in its colour, of which the axes' edge would cut one half."""
+    figure = figures.class_bars(CIFAR10, np.full(10, mean), mean)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes, pixels = figure.axes[0], np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    place, (low, high) = axes.transData.transform((mean, 0))[0], axes.get_window_extent().intervaly
+    columns = pixels[len(pixels) - int(high) : len(pixels) - int(low), int(place) - 3 : int(place) + 4]
+    coloured = (np.abs(columns - 255 * np.array(to_rgb(figures.EVALUATION))).sum(axis=2) < 60).any(axis=0)
+    assert coloured.sum() >= 3
 
 
 def test_class_bars_of_100_classes_name_all_of_them_in_columns():

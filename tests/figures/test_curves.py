@@ -61,6 +61,13 @@ def test_accuracy_is_shown_in_percent():
     assert figure.axes[0].get_ylim()[1] < 1.05
 
 
+@pytest.mark.parametrize("rates", [[1e-3, 1e-3 - 1e-9], [0.5, 0.4], [0.0, 0.0]], ids=["constant", "cut", "none"])
+def test_a_learning_rate_has_room_above(rates):
+    axes = figures.lr_curve(Curve("schedule", [1, 2], rates), Curve("log", [1], rates[:1]), AXIS).axes[0]
+    low, high = axes.get_ylim()
+    assert low == 0 and (high - max(rates)) / high > 0.04
+
+
 def test_a_learning_rate_that_was_logged_against_the_schedule_shows():
     """The line is the schedule at every step; of many logged rates some are drawn, each where it was logged."""
     steps = list(range(1, 1001))
