@@ -170,32 +170,18 @@ def _reliability(scored: Scored, title: str, ece: float) -> figures.Reliability:
 def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
     """The report for people: the result first, then how it came about."""
     run, scored, metrics = found.run, found.scored, found.metrics
-    about = scored.about
-    mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
 
     def shown(*names: str) -> list[Picture]:
         return [Picture(pictures[name], sheets.CAPTIONS[name]) for name in names if name in pictures]
 
-    head = [
-        Text(
-            f"Test accuracy {tables.percent(metrics['top1'])} (95 % interval"
-            f" {tables.interval(metrics['top1_interval'])})",
-            strong=True,
-        ),
-        Text(
-            f"On {metrics['num_samples']:,} images of {about.dataset}{mirrored}, with"
-            f" {_checkpoint_words(run, scored, metrics['selected_on'])}."
-        ),
-        *(Text(warning, strong=True) for warning in metrics["warnings"]),
-    ]
     files = {
         "Counts": folder / "confusion_matrix.csv",
         "Every prediction": folder / "predictions.parquet",
         "All numbers": folder / "metrics.json",
     }
     return Page(
-        f"{run.folder.resolve().name}: {run.config.model.model} on {about.dataset}",
-        head,
+        f"{run.folder.resolve().name}: {run.config.model.model}{_data_words(run, scored)}",
+        _head(run, scored, metrics),
         [
             Section("Results", [tables.results(metrics), tables.splits(run, scored, metrics)]),
             Section("Curves", [Text(_curve_words(run)), *shown("loss", "accuracy", "lr")]),
@@ -213,9 +199,33 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
             Section("Settings", [tables.settings(run.config)]),
             Section("Environment", [tables.environment(run, scored)]),
-            Section("To reproduce", [Code(tables.commands(run, about))]),
+            Section("To reproduce", [Code(tables.commands(run, scored.about))]),
         ],
     )
+
+
+def _data_words(run: Run, scored: Scored) -> str:
+    """On what it was trained and tested."""
+    if scored.about.own_data:
+        return f" on {scored.about.dataset}"
+    return f", trained on {run.config.data.dataset}, tested on {scored.about.dataset}"
+
+
+def _head(run: Run, scored: Scored, metrics: dict[str, Any]) -> list[Text]:
+    """The result, of what it is, and what to be wary of."""
+    about, trained_on = scored.about, run.config.data.dataset
+    what = "Test accuracy" if about.own_data else f"Accuracy on {about.dataset}, another set than the run's own,"
+    mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
+    other = f" The run's own set is {trained_on}: train and val below are of that." * (not about.own_data)
+    interval = f"95 % interval {tables.interval(metrics['top1_interval'])}"
+    return [
+        Text(f"{what} {tables.percent(metrics['top1'])} ({interval})", strong=True),
+        Text(
+            f"On {metrics['num_samples']:,} images of {about.dataset}{mirrored}, with"
+            f" {_checkpoint_words(run, scored, metrics['selected_on'])}.{other}"
+        ),
+        *(Text(warning, strong=True) for warning in metrics["warnings"]),
+    ]
 
 
 def _checkpoint_words(run: Run, scored: Scored, selected_on: str) -> str:

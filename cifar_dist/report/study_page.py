@@ -59,6 +59,8 @@ def study_page(
     absent = missing(study, members) if study else {}
     if study and absent:
         warnings.append(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
+    if not about.own_data:
+        warnings.insert(0, f"{about.dataset} is another set than the runs' own, of which train and val are.")
     return Page(
         f"Study {study.name}: {title}" if study else title,
         [Text(words, strong=True), *(Text(warning, strong=True) for warning in warnings)],

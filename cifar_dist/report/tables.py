@@ -91,18 +91,22 @@ def results(metrics: dict[str, Any]) -> Table:
 
 
 def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
-    """Train, val and test side by side, at the checkpoint's step."""
-    rows, step, evaluation = [], scored.about.step, metrics["evaluation"]
+    """Train, val and test side by side, at the checkpoint's step, with the sets they are of where these differ."""
+    rows, step, evaluation, about = [], scored.about.step, metrics["evaluation"], scored.about
+    of_own, of_other = (
+        ("", "") if about.own_data else (f" of {name}" for name in (run.config.data.dataset, about.dataset))
+    )
+    watched = f"{run.evaluation_split}{of_own}"
     top1, loss = run.value_at("train/top1", step), run.value_at("train/loss", step)
     if top1 is not None and loss is not None:
         how = f"{while_training(run.config)}, up to the checkpoint"
-        rows.append(("train", percent(top1), f"{loss:.4f}", how))
+        rows.append((f"train{of_own}", percent(top1), f"{loss:.4f}", how))
     if evaluation:
         how = f"at the checkpoint, {evaluation['measured']}"
-        rows.append((run.evaluation_split, percent(evaluation["top1"]), f"{evaluation['loss']:.4f}", how))
+        rows.append((watched, percent(evaluation["top1"]), f"{evaluation['loss']:.4f}", how))
     elif run.series("val/top1")[0]:
-        rows.append((run.evaluation_split, "–", "–", "not at the checkpoint's step"))
-    rows.append(("test", percent(metrics["top1"]), f"{metrics['loss']:.4f}", "afterwards, each image once"))
+        rows.append((watched, "–", "–", "not at the checkpoint's step"))
+    rows.append((f"test{of_other}", percent(metrics["top1"]), f"{metrics['loss']:.4f}", "afterwards, each image once"))
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
 
 

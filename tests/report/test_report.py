@@ -378,6 +378,24 @@ def test_another_data_set_is_neither_changed_nor_watched(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_another_data_set_is_named_with_the_runs_own(run):
+    def page(scored):
+        save_report(run, scored)
+        write(run)
+        return (run / "report" / "report.md").read_text()
+
+    other = page(make_scored(dataset="strays", own_data=False))
+    assert other.startswith(
+        "# run: cnn4, trained on pets, tested on strays\n\n**Accuracy on strays, another set than the"
+    )
+    assert "The run's own set is pets: train and val below are of that." in other
+    rows = ("| train of pets | 40.00 % |", "| val of pets | 50.00 % |", "| **test of strays** |")
+    assert all(row in other for row in rows)
+    own = page(make_scored())
+    assert own.startswith("# run: cnn4 on pets\n\n**Test accuracy") and " of pets |" not in own
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("checkpoint", "flag"),
     [

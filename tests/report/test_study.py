@@ -200,6 +200,14 @@ def test_a_class_that_all_settings_get_right_alike_has_no_best(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("own_data", [True, False])
+def test_another_data_set_is_said(tmp_path, own_data):
+    runs = [make(tmp_path, f"r{n}", make_scored(n, dataset="strays", own_data=own_data), lr=0.1 + n) for n in range(2)]
+    said = "**strays is another set than the runs' own, of which train and val are.**"
+    assert (said in compared(tmp_path, *runs).markdown) != own_data
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     failed = "failed with status 2: --lr | is bad."
     record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
