@@ -28,6 +28,10 @@ from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 
 MOST_CONFUSIONS = 10
+INTERVALS = (
+    "Intervals are of the test images, not of other seeds: Wilson's score interval of the accuracy, a percentile"
+    " bootstrap over images of macro F1."
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
         f"{run.folder.resolve().name}: {run.config.model.model}{_data_words(run, scored)}",
         _head(run, scored, metrics),
         [
-            Section("Results", [tables.results(metrics), tables.splits(run, scored, metrics)]),
+            Section("Results", [tables.results(metrics), Text(INTERVALS), tables.splits(run, scored, metrics)]),
             Section("Curves", [Text(_curve_words(run)), *shown("loss", "accuracy", "lr")]),
             Section(
                 "Classes",
@@ -217,7 +221,7 @@ def _head(run: Run, scored: Scored, metrics: dict[str, Any]) -> list[Text]:
     what = "Test accuracy" if about.own_data else f"Accuracy on {about.dataset}, another set than the run's own,"
     mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
     other = f" The run's own set is {trained_on}: train and val below are of that." * (not about.own_data)
-    interval = f"95 % interval {tables.interval(metrics['top1_interval'])}"
+    interval = f"95 % interval {tables.interval(metrics['top1_interval'])}, Wilson's"
     return [
         Text(f"{what} {tables.percent(metrics['top1'])} ({interval})", strong=True),
         Text(

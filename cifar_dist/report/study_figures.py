@@ -24,7 +24,7 @@ CAPTIONS = {
     "parameters": f"Accuracy against size{_BESIDE}",
     "training_time": "Accuracy against training time",
     "agreement": "Share of test images that two runs give the same class",
-    "only_right": "Some of the images that only one run gets right (its name), and what another one, sure of it, says",
+    "only_right": "Some of the images that only one run gets right (its name), and what the surest of the others says",
     "grad_cam": "Grad-CAM of the same test images for every run, each for the class it predicts",
 }
 MOST_ALONE = 16

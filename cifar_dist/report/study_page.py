@@ -140,8 +140,10 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
     strong = [number for number, row in enumerate(rows) if not row[2]]
     header = ("settings", "run", "train", "val", "test", "95 % interval", "top-3", "top-5", "error")
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
-    explained = [Text(words)] if strong else []
-    return [Table(header, rows, strong), *explained, _other_numbers(members)]
+    explained = (
+        f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
+    )
+    return [Table(header, rows, strong), Text(explained), _other_numbers(members)]
 
 
 def _other_numbers(members: Sequence[Member]) -> Table:
@@ -223,10 +225,13 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
         )
     header = ("pair", "difference (points)", f"95 % interval{alone}", "p", "p, corrected", "same prediction", "test")
     seeds = " Several runs of one setting are repeats: what differs between their seeds counts too." * repeats
+    single = [pair["test"].startswith("McNemar") for pair in pairs]
+    methods = " Of two single runs the interval is Newcombe's (1998) and the test McNemar's." * any(single)
+    methods += " Where there are repeats both are Student's t over images and seeds." * (not all(single))
     return [
         *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best in (pair["a"], pair["b"])),
         Table(header, rows),
-        Text(f"Tests are paired: they look at the same images.{corrected}{seeds}"),
+        Text(f"Tests are paired: they look at the same images.{methods}{corrected}{seeds}"),
     ]
 
 

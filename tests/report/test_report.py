@@ -250,7 +250,9 @@ PICTURES = [
 def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
     run, report = written
     page, top1 = (run / "report" / "report.md").read_text(), 100 * report.metrics["top1"]
-    assert page.splitlines()[2].startswith(f"**Test accuracy {top1:.2f} % (95 % interval")
+    low, high = (f"{100 * end:.2f}" for end in proportion_confint(SHARP.correct.sum(), 300, method="wilson"))
+    assert page.splitlines()[2] == f"**Test accuracy {top1:.2f} % (95 % interval {low} to {high} %, Wilson's)**"
+    assert "a percentile bootstrap over images of macro F1." in page
     assert sorted(report.pictures) == sorted(PICTURES)
     for name in PICTURES:
         assert f"]({name}.png)" in page

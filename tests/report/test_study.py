@@ -115,6 +115,7 @@ def test_everything_is_written(tmp_path, three):
     assert "| cnn4 | 0.00257 | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 4.00 |" in markdown
     assert "say nothing of other seeds" in markdown
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
+    assert "that only one run gets right (its name), and what the surest of the others says" in markdown
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -243,6 +244,22 @@ def test_of_several_pairs_the_page_says_that_p_decides(tmp_path, three):
     several, single = (compared(tmp_path, *runs).markdown for runs in (three, three[:2]))
     assert ("95 % interval of the pair alone" in several, decides in several) == (True, True)
     assert ("of the pair alone" in single, "What decides" in single) == (False, False)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("settings", "tests"), [("ab", "M"), ("aab", "t"), ("aabc", "Mt")])
+def test_the_methods_of_intervals_are_named(tmp_path, settings, tests):
+    """Newcombe's and McNemar's of two single runs, Student's where there are repeats."""
+    names = [f"r{n}" for n in range(len(settings))]
+    runs = [
+        make(tmp_path, name, make_scored(n), seed=n, lr={"a": 0.1, "b": 0.2, "c": 0.3}[setting])
+        for n, (name, setting) in enumerate(zip(names, settings, strict=True))
+    ]
+    found = compared(tmp_path, *runs)
+    assert {pair["test"][0] for pair in found.summary["pairs"]} == set(tests)
+    assert "Intervals of accuracies are Wilson's score intervals" in found.markdown
+    assert ("the interval is Newcombe's (1998) and the test McNemar's" in found.markdown) == ("M" in tests)
+    assert ("both are Student's t over images and seeds" in found.markdown) == ("t" in tests)
 
 
 @pytest.mark.usefixtures("no_pictures")
