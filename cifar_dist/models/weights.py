@@ -65,12 +65,12 @@ def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
 
     Args:
         arguments: of `factory.model_arguments`.
-        path: the file, or a folder with ``model.safetensors``.
+        path: the file, or a folder with ``model.safetensors``, or a run's, of which the best checkpoint is taken.
 
     Raises:
         UsageError: the file is missing, damaged, or of another model (its first keys are named).
     """
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = _weights_in(path) if path.is_dir() else path
     found = _read(file)
     classes = _head_classes(found, arguments)
     own_size = {**arguments, "num_classes": classes}
@@ -85,6 +85,18 @@ def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
     if notes:
         raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
     return _with_own_head(source, arguments, f"--init-weights {file}")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of a checkpoint, or a run's best, that evaluate.py would score: the moving average if there is one."""
+    best = folder / "checkpoints" / "best"
+    for file in (best / name if best.is_dir() else folder / name for name in ("ema.safetensors", "model.safetensors")):
+        if file.is_file():
+            return file
+    raise UsageError(
+        f"--init-weights {folder}: there are no weights in this folder; name a file, or a checkpoint such as"
+        " RUN/checkpoints/last."
+    )
 
 
 def _read(file: Path) -> State:

@@ -53,6 +53,19 @@ def test_saved_weights_come_back(cnn4_file, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_of_a_runs_folder_the_moving_average_of_the_best_is_taken(cnn4_file, tmp_path):
+    best = tmp_path / "run" / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    raw = load_file(cnn4_file)
+    average = {name: value + 1 if value.is_floating_point() else value for name, value in raw.items()}
+    save_file(raw, best / "model.safetensors")
+    assert torch.equal(_from(tmp_path / "run").fc.bias, raw["fc.bias"])
+    save_file(average, best / "ema.safetensors")
+    for folder in (best, tmp_path / "run"):
+        assert torch.equal(_from(folder).fc.bias, raw["fc.bias"] + 1)
+    assert torch.equal(_from(best / "model.safetensors").fc.bias, raw["fc.bias"])
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -177,8 +190,8 @@ def test_files_that_are_not_weights(cnn4_file, tmp_path):
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     assert "holds no weights (its keys: epoch)" in _error(model="cnn4", init_weights=str(tmp_path / "other.pth"))
     (tmp_path / "folder").mkdir()
-    for name in ("nowhere.pth", "folder"):
-        assert "there is no such file" in _error(model="cnn4", init_weights=str(tmp_path / name))
+    for name, said in (("nowhere.pth", "there is no such file"), ("folder", "such as RUN/checkpoints/last")):
+        assert said in _error(model="cnn4", init_weights=str(tmp_path / name))
 
 
 def test_two_sources_of_weights(cnn4_file):
