@@ -60,21 +60,38 @@ def from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
 def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
     """A model with the weights of a .safetensors or .pth file, or of one of our checkpoint folders.
 
-    ``state_dict`` and ``model`` wrappings and the prefixes of DDP and torch.compile are taken off; EMA weights are
-    preferred, as timm does. A head of another size is replaced by a new one, and the first process says so.
+    Wrappings (``state_dict``, ``model_state_dict``) and prefixes (of DDP, torch.compile, Lightning) are taken off, and
+    what else lies beside the model is left; EMA weights are preferred, as timm does. A head of another size is replaced
+    by a new one, and the first process says so.
 
     Args:
         arguments: of `factory.model_arguments`.
         path: the file, or a folder with ``model.safetensors``, or a run's, of which the best checkpoint is taken.
 
     Raises:
-        UsageError: the file is missing, damaged, or of another model (its first keys are named).
+        UsageError: the file is missing, damaged, of another model (its first keys are named), or holds several.
     """
     file = _weights_in(path) if path.is_dir() else path
     found = _read(file)
+    try:
+        source = _load(file, found, arguments)
+    except UsageError:
+        inner = _within(found, arguments)
+        if len(inner) > 1:
+            raise UsageError(
+                f"--init-weights {file}: it holds this model {len(inner)} times ({_some(list(inner))}); save one alone."
+            ) from None
+        if not inner:
+            raise
+        source = _load(file, next(iter(inner.values())), arguments)
+    return _with_own_head(source, arguments, f"--init-weights {file}")
+
+
+def _load(file: Path, found: State, arguments: dict[str, Any]) -> nn.Module:
+    """A model with as many classes as the weights' head."""
     classes = _head_classes(found, arguments)
     own_size = {**arguments, "num_classes": classes}
-    overlay = {"file": str(file), "source": None, "num_classes": classes, "label_offset": None}
+    overlay = {"state_dict": found, "source": None, "num_classes": classes, "label_offset": None}
     try:
         with _keys_without_place() as notes:
             source = timm.create_model(**own_size, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -84,7 +101,20 @@ def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
         raise UsageError(_misfit(file, arguments, found, expected) or refusal) from error
     if notes:
         raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
-    return _with_own_head(source, arguments, f"--init-weights {file}")
+    del cast(Any, source).pretrained_cfg["state_dict"]  # timm's copy, which would live as long as the model
+    return source
+
+
+def _within(found: State, arguments: dict[str, Any]) -> dict[str, State]:
+    """The model's weights in a file that holds more, by the prefix that all of them have there."""
+    head, own = _head_names(arguments), create(arguments).state_dict()
+    names = [key for key in own if key not in head and not key.endswith("num_batches_tracked")]
+    prefixes = [key.removesuffix(names[0]) for key in found if key.endswith(f".{names[0]}")]
+    return {
+        prefix.rstrip("."): {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
+        for prefix in prefixes
+        if all(prefix + name in found for name in names)
+    }
 
 
 def _weights_in(folder: Path) -> Path:
@@ -100,7 +130,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _read(file: Path) -> State:
-    """The named tensors of a weight file, unwrapped by timm."""
+    """The named tensors of a weight file, unwrapped by timm; those of other wrappings as ``WRAPPING.NAME``."""
     if not file.is_file():
         raise UsageError(f"--init-weights {file}: there is no such file.")
     try:
@@ -112,14 +142,26 @@ def _read(file: Path) -> State:
             f"--init-weights {file}: not a whole file of weights that can be loaded safely{reason}; give a .safetensors"
             " file, or a state_dict (no whole model) saved by torch.save."
         ) from error
-    if not any(isinstance(value, torch.Tensor) for value in state.values()):
+    found = _tensors(state)
+    for wrapping, inner in state.items():
+        if isinstance(inner, dict):
+            found |= {f"{wrapping}.{key}": value for key, value in _tensors(inner).items()}
+    if not found:
         raise UsageError(f"--init-weights {file}: it holds no weights (its keys: {_some(list(state))}).")
-    return state
+    return found
+
+
+def _tensors(state: dict[str, Any]) -> State:
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _classifier_names(arguments: dict[str, Any]) -> tuple[str, ...]:
     names = arguments["pretrained_cfg"].get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _head_names(arguments: dict[str, Any]) -> set[str]:
+    return {f"{name}.{kind}" for name in _classifier_names(arguments) for kind in ("weight", "bias")}
 
 
 def _head_classes(found: State, arguments: dict[str, Any]) -> int:
@@ -142,7 +184,7 @@ def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> n
     if had == wanted:
         return source
     model = create(arguments)
-    head = {f"{name}.{kind}" for name in _classifier_names(arguments) for kind in ("weight", "bias")}
+    head = _head_names(arguments)
     body = {key: value for key, value in source.state_dict().items() if key not in head}
     result = model.load_state_dict(body, strict=False)
     left = [key for key in result.missing_keys if key not in head]

@@ -33,6 +33,13 @@ def _differing(a, b):
     return [name for name, value in a.state_dict().items() if not torch.equal(value, other[name])]
 
 
+ONE = torch.ones(1)
+
+
+def _under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
 @pytest.fixture
 def cnn4_file(tmp_path):
     torch.manual_seed(0)
@@ -73,11 +80,38 @@ def test_of_a_runs_folder_the_moving_average_of_the_best_is_taken(cnn4_file, tmp
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {"state_dict": _under("model.", state), "epoch": 3},  # Lightning's .ckpt
+        lambda state: {"state_dict": {**_under("net.", state), "loss.weight": torch.ones(10), "acc.total": ONE}},
+        lambda state: {"state_dict": _under("model._orig_mod.", state)},
+        lambda state: _under("backbone.", state),
+        lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {0: {"m": ONE}}}},
+        lambda state: {"net": _under("module.", state), "acc": ONE, "epoch": 200},
     ],
 )
 def test_wrapped_pth(cnn4_file, tmp_path, wrap):
     torch.save(wrap(load_file(cnn4_file)), tmp_path / "w.pth")
     assert not _differing(_from(tmp_path / "w.pth"), _from(cnn4_file))
+
+
+def test_a_prefix_and_a_new_head(cnn4_file, tmp_path, capsys):
+    state = load_file(cnn4_file)
+    torch.save({"state_dict": _under("model.", state)}, tmp_path / "w.ckpt")
+    model = _from(tmp_path / "w.ckpt", 100)
+    assert "the head of 10 classes is replaced by a new one of 100" in capsys.readouterr().out
+    assert torch.equal(model.hidden.weight, state["hidden.weight"]) and "state_dict" not in model.pretrained_cfg
+
+
+def test_a_model_that_is_there_twice_is_refused(cnn4_file, tmp_path):
+    state = load_file(cnn4_file)
+    torch.save({"state_dict": _under("model.", state) | _under("teacher.net.", state)}, tmp_path / "w.ckpt")
+    message = _error(model="cnn4", init_weights=str(tmp_path / "w.ckpt"))
+    assert message.endswith("w.ckpt: it holds this model 2 times (model, teacher.net); save one alone.")
+
+
+def test_a_prefix_before_another_models_weights(cnn4_file, tmp_path):
+    torch.save({"net": load_file(cnn4_file), "epoch": 1}, tmp_path / "w.pth")
+    message = _error(model="resnet18_cifar", init_weights=str(tmp_path / "w.pth"))
+    assert "not weights of resnet18_cifar: 100 missing" in message and "28 unexpected (net." in message
 
 
 def test_head_of_another_size_is_replaced_aloud(cnn4_file, capsys, monkeypatch):
