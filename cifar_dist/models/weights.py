@@ -48,6 +48,11 @@ def from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
             source = timm.create_model(**{**arguments, "num_classes": settings["num_classes"]}, pretrained=True)
     except Exception as error:  # network, cache and content can each fail in many ways
         create(arguments)  # a model that cannot be built at all says so itself
+        size = arguments.get("img_size")
+        if size and "size mismatch" in str(error):
+            raise UsageError(
+                f"--img-size {size[0]}: timm does not adapt the weights of {name} to this size; leave it out."
+            ) from error
         raise UsageError(
             f"--pretrained: weights of {name} could not be fetched or don't fit ({named(error)}); "
             "use --init-weights FILE, or fetch them on a machine with network."
@@ -233,7 +238,9 @@ def _misfit(file: Path, arguments: dict[str, Any], found: State, expected: State
     parts = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys]
     if not parts:
         return ""
-    return f"--init-weights {file}: not weights of {arguments['model_name']}: {', '.join(parts)}."
+    size = arguments.get("img_size")
+    cure = f"; they may be of another --img-size than {size[0]}" if size and not missing + unexpected else ""
+    return f"--init-weights {file}: not weights of {arguments['model_name']}: {', '.join(parts)}{cure}."
 
 
 def _some(keys: list[str]) -> str:

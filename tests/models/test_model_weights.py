@@ -236,6 +236,23 @@ def test_bad_size_is_blamed_on_the_size_and_not_on_the_weights(cnn4_file):
     assert _error(model="cnn4", img_size=40, init_weights=str(cnn4_file)).startswith("--img-size 40")
 
 
+def test_weights_of_another_size_that_timm_does_not_adapt(monkeypatch, tmp_path):
+    whole = timm.create_model("mixer_s32_224", num_classes=10).state_dict()
+    file = tmp_path / "mixer.safetensors"
+    save_file(whole, file)
+    message = _error(model="mixer_s32_224", img_size=64, init_weights=str(file))
+    assert "24 of another shape (" in message and message.endswith("); they may be of another --img-size than 64.")
+    save_file({key: value for key, value in whole.items() if key != "stem.proj.bias"}, file)
+    assert "--img-size" not in _error(model="mixer_s32_224", img_size=64, init_weights=str(file))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    _cache(
+        tmp_path, timm.get_pretrained_cfg("mixer_b16_224").hf_hub_id, timm.create_model("mixer_b16_224").state_dict()
+    )
+    message = _error(model="mixer_b16_224", img_size=64, pretrained=True)
+    assert message.startswith("--img-size 64: timm does not adapt the weights of mixer_b16_224")
+
+
 def test_model_without_pretrained_weights():
     assert "timm has no weights of cnn4" in _error(model="cnn4", pretrained=True)
 
