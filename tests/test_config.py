@@ -59,6 +59,44 @@ def test_none_switches_off_what_a_recipe_sets(tmp_path, line, flags):
     assert (config.flat()[line.partition(":")[0]], config.run.patience, config.model.freeze) == (None, 3, "none")
 
 
+@pytest.mark.parametrize(
+    "argv, met",
+    [
+        ("--val-fraction 0.2 --select-on test", "--select-on val"),
+        ("--split-seed 1 --val-fraction 0", "--val-fraction 0.2"),
+        ("--crop-mode reflect --crop-padding 0", "--crop-padding 2"),
+        ("--remode pixel", "--reprob 0.1"),
+        ("--mixup-prob 0.5", "--cutmix 1"),
+        ("--mixup-switch-prob 0.9 --mixup 0.2", "--cutmix 1"),
+        ("--warmup-lr 0", "--warmup-epochs 1"),
+        ("--decay-epochs 5 --sched linear", "--sched step"),
+        ("--decay-rate 0.1", "--sched step"),
+        ("--micro-batch-size 129", "--batch-size 258"),
+        ("--min-delta 0.01", "--patience 2"),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused(argv, met):
+    flag, value, *others = argv.split()
+    name = flag[2:].replace("-", "_")
+    with pytest.raises(UsageError) as error:
+        parse_command_line(argv.split(), "a study")
+    assert str(error.value).startswith(f"a study: {flag} {value} does nothing without ")
+    assert str(error.value).endswith("; give that, or leave this out.")
+    assert parse_command_line([*argv.split(), *met.split()]).config.flat()[name] != Config().flat()[name]
+    assert parse_command_line([flag, str(Config().flat()[name]), *others]).config.flat()[name] == Config().flat()[name]
+
+
+def test_a_recipe_may_hold_what_the_command_line_makes_idle_or_of_use(tmp_path):
+    recipe, saved = tmp_path / "r.yaml", tmp_path / "config.yaml"
+    recipe.write_text("mixup: 0.2\ncutmix: 1\nmixup_switch_prob: 0.7\ncrop_mode: reflect\n")
+    config = parse_command_line(["--config", str(recipe), "--mixup", "0", "--crop-padding", "0"]).config
+    saved.write_text(config.as_recipe())
+    assert parse_command_line(["--config", str(saved)]).config == config == load_config(saved)
+    assert parse_command_line(["--config", str(recipe), "--mixup-prob", "0.5"]).config.augment.mixup_prob == 0.5
+    with pytest.raises(UsageError, match=r"--mixup-switch-prob 0\.6 does nothing without both --mixup and --cutmix"):
+        parse_command_line(["--config", str(recipe), "--mixup", "0", "--mixup-switch-prob", "0.6"])
+
+
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):
     config = parse_command_line(["--mean", "0.1", "0.2", "0.3", "--no-sched-on-updates", "--lr=3e-4"]).config
     (tmp_path / "config.yaml").write_text(config.as_recipe())
