@@ -218,6 +218,8 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
         raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:
         raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
+    if optim.warmup_epochs and optim.warmup_lr > optim.lr:
+        raise UsageError(f"--warmup-lr {optim.warmup_lr:g} is above --lr {optim.lr:g}, to which the warmup rises.")
 
 
 def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:

@@ -205,6 +205,7 @@ def test_compiling_is_not_for_hooks_on_every_layer():
         (["--compile-mode", "reduce-overhead"], 1, "--compile-mode reduce-overhead goes with --compile; give both"),
         ([*GRAPHS, "--batch-size", "64", "--micro-batch-size", "32"], 1, "takes a step's images at once"),
         (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
+        (["--lr", "1e-3", "--warmup-lr", "1", "--warmup-epochs", "2"], 1, "--warmup-lr 1 is above --lr 0.001"),
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
         (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),
