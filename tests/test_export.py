@@ -16,7 +16,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from cifar_dist import export
@@ -99,7 +99,9 @@ def exported(tmp_path_factory, metrics):
         with torch.no_grad():
             torch.save(model(images), root / name / "logits.pt")
         torch.save(images, root / name / "images.pt")
-        picture(32).save(root / name / "image.png")
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6  # as a phone held upright saves it
+        picture(32).transpose(Image.Transpose.ROTATE_90).save(root / name / "image.png", exif=turned)
         export_run(run, model, metrics, root / name / "out")
     return root
 
