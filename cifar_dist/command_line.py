@@ -26,7 +26,9 @@ from cifar_dist.idle_flags import refuse_idle_flags
 OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
     "learning_rate": "lr", "wd": "weight_decay", "optimizer": "opt", "lr_scheduler_type": "sched",
     "max_grad_norm": "clip_grad", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
-    "batch": "batch_size", "per_device_train_batch_size": "micro_batch_size",
+    "batch": "batch_size", "model_ema": "model_ema_decay", "drop_rate": "drop", "drop_path_rate": "drop_path",
+    "warmup_steps": "warmup_epochs", "warmup_ratio": "warmup_epochs", "data_path": "dataset",
+    "per_device_train_batch_size": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size", "grad_accum_steps": "micro_batch_size", "auto_augment": "aa",
     "label_smoothing": "smoothing", "arch": "model", "model_name_or_path": "model", "data_dir": "dataset",
     "initial_checkpoint": "init_weights", "input_size": "img_size", "image_size": "img_size", "amp": "precision",
@@ -37,6 +39,15 @@ NO_SETTINGS = {
     "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
     "workers": " There are no loader workers to be set.",
     "num_workers": " There are no loader workers to be set.",
+    "b": " Did you mean --batch-size, which is over all processes?",
+    "num_classes": " The number of classes comes from the data.",
+    "bce_loss": " The loss is cross-entropy.",
+    "jsd_loss": " The loss is cross-entropy.",
+    "aug_repeats": " Every image is seen once an epoch.",
+    "scale": " Random crops are --crop-padding's.",
+    "ratio": " Random crops are --crop-padding's.",
+    "grad_checkpointing": " A smaller --micro-batch-size takes less memory.",
+    "gradient_checkpointing": " A smaller --micro-batch-size takes less memory.",
 }
 
 

@@ -20,6 +20,14 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: list[str], count: int = 3) -> str:
-    """`` Did you mean a, b?`` for the known words nearest to `word`, or an empty string."""
-    near = get_close_matches(word, known, n=count, cutoff=0.6)
-    return f" Did you mean {', '.join(near)}?" if near else ""
+    """`` Did you mean a, b?`` for the known words nearest to `word`, or an empty string.
+
+    Dashes before a flag and upper case say nothing about how near two words are.
+    """
+    plain = {_plain(name): name for name in reversed(known)}
+    near = get_close_matches(_plain(word), plain, n=count, cutoff=0.65)
+    return f" Did you mean {', '.join(plain[name] for name in near)}?" if near else ""
+
+
+def _plain(word: str) -> str:
+    return word.lstrip("-").replace("-", "_").lower()

@@ -54,6 +54,8 @@ def test_optimizers_that_need_more_are_refused_in_one_line(opt):
 
 
 def test_unknown_optimizer_suggests_near_ones():
+    with pytest.raises(UsageError, match=r"--opt SGD: timm has no such optimizer\. Did you mean sgd"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="SGD"))
     with pytest.raises(UsageError, match=r"--opt adamx: .*Did you mean .*adam"):
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="adamx"))
 
