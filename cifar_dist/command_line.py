@@ -21,7 +21,7 @@ import yaml
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
 from cifar_dist.errors import UsageError, did_you_mean
-from cifar_dist.idle_flags import refuse_idle_flags
+from cifar_dist.idle_flags import idle_flags
 
 OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
     "learning_rate": "lr", "wd": "weight_decay", "optimizer": "opt", "lr_scheduler_type": "sched",
@@ -254,11 +254,13 @@ class CommandLine:
         config: the merged configuration.
         plan_only: print the plan and stop.
         preview: write a sheet of augmented images to this file and stop.
+        notes: lines about flags that do nothing.
     """
 
     config: Config
     plan_only: bool
     preview: Path | None
+    notes: tuple[str, ...]
 
     @property
     def trains(self) -> bool:
@@ -274,8 +276,7 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
         source: what to call it in errors.
 
     Raises:
-        UsageError: the recipe is unusable, or a flag does nothing. Other errors in flags leave with status 2 from
-            argparse itself.
+        UsageError: the recipe is unusable. Errors in flags leave with status 2 from argparse itself.
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     only_config = OneLineParser(add_help=False, allow_abbrev=False)
@@ -287,5 +288,5 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
     else:
         saved = []
     given, values, defaults = _parse(arguments, source), _parse(saved + arguments, source), Config().flat()
-    refuse_idle_flags({name: given[name] for name in defaults if given[name] != defaults[name]}, values, source)
-    return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"])
+    notes = idle_flags({name: given[name] for name in defaults if given[name] != defaults[name]}, values)
+    return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"], tuple(notes))

@@ -108,11 +108,11 @@ class Plan:
         return step / self.steps_per_epoch
 
     def logs_at(self, step: int, every: int) -> bool:
-        """Whether training means are recorded after `step`: every so many steps and at the end.
+        """Whether training means are recorded after `step`: every so many steps, and at the end of every epoch.
 
-        A record shortly before the end is left to the last one, which would be the mean of a few steps otherwise.
+        A record shortly before that is left to it, which would be the mean of a few steps otherwise.
         """
-        left = self.total_steps - step
+        left = min(self.total_steps - step, -step % self.steps_per_epoch)
         return left == 0 or (step % every == 0 and 2 * left >= every)
 
     def lines(self) -> list[str]:

@@ -25,6 +25,11 @@ class Run:
     records: list[dict[str, Any]]
 
     @property
+    def dataset(self) -> str:
+        """The name of its data set: of a path the last part."""
+        return Path(self.config.data.dataset).resolve().name
+
+    @property
     def evaluation_split(self) -> str:
         """The split that the run was evaluated on while training: val, or test to reproduce older studies."""
         return self.config.data.select_on

@@ -41,7 +41,7 @@ def script():
 def quickly(monkeypatch, fresh_accelerate):
     """What drawing and timing take is not what is tested here."""
     monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
-    monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
+    monkeypatch.setattr("cifar_dist.report.comparison_figures.write", lambda *_: {})
     monkeypatch.setattr(scoring, "measure_cost", lambda subject: COST)
 
 

@@ -161,6 +161,15 @@ def test_no_record_is_the_mean_of_a_few_last_steps(total, every, expected):
     assert [step for step in range(1, total + 1) if found.logs_at(step, every)] == expected
 
 
+def test_every_epoch_ends_with_a_record():
+    found = plan("--max-steps", "25")
+    epoch = found.steps_per_epoch
+    found = dataclasses.replace(found, steps_per_epoch=10)
+    assert epoch != 10
+    assert [step for step in range(1, 26) if found.logs_at(step, 4)] == [4, 8, 10, 12, 16, 20, 25]
+    assert [step for step in range(1, 26) if found.logs_at(step, 50)] == [10, 20, 25]
+
+
 def test_max_steps_stops_early_without_changing_the_schedule():
     short, whole = plan("--max-steps", "50"), plan()
     assert short.total_steps == 50

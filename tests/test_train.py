@@ -149,6 +149,8 @@ def test_photographs_are_kept_at_32_pixels_only_for_those_who_ask(start, tmp_pat
     assert not (tmp_path / "run").exists()
     (tmp_path / "recipe.yaml").write_text("data_size: 32\n")
     assert start(*flags, "--config", tmp_path / "recipe.yaml") == 0
+    assert start(*flags, "--plan") == 2  # also what the cache has now
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     assert start(*flags, "--resume", "auto", "--max-steps", 2) == 0  # as does a run of before this was asked
     assert records(tmp_path / "run")[-1]["step"] == 2
     assert start(*flags, "--data-size=64", "--run-dir", tmp_path / "large") == 0

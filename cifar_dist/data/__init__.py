@@ -17,7 +17,7 @@ import torch
 
 from cifar_dist.config import DataConfig
 from cifar_dist.data.arrays import arrays_fingerprint, find_arrays, load_arrays
-from cifar_dist.data.resident import ResidentSet, check_size, load_resident
+from cifar_dist.data.resident import ResidentSet, check_size, load_resident, picture_size
 from cifar_dist.data.sources import Source, open_source
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.stream import StreamSet, open_stream
@@ -100,8 +100,8 @@ def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
     if config.skip_corrupt and not streams:
         raise UsageError(f"--skip-corrupt {config.skip_corrupt} works with --data-mode stream only; add that.")
     train = open_stream(source, "train", config) if streams else load_resident(source, "train", config)
-    if isinstance(train, StreamSet) and (first := train.first_picture()) is not None:
-        check_size(first, config)
+    if isinstance(train, StreamSet) and config.data_size is None and (first := train.first_picture()) is not None:
+        check_size(picture_size(first), config)
     if len(train.labels.unique()) < 2:
         raise UsageError(f"--dataset {config.dataset}: all train images are of one class; it needs at least two.")
     val: ResidentSet | None = None

@@ -57,8 +57,8 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
 
     Args:
         path: a folder, or a tar file.
-        splits: which it must have; with train comes val, if there is one. Where that is test alone, a folder of
-            classes without splits is it too.
+        splits: which it must have, but for val, which may be there. Where that is test alone, a folder of classes
+            without splits is it too.
 
     Raises:
         UsageError: no form is recognised, a split is missing, or a file is damaged.
@@ -77,33 +77,37 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
     parquet = _parquet_files(path)
     if parquet:
         return _open_parquet(path, parquet, splits)
-    images = {split: _image_files(path / split) for split in splits}
+    images = {split: _image_files(path / split) for split in splits if split != "val"}
     if splits == ("test",) and not images["test"] and any((plain := _image_files(path)).values()):
         images = {"test": plain}
     if any(images.values()):
-        return _open_images(path, images)
+        return _open_images(path, images, splits)
     raise UsageError(f"--dataset {path}: {_contents(path)}, which is no form known here; give {LOCAL_FORMS}.")
 
 
 def find_splits(path: Path, present: Iterable[str], splits: Sequence[str]) -> dict[str, str]:
-    """What `splits`, and with train also val if there is one, are called among those that are `present`.
+    """What `splits` are called among those that are `present`, without val if there is none.
 
     Raises:
         UsageError: one is missing, or several could be val.
     """
     present = list(present)
-    own_val = [name for name in VAL_NAMES if name in present and "train" in splits]
-    for split in splits:
+    own_val = [name for name in VAL_NAMES if name in present]
+    needed = [split for split in splits if split != "val"]
+    for split in needed:
         if split not in present:
             rename = f"rename {own_val[0]} to test (val is then cut from train), or " if own_val else ""
             cure = f": {rename}set images of train apart as test" if split == "test" and "train" in present else ""
             raise UsageError(
                 f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {_contents(path)}); "
-                f"it needs {' and '.join(splits)}{cure}."
+                f"it needs {' and '.join(needed)}{cure}."
             )
+    found = {split: split for split in needed}
+    if "val" not in splits or not own_val:
+        return found
     if len(own_val) > 1:
         raise UsageError(f"--dataset {path}: {' and '.join(own_val)} are both for validation; keep one of them.")
-    return {split: split for split in splits} | ({"val": own_val[0]} if own_val else {})
+    return found | {"val": own_val[0]}
 
 
 def _contents(path: Path) -> str:
@@ -197,11 +201,11 @@ def _image_rows(chunks: list[tuple[tuple[int, str], ...]]) -> Iterator[dict[str,
             yield {"image": {"path": file, "bytes": None}, "label": label}
 
 
-def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]]) -> Local:
+def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]], splits: Sequence[str]) -> Local:
     from datasets import ClassLabel, Features, Image, IterableDataset
 
     own_val = [name for name in VAL_NAMES if (path / name).is_dir()]
-    names = find_splits(path, [*(split for split in images if images[split]), *own_val], tuple(images))
+    names = find_splits(path, [*(split for split in images if images[split]), *own_val], splits)
     if "val" in names:
         images["val"] = _image_files(path / names["val"])
     tables = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from cifar_dist.data.sources import Source
 from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_ROWS = 1024
 _LARGEST_UNASKED = 1.5  # times --data-size: the shorter side of an image that nobody has to be asked about
 
@@ -79,11 +80,11 @@ def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet
             entry.parent.mkdir(parents=True, exist_ok=True)
         found = _open(entry, source, config.pixels)
         if isinstance(found, ResidentSet):
-            return found
+            return _checked(found, entry, split, config)
         with FileLock(entry.with_name(entry.name + ".lock")):
             found = _open(entry, source, config.pixels)
             if isinstance(found, ResidentSet):
-                return found
+                return _checked(found, entry, split, config)
             if entry.exists():
                 print(f"cache {entry} is damaged ({found}): decoding {split} again", file=sys.stderr, flush=True)
             _write(entry, source, split, config)
@@ -95,6 +96,13 @@ def load_resident(source: Source, split: str, config: DataConfig) -> ResidentSet
         ) from None
     if isinstance(found, str):
         raise UsageError(f"--cache-dir {entry.parent}: what was just written reads back wrong ({found}).")
+    return found
+
+
+def _checked(found: ResidentSet, entry: Path, split: str, config: DataConfig) -> ResidentSet:
+    """What the cache holds, if it is what was asked for."""
+    if split == "train":
+        check_size(json.loads((entry / "first.json").read_text()), config)
     return found
 
 
@@ -120,6 +128,7 @@ def _entry_name(source: Source, split: str, config: DataConfig) -> str:
 def _open(entry: Path, source: Source, size: int) -> ResidentSet | str:
     """The set in a cache entry, or what is wrong with it."""
     try:
+        json.loads((entry / "first.json").read_text())
         labels = np.load(entry / "labels.npy")
         expected = len(labels) * size * size * 3
         if (length := (entry / "images.u8").stat().st_size) != expected:
@@ -162,8 +171,11 @@ def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -
     stream = iter(progress)
     with (folder / "images.u8").open("wb") as file:
         for rows in iter(lambda: list(itertools.islice(stream, _CHUNK_ROWS)), []):
-            if split == "train" and not labels:
-                check_size(rows[0][0], config)
+            if not labels:
+                first = picture_size(rows[0][0])
+                if split == "train":
+                    check_size(first, config)
+                (folder / "first.json").write_text(json.dumps(first))
             file.write(np.stack([to_pixels(image, config.pixels) for image, _ in rows]).tobytes())
             labels.extend(label for _, label in rows)
     if not labels:
@@ -173,17 +185,26 @@ def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -
             f"--dataset {source.name}: {split} gave {len(labels)} rows, its files announce {expected}; copy them again."
         )
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
-    for path in (folder / "images.u8", folder / "labels.npy", folder):
+    for path in (*folder.iterdir(), folder):
         fsync(path)
 
 
-def check_size(image: Image.Image | np.ndarray, config: DataConfig) -> None:
+def picture_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height in pixels."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def check_size(first: tuple[int, int], config: DataConfig) -> None:
     """Refuse to shrink photographs to what small pictures are kept at, unless that was asked for.
+
+    Args:
+        first: width and height of train's first image.
+        config: which data.
 
     Raises:
         UsageError: the image is much larger than it would be kept, and no ``--data-size`` was given.
     """
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    width, height = first
     if config.data_size is None and min(width, height) > _LARGEST_UNASKED * config.pixels:
         raise UsageError(
             f"--dataset {config.dataset}: its images (the first: {width} x {height} pixels) would be kept at"

@@ -154,20 +154,22 @@ def _open_image(content: bytes) -> Image.Image:
 def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
     """Open the data set that ``--dataset`` names, which must have `splits`; nothing is decoded.
 
+    With train comes a split that the set brings for validation, unless `config` wants no val, or another.
+
     Raises:
         UsageError: the name or path is unknown, the Hub cannot be reached, a split or column is missing, or a file is
             damaged.
     """
+    if "train" in splits and config.select_on == "val" and config.val_fraction:
+        splits = (*splits, "val")
     try:
         name, found = _open_named(config.dataset, splits)
     except OSError as error:
         raise _unwritable_cache(config.dataset, error) or error from None
-    without_val = config.select_on == "test" or not config.val_fraction
-    tables = {split: table for split, table in found.tables.items() if split != "val" or not without_val}
-    for split, table in tables.items():
+    for split, table in found.tables.items():
         if table.num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
-    return Source(name, found.fingerprint, found.stamp, choose_columns(tables, config), tables)
+    return Source(name, found.fingerprint, found.stamp, choose_columns(found.tables, config), found.tables)
 
 
 def _open_named(dataset: str, splits: Sequence[str]) -> tuple[str, Local]:

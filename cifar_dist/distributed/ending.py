@@ -100,7 +100,9 @@ def _exit(status: int, first: bool = False) -> NoReturn:
 def _print(message: str) -> None:
     sys.stdout.flush()
     # One write, so that lines of several processes do not mix.
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {_who()}{message}\n")
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    sys.stderr.write(f"{name}: {_who()}{message}\n")
     sys.stderr.flush()
 
 

@@ -84,11 +84,15 @@ def from_file(arguments: dict[str, Any], path: Path) -> nn.Module:
         inner = _within(found, arguments)
         if len(inner) > 1:
             raise UsageError(
-                f"--init-weights {file}: it holds this model {len(inner)} times ({_some(list(inner))}); save one alone."
+                f"--init-weights {file}: it holds this model {len(inner)} times"
+                f" ({_some([prefix or 'by itself' for prefix in inner])}); save one alone."
             ) from None
         if not inner:
             raise
-        source = _load(file, next(iter(inner.values())), arguments)
+        ((prefix, state),) = inner.items()
+        source = _load(file, state, arguments)
+        if is_first_process():
+            print(f"weights     of {prefix} in {file}", flush=True)
     return _with_own_head(source, arguments, f"--init-weights {file}")
 
 
@@ -114,7 +118,7 @@ def _within(found: State, arguments: dict[str, Any]) -> dict[str, State]:
     """The model's weights in a file that holds more, by the prefix that all of them have there."""
     head, own = _head_names(arguments), create(arguments).state_dict()
     names = [key for key in own if key not in head and not key.endswith("num_batches_tracked")]
-    prefixes = [key.removesuffix(names[0]) for key in found if key.endswith(f".{names[0]}")]
+    prefixes = [key.removesuffix(names[0]) for key in found if f".{key}".endswith(f".{names[0]}")]
     return {
         prefix.rstrip("."): {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
         for prefix in prefixes

@@ -26,11 +26,11 @@ class Heartbeat:
     def __init__(self, run_dir: Path, writes: bool):
         self._path, self._writes, self._last = run_dir / _FILE, writes, 0.0
 
-    def beat(self, state: TrainState) -> None:
-        """Note where the run stands."""
+    def beat(self, state: TrainState, last: bool = False) -> None:
+        """Note where the run stands; `last` at the end, whenever the one before was."""
         peers.now_at(f"step {state.step}")
         now = time.monotonic()
-        if self._writes and now - self._last >= _EVERY_SECONDS:
+        if self._writes and (last or now - self._last >= _EVERY_SECONDS):
             self._last = now
             aside = self._path.with_name(f".tmp-{_FILE}")
             aside.write_text(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)}) + "\n")
@@ -38,12 +38,15 @@ class Heartbeat:
 
 
 def lost_work(run_dir: Path, state: TrainState) -> dict[str, float]:
-    """What a run that goes on from `state` has to do again, as far as its last heartbeat (one a second) tells."""
-    reached = {"step": state.step, "seconds": state.seconds}
+    """What a run that goes on from `state` has to do again, as far as a heartbeat (one a second) or the log tells."""
+    reached = [{"step": state.step, "seconds": state.seconds}]
     with suppress(OSError, ValueError, TypeError):  # none was written yet, or the machine lost power
-        reached |= json.loads((run_dir / _FILE).read_text())
+        reached.append({**reached[0], **json.loads((run_dir / _FILE).read_text())})
+    with suppress(OSError, ValueError, TypeError):
+        for line in (run_dir / "log.jsonl").read_text().splitlines():
+            reached.append({**reached[0], **json.loads(line)})
     return {
         "resumed_at_step": state.step,
-        "steps_redone": max(0, reached["step"] - state.step),
-        "seconds_lost": round(max(0.0, reached["seconds"] - state.seconds), 1),
+        "steps_redone": max(one["step"] for one in reached) - state.step,
+        "seconds_lost": round(max(one["seconds"] for one in reached) - state.seconds, 1),
     }

@@ -1,7 +1,7 @@
 """Reports from saved files alone: of one run, and of several runs compared."""
 
+from cifar_dist.report.comparison import Comparison, check_fingerprints, check_runs, make_room, write_comparison
 from cifar_dist.report.one_run import Report, report_folder, saved_scores, write_report
-from cifar_dist.report.study import Comparison, check_fingerprints, check_runs, make_room, write_comparison
 
 __all__ = [
     "Comparison",

@@ -212,12 +212,12 @@ def _data_words(run: Run, scored: Scored) -> str:
     """On what it was trained and tested."""
     if scored.about.own_data:
         return f" on {scored.about.dataset}"
-    return f", trained on {run.config.data.dataset}, tested on {scored.about.dataset}"
+    return f", trained on {run.dataset}, tested on {scored.about.dataset}"
 
 
 def _head(run: Run, scored: Scored, metrics: dict[str, Any]) -> list[Text]:
     """The result, of what it is, and what to be wary of."""
-    about, trained_on = scored.about, run.config.data.dataset
+    about, trained_on = scored.about, run.dataset
     what = "Test accuracy" if about.own_data else f"Accuracy on {about.dataset}, another set than the run's own,"
     mirrored = ", averaged with their mirror images" if about.tta == "flip" else ""
     other = f" The run's own set is {trained_on}: train and val below are of that." * (not about.own_data)

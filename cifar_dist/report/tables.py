@@ -93,9 +93,7 @@ def results(metrics: dict[str, Any]) -> Table:
 def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     """Train, val and test side by side, at the checkpoint's step, with the sets they are of where these differ."""
     rows, step, evaluation, about = [], scored.about.step, metrics["evaluation"], scored.about
-    of_own, of_other = (
-        ("", "") if about.own_data else (f" of {name}" for name in (run.config.data.dataset, about.dataset))
-    )
+    of_own, of_other = ("", "") if about.own_data else (f" of {name}" for name in (run.dataset, about.dataset))
     watched = f"{run.evaluation_split}{of_own}"
     top1, loss = run.value_at("train/top1", step), run.value_at("train/loss", step)
     if top1 is not None and loss is not None:

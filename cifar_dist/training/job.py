@@ -117,7 +117,9 @@ def conclude(job: Job, state: TrainState, stopped: bool, progress: Progress) -> 
     if stopped:
         reason = first_failure(job.setup.accelerator, job.request.reason)
         on_main(job.setup.accelerator, lambda: ask_for_requeue(job.run_dir, reason))
-        progress.say(f"stopped     by {reason} after step {state.step}; the same command with --resume auto goes on")
+        place = "" if job.setup.config.run.run_dir else f"--run-dir {shlex.quote(str(job.run_dir))} "
+        again = f"the same command with {place}--resume auto goes on"
+        progress.say(f"stopped     by {reason} after step {state.step}; {again}")
         return
     if state.best_step:
         progress.say(f"best {job.setup.config.data.select_on} acc {state.best_top1:.2%} at step {state.best_step}")

@@ -28,17 +28,20 @@ class Progress(AbstractContextManager["Progress"]):
     """
 
     def __init__(self, run_dir: Path, setup: Setup, feed: Feed, state: TrainState):
-        self._setup, self._batches = setup, feed.batches
+        self._setup, self._batches, self._state = setup, feed.batches, state
         accelerator, plan = setup.accelerator, setup.plan
         speaks = accelerator.is_main_process
-        self._tracker = Tracker(run_dir, setup.config, plan, state.step) if speaks else Silent()
-        self.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
         self._meter = Meter(accelerator, plan.num_train / plan.steps_per_epoch)
         self._heartbeat = Heartbeat(run_dir, writes=speaks)
         self._began = time.perf_counter() - state.seconds - feed.seconds
+        self._tracker = Tracker(run_dir, setup.config, plan, state.step) if speaks else Silent()
+        self.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
 
     def __exit__(self, *_: object) -> None:
-        self._tracker.close()
+        try:
+            self._heartbeat.beat(self._state, last=True)
+        finally:
+            self._tracker.close()
 
     def say(self, text: str) -> None:
         """Print a line for people."""

@@ -80,7 +80,10 @@ def claim(command: CommandLine, accelerator: Accelerator) -> Path | None:
 def load_data(config: Config, run_dir: Path | None, accelerator: Accelerator) -> TrainingData:
     """The training data, the same on all processes, held as the run in `run_dir` holds them if it goes on."""
     mode = recorded_data_mode(run_dir) if run_dir is not None and config.run.resume == "auto" else None
-    data = load_training_data(replace(config.data, data_mode=mode or config.data.data_mode), device_bytes(accelerator))
+    wanted = config.data
+    if mode is not None:
+        wanted = replace(wanted, data_mode=mode, data_size=wanted.pixels)
+    data = load_training_data(wanted, device_bytes(accelerator))
     found = {"data set": data.fingerprint, "train/val split": data.split_digest, "data mode": data.mode}
     check_agreement(accelerator, found)
     return data
@@ -120,7 +123,7 @@ def settle(
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     check_engine(config, plan, model)
     lines = plan.lines() + data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
-    say(accelerator, *lines, *(engine_table(config, sizes) if command.plan_only else []))
+    say(accelerator, *lines, *command.notes, *(engine_table(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
 
 

@@ -173,10 +173,10 @@ def test_everything_is_on_disk_before_the_rename(image_folder, config, monkeypat
     settings = config(image_folder)
     load_resident(open_source(settings), "train", settings)
     (entry,) = entries(settings)
-    assert {path.name: status.st_size for path, status in synced[:2]} == {
+    assert {path.name: status.st_size for path, status in synced[:3]} == {
         file.name: file.stat().st_size for file in entry.iterdir()
     }
-    (folder, before), (parent, _) = synced[2:]
+    (folder, before), (parent, _) = synced[3:]
     assert folder.name.startswith(".tmp-") and parent == entry.parent
     assert before.st_ino == entry.stat().st_ino  # renamed, not copied
 

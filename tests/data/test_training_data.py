@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -102,7 +104,7 @@ def test_a_split_of_the_sets_own_is_val_and_train_is_whole(form, name, mode, tmp
     assert np.array_equal(load_test_data(settings).test.images.numpy(), pixels(4, 2))
     without = load_training_data(config(settings.dataset, data_mode=mode, val_fraction=0.0), 2**40)
     assert without.val is None and len(without.train) == 12 and not without.lines()
-    assert without.fingerprint == data.fingerprint
+    assert without.fingerprint != data.fingerprint  # val's files are of no concern
     on_test = load_training_data(config(settings.dataset, data_mode=mode, select_on="test"), 2**40)
     assert np.array_equal(on_test.val.images.numpy(), pixels(4, 2)) and len(on_test.train) == 12
 
@@ -177,9 +179,29 @@ def test_images_that_nobody_asked_to_shrink(form, mode, tmp_path, config):
             UsageError, match=r"\(the first: 80 x 60 pixels\) would be kept at 32 x 32, .*--data-size N,"
         ):
             load_training_data(config(large, data_mode=mode, val_fraction=0.5), 2**40)
+    if form == "images":
+        (large / "train" / "0" / "0.png").write_bytes(b"no image")
+        if mode == "stream":
+            with pytest.raises(UsageError, match="the first: 80 x 60 pixels"):
+                load_training_data(config(large, data_mode=mode, val_fraction=0.0), 2**40)
+        large = write(61)
     for size, root in ((32, large), (64, large), (None, small)):
         data = load_training_data(config(root, data_mode=mode, data_size=size, val_fraction=0.5), 2**40)
         assert data.val.images.shape[1] == (size or 32)
+
+
+@pytest.mark.parametrize("unwanted", [{"select_on": "test"}, {"val_fraction": 0.0}], ids=["on test", "no val"])
+def test_a_split_of_the_sets_own_that_is_not_wanted_is_not_looked_at(unwanted, tmp_path, config):
+    root = write_own("images", "val", tmp_path / "set")
+    settings = config(root, **unwanted)
+    before = load_training_data(settings, 2**40)
+    (root / "dev").mkdir()
+    for folder in (root / "val").iterdir():
+        folder.rename(root / "val" / f"{folder.name}s")
+    after = load_training_data(settings, 2**40)
+    assert (after.fingerprint, after.split_digest) == (before.fingerprint, before.split_digest)
+    shutil.rmtree(root / "val")
+    assert load_training_data(settings, 2**40).fingerprint == before.fingerprint
 
 
 def test_train_images_of_one_class(parquet_folder, config):

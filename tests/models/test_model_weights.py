@@ -97,15 +97,17 @@ def test_a_prefix_and_a_new_head(cnn4_file, tmp_path, capsys):
     state = load_file(cnn4_file)
     torch.save({"state_dict": _under("model.", state)}, tmp_path / "w.ckpt")
     model = _from(tmp_path / "w.ckpt", 100)
-    assert "the head of 10 classes is replaced by a new one of 100" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the head of 10 classes is replaced by a new one of 100" in said and "weights     of model in " in said
     assert torch.equal(model.hidden.weight, state["hidden.weight"]) and "state_dict" not in model.pretrained_cfg
 
 
-def test_a_model_that_is_there_twice_is_refused(cnn4_file, tmp_path):
+@pytest.mark.parametrize("student, shown", [("model.", "model"), ("", "by itself")])
+def test_a_model_that_is_there_twice_is_refused(cnn4_file, tmp_path, student, shown):
     state = load_file(cnn4_file)
-    torch.save({"state_dict": _under("model.", state) | _under("teacher.net.", state)}, tmp_path / "w.ckpt")
+    torch.save({"state_dict": _under(student, state) | _under("teacher.net.", state)}, tmp_path / "w.ckpt")
     message = _error(model="cnn4", init_weights=str(tmp_path / "w.ckpt"))
-    assert message.endswith("w.ckpt: it holds this model 2 times (model, teacher.net); save one alone.")
+    assert message.endswith(f"w.ckpt: it holds this model 2 times ({shown}, teacher.net); save one alone.")
 
 
 def test_a_prefix_before_another_models_weights(cnn4_file, tmp_path):

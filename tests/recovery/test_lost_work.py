@@ -20,9 +20,19 @@ def test_a_heartbeat_is_no_more_than_one_a_second_and_of_one_process(tmp_path):
     for step in (1, 2, 3):
         heart.beat(TrainState(step=step))
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 1
+    heart.beat(TrainState(step=4), last=True)
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 4
     (tmp_path / "progress.json").unlink()
     Heartbeat(tmp_path, writes=False).beat(TrainState(step=4))
     assert not (tmp_path / "progress.json").exists()
+
+
+def test_the_log_may_know_more_than_the_heartbeat(tmp_path):
+    Heartbeat(tmp_path, writes=True).beat(TrainState(step=20, seconds=5.0))
+    records = [{"step": 22, "seconds": 5.5, "train/loss": 1.0}, {"step": 23, "val/top1": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 2')
+    lost = lost_work(tmp_path, TrainState(step=20, seconds=5.0))
+    assert lost == {"resumed_at_step": 20, "steps_redone": 3, "seconds_lost": 0.5}
 
 
 def test_no_heartbeat_or_a_torn_one_counts_nothing(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar_dist.memory import MIB
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
-from cifar_dist.report import study_figures
+from cifar_dist.report import comparison_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
@@ -39,7 +39,7 @@ _INFERENCE: _Columns = {
 }
 
 
-def study_page(
+def comparison_page(
     members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]], pictures: dict[str, Path],
     files: dict[str, Path], study: StudyRecord | None,
 ) -> Page:  # fmt: skip
@@ -48,9 +48,9 @@ def study_page(
     warnings = _warnings(members)
 
     def drawn(*names: str) -> list[Picture]:
-        return [Picture(pictures[name], study_figures.CAPTIONS[name]) for name in names if name in pictures]
+        return [Picture(pictures[name], comparison_figures.CAPTIONS[name]) for name in names if name in pictures]
 
-    empty = [Text(words)] if (words := study_figures.map_words(members)) else []
+    empty = [Text(words)] if (words := comparison_figures.map_words(members)) else []
     best, images = _best([spread(members, group)["mean_top1"] for group in groups]), f"{count:,} test images"
     words = f"Of {len(members)} runs on {images} of {about.dataset}, {_ahead(groups, best, len(members))}."
     if len(groups) == 1:
@@ -227,7 +227,7 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
     seeds = " Several runs of one setting are repeats: what differs between their seeds counts too." * repeats
     single = [pair["test"].startswith("McNemar") for pair in pairs]
     methods = " Of two single runs the interval is Newcombe's (1998) and the test McNemar's." * any(single)
-    methods += " Where there are repeats both are Student's t over images and seeds." * (not all(single))
+    methods += " Of repeats, interval and test are Student's t over images and seeds." * (not all(single))
     return [
         *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best in (pair["a"], pair["b"])),
         Table(header, rows),

@@ -14,12 +14,12 @@ import numpy as np
 
 from cifar_dist import statistics
 from cifar_dist.errors import UsageError
-from cifar_dist.report import study_figures
+from cifar_dist.report import comparison_figures
+from cifar_dist.report.comparison_page import comparison_page
 from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import Group, group_runs
 from cifar_dist.report.members import Member, missing, names_of, row_of, spread
 from cifar_dist.report.predictions import Scored, load_predictions
-from cifar_dist.report.study_page import study_page
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import agreement, compare, compare_groups, corrected, verdict
@@ -69,15 +69,15 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     make_room(output)
     try:
         if (output / f"{NAME}.json").exists():
-            study_figures.remove(output)
+            comparison_figures.remove(output)
         summary = _summary(members, groups, pairs)
         if study:
             summary["study"] = {"name": study.name, "missing": missing(study, members)}
         (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         _write_rows(summary["runs"], output / f"{NAME}.csv")
-        pictures = study_figures.write(members, groups, output)
+        pictures = comparison_figures.write(members, groups, output)
         files = {"Table": output / f"{NAME}.csv", "All numbers": output / f"{NAME}.json"}
-        page = study_page(members, groups, pairs, pictures, files, study)
+        page = comparison_page(members, groups, pairs, pictures, files, study)
         page.write(output, NAME)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None

@@ -32,7 +32,7 @@ def no_pictures_of_runs(monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("cifar_dist.report.study_figures.write", lambda *_: {})
+    monkeypatch.setattr("cifar_dist.report.comparison_figures.write", lambda *_: {})
 
 
 def make(tmp_path, name, scored=None, maps=True, cost=COST, **settings):
@@ -259,7 +259,7 @@ def test_the_methods_of_intervals_are_named(tmp_path, settings, tests):
     assert {pair["test"][0] for pair in found.summary["pairs"]} == set(tests)
     assert "Intervals of accuracies are Wilson's score intervals" in found.markdown
     assert ("the interval is Newcombe's (1998) and the test McNemar's" in found.markdown) == ("M" in tests)
-    assert ("both are Student's t over images and seeds" in found.markdown) == ("t" in tests)
+    assert ("interval and test are Student's t over images and seeds" in found.markdown) == ("t" in tests)
 
 
 @pytest.mark.usefixtures("no_pictures")
