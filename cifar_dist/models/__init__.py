@@ -13,6 +13,7 @@ from cifar_dist.models.factory import check_image_size, create, model_arguments
 from cifar_dist.models.head import count_parameters, freeze_backbone, head_parameter_names
 from cifar_dist.models.hub import require_config
 from cifar_dist.models.names import ALIASES, NATIVE, resolve_name
+from cifar_dist.models.patches import multiply_patches
 from cifar_dist.models.weights import from_file, from_timm
 
 __all__ = [
@@ -51,6 +52,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         check_image_size(model, name, config.img_size)
     if config.freeze == "backbone":
         freeze_backbone(model)
+    multiply_patches(model)
     return model
 
 
