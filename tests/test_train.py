@@ -126,6 +126,7 @@ def test_val_is_the_split_that_the_data_bring_for_it(start, tmp_path, capfd):
     (score,) = [record for record in records(run_dir) if record.get("epoch") == 2 and "val/top1" in record]
     assert score["val/top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert score["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    AcceleratorState._reset_state(reset_partial_state=True)
     subject = scoring.load_subject(run, choose_aims([run], "last", None, "none")[0], Accelerator(cpu=True))
     np.testing.assert_allclose(scoring.score_val(subject).logits, logits, atol=1e-4)
 

@@ -36,22 +36,41 @@ class Wish:
     writing: bool = False
 
 
-def agree(accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool) -> Verdict:
-    """One reduction over all processes, if there are several, and the step's one host sync.
+class Agreement:
+    """What the processes decide together about a step: under way, so that the device gets more to do meanwhile.
+
+    One reduction, if there are several processes, and, in `verdict`, the step's one host sync.
 
     Args:
         accelerator: of this process.
         bad: bool (), on the device: whether something is not finite here.
         wish: what this process would have the others do.
         lost: whether this process has no data.
+
+    Attributes:
+        refused: float32 (), on the device: 1 if the step must not be made, on whichever process, else 0.
     """
-    if accelerator.num_processes == 1:
-        return Verdict(bool(bad) or lost, wish.stop, wish.save, wish.writing, lost)
-    others = (lost, wish.stop, wish.save, wish.writing)
-    flags = torch.stack([bad.float(), *(torch.full_like(bad, flag, dtype=torch.float32) for flag in others)])
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    bad_anywhere, lost, stop, save, writing = (flag > 0 for flag in flags.tolist())
-    return Verdict(bad=bad_anywhere or lost, stop=stop, save=save, writing=writing, lost=lost)
+
+    def __init__(self, accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool):
+        self._own = (lost, wish.stop, wish.save, wish.writing)
+        self._arrived: torch.cuda.Event | None = None
+        flags = (bad | lost).float().view(1)
+        if accelerator.num_processes > 1:
+            flags = torch.cat([flags, *(torch.full_like(flags, flag) for flag in self._own)])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        self._flags, self.refused = flags, flags[0]
+        if flags.is_cuda:
+            self._flags = torch.empty(flags.shape, pin_memory=True).copy_(flags, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def verdict(self) -> Verdict:
+        """Wait for the flags, and for nothing that the device was given since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        bad, *others = (flag > 0 for flag in self._flags.tolist())
+        lost, stop, save, writing = others or self._own
+        return Verdict(bad=bad, stop=stop, save=save, writing=writing, lost=lost)
 
 
 def any_of(accelerator: Accelerator, wish: bool) -> bool:

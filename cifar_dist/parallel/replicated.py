@@ -76,6 +76,28 @@ class Replicated:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return ~norm.isfinite() if unscaled else torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
 
+    def update_unless(self, refused: torch.Tensor) -> bool:
+        """Have the device step the optimizer or, told there, leave all as it is; False if that is not for this one.
+
+        torch's fused optimizers can, as GradScaler has them do. The host need not know yet which it will be.
+
+        Args:
+            refused: float32 (), on the device: 1 if the step must not be made, else 0.
+        """
+        if not self._can_be_refused_on_device:
+            return False
+        self._bare.found_inf = refused  # type: ignore[attr-defined]  # torch's name
+        self._bare.step()
+        self._bare.zero_grad()
+        del self._bare.found_inf  # type: ignore[attr-defined]
+        return True
+
+    @property
+    def _can_be_refused_on_device(self) -> bool:
+        """Not in a first step, which makes the optimizer's state: torch's SGD would not fill in its momentum."""
+        fused = self.accelerator.device.type == "cuda" and all(g.get("fused") for g in self._bare.param_groups)
+        return fused and bool(self._bare.state) and self.accelerator.scaler is None
+
     def update(self) -> bool:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""
         if self.accelerator.scaler is None:

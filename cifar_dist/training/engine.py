@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed.control import BeforeStep, Verdict, Wish, agree, any_of
+from cifar_dist.distributed.control import Agreement, BeforeStep, Verdict, Wish, any_of
 from cifar_dist.distributed.group import autocast, total
 from cifar_dist.errors import UsageError
 from cifar_dist.parallel import Replicated
@@ -59,17 +59,20 @@ def train_step(
     for batch in micro_batches:
         lost = lost or batch.lost
         try:
-            part = _micro_step(stepper, batch, lost)
+            share += _micro_step(stepper, batch, lost)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise _no_room(len(batch.images)) from None
-        share += part
-    bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
-    verdict = agree(parallel.accelerator, bad if bad_gradient is None else bad | bad_gradient, wish(), lost)
+        if batch.last:
+            bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
+            bad = bad if bad_gradient is None else bad | bad_gradient
+            agreement = Agreement(parallel.accelerator, bad, wish(), lost)
+            updated = parallel.update_unless(agreement.refused)
+    verdict = agreement.verdict()  # meanwhile a GPU updates, and makes the next batch, which the loop's end began
     if verdict.bad:
         parallel.drop()
-    elif parallel.update():
+    elif not updated and parallel.update():
         verdict = replace(verdict, bad=True)
     if verdict.bad:
         stepper.before.put_back()

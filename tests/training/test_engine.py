@@ -18,7 +18,7 @@ from cifar_dist.config import InputConfig, OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.models import build_model
-from cifar_dist.optim import make_optimizer
+from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.ordering import epoch_order
 from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Schedule, Sizes, make_plan
@@ -231,6 +231,28 @@ def test_fp16_with_its_scaler_follows_fp32_and_refuses_a_bad_loss(clip_grad):
     plain_step()
     for mine, theirs in zip(parallel.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "momentum", "adam"])
+@pytest.mark.parametrize("spoiled", [[0], [1, 2], [3]])
+def test_a_device_that_refuses_a_step_itself_does_what_the_host_would(accelerator, monkeypatch, opt, spoiled):
+    """Weights, moments and their count of steps, bit for bit; on GPUs the device decides, here it is made to."""
+    pixels, states = torch.randn(6, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), []
+    pixels[spoiled, 0, 0, 0, 0] = math.nan
+    ready = property(lambda self: bool(self._bare.state))
+    for on_device in (False, True):
+        if on_device:
+            monkeypatch.setattr(Replicated, "_can_be_refused_on_device", ready)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Dropout(0.5), nn.Linear(3072, 10))
+        parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt=opt, lr=0.01))), 1.0)
+        stepper = Stepper(parallel, 0.0)
+        verdicts = [train_step(stepper, batch_of(batch))[1].bad for batch in pixels]
+        assert verdicts == [step in spoiled for step in range(6)]
+        moments = [value for state in parallel.optimizer.state.values() for value in state.values()]
+        states.append([*model.state_dict().values(), *moments])
+    for mine, theirs in zip(*states, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_fp16_gradients_that_overflow_at_every_scale_are_bad():
