@@ -56,23 +56,26 @@ RESNET = Case("resnet18_cifar", 32, 1024, 60_000)
 WRN = Case("wrn28_10", 32, 512, 11_500)
 
 EAGER, GRAPHS = Way("eager"), Way("CUDA graphs", compiles="reduce-overhead")
-NHWC = Way("channels_last", channels_last=True)
-GRAPHS_NHWC = Way("CUDA graphs, channels_last", channels_last=True, compiles="reduce-overhead")
-COMPILED_NHWC = Way("compiled, channels_last", channels_last=True, compiles="default")
-TUNED = Way("channels_last, tuned", channels_last=True, tunes=True, deterministic=False)
-ANY = Way("channels_last, any algorithm", channels_last=True, deterministic=False)
-FUSED = Way("fused windows", fused_windows=True)
 COMPILED = Way("compiled", compiles="default")
+NHWC = Way("channels_last", channels_last=True)
+ANY = Way("channels_last, any algorithm", channels_last=True, deterministic=False)
+GRAPHS_NHWC = Way("CUDA graphs, channels_last", channels_last=True, compiles="reduce-overhead")
+GRAPHS_ANY = Way("CUDA graphs, any algorithm", channels_last=True, compiles="reduce-overhead", deterministic=False)
+GRAPHS_TUNED = Way(
+    "CUDA graphs, tuned", channels_last=True, compiles="reduce-overhead", tunes=True, deterministic=False
+)
+FUSED = Way("fused windows", fused_windows=True)
 COMPILED_FUSED = Way("compiled, fused windows", compiles="default", fused_windows=True)
+GRAPHS_FUSED = Way("CUDA graphs, fused windows", compiles="reduce-overhead", fused_windows=True)
 
 ROWS: list[tuple[Case, Way]] = [
     *((VIT, way) for way in (PLAIN, EAGER, GRAPHS)),
-    *((SWIN, way) for way in (PLAIN, EAGER, FUSED)),
+    *((SWIN, way) for way in (PLAIN, EAGER, FUSED, COMPILED_FUSED)),
     *((case, way) for case in (RESNET, WRN) for way in (PLAIN, NHWC, GRAPHS_NHWC)),
     *((NFNET, way) for way in (PLAIN, NHWC)),
-    *((VIT, COMPILED), (RESNET, ANY), (WRN, ANY), (RESNET, COMPILED_NHWC), (RESNET, TUNED), (WRN, TUNED)),
-    *((SWIN, COMPILED_FUSED), (SWIN, COMPILED), (NFNET, GRAPHS_NHWC)),  # these take the longest to compile
-]  # fmt: skip
+    *((case, way) for case in (RESNET, WRN) for way in (ANY, GRAPHS_ANY, GRAPHS_TUNED)),
+    *((VIT, COMPILED), (SWIN, GRAPHS_FUSED), (NFNET, GRAPHS_NHWC)),  # the last two take the longest to compile
+]
 
 
 def noise(count: int) -> tuple[TrainingData, list[tuple[Image.Image, int]]]:
