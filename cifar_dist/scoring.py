@@ -108,7 +108,8 @@ def score_test(subject: Subject, data: TestData) -> Scored:
     """
     check_agreement(subject.accelerator, {"test split": data.fingerprint})
     about = _about(subject, data.name, "test", data.fingerprint)
-    return _score(subject, data.test, replace(about, own_data=subject.aim.other is None))
+    scored = _score(subject, data.test, replace(about, own_data=subject.aim.other is None))
+    return replace(scored, files=data.files)
 
 
 def score_val(subject: Subject) -> Scored | None:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -192,6 +193,13 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
     files = [file for name in "279" for file in sorted((own / name).iterdir())]
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
     np.testing.assert_allclose(scored.logits, expected_logits(config, images), atol=1e-5)
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    assert pd.read_parquet(folder / "predictions.parquet")["file"].tolist() == names
+    wrong = np.flatnonzero(scored.logits.argmax(1) != scored.labels)
+    worst = wrong[np.argsort(-scored.probabilities.max(1)[wrong], kind="stable")]
+    listed = ", ".join(names[row] for row in worst)
+    assert len(worst) > 3
+    assert f"From left to right, line by line: {listed}." in (folder / "report.md").read_text()
     assert not (digits_run / "report").exists()
     [warning] = json.loads((folder / "metrics.json").read_text())["warnings"]
     assert warning.endswith("of 3 of the 10 classes; macro means are over these, without 0, 1, 3, 4, 5, 6, 8.")

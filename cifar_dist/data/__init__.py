@@ -72,7 +72,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TestData:
-    """The test split, scored once at the end."""
+    """The test split, scored once at the end; `files` names each image's, where it has one of its own."""
 
     __test__ = False  # no test class of pytest
 
@@ -80,6 +80,7 @@ class TestData:
     class_names: tuple[str, ...]
     name: str
     fingerprint: str
+    files: tuple[str, ...] = ()
 
 
 def load_training_data(config: DataConfig, device_bytes: int) -> TrainingData:
@@ -150,7 +151,8 @@ def load_test_data(config: DataConfig) -> TestData:
         UsageError: the data cannot be used; the message names the flag and the cure.
     """
     source = open_source(config)
-    return TestData(load_resident(source, "test", config), source.class_names, source.name, source.fingerprint)
+    images, paths = load_resident(source, "test", config), source.tables["test"].paths
+    return TestData(images, source.class_names, source.name, source.fingerprint, paths)
 
 
 def load_val_data(config: DataConfig) -> ResidentSet | None:
@@ -225,4 +227,4 @@ def load_other_test_data(dataset: str, config: DataConfig, class_names: Sequence
         )
     numbers = torch.tensor([list(class_names).index(name) for name in source.class_names])
     images = replace(images, labels=numbers[images.labels])
-    return TestData(images, tuple(class_names), source.name, source.fingerprint)
+    return TestData(images, tuple(class_names), source.name, source.fingerprint, source.tables["test"].paths)

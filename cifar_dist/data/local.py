@@ -226,9 +226,15 @@ def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]], splits: 
         rows = [(label, str(file)) for label, files in enumerate(filled.values()) for file in files]
         chunks = [tuple(rows[first : first + _IMAGES_A_SHARD]) for first in range(0, len(rows), _IMAGES_A_SHARD)]
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"chunks": chunks})
-        tables[split] = Table(stream, len(rows))
+        paths = tuple(_readable(file.relative_to(path)) for files in filled.values() for file in files)
+        tables[split] = Table(stream, len(rows), paths=paths)
     every = [file for classes in images.values() for files in classes.values() for file in files]
     return _opened(tables, path, path, every)
+
+
+def _readable(path: Path) -> str:
+    """The path as text that can be written in UTF-8, whatever bytes are in it."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _open_saved(path: Path, splits: Sequence[str]) -> Local:

@@ -27,12 +27,14 @@ class Table:
         num_rows: their number, where that is known without reading them.
         files: name and rows of each file, in the order of the stream, where rows lie in files of many.
         only: makes the same stream of one column, where that saves reading the others.
+        paths: each row's file, as named in the set, where a file is one image.
     """
 
     stream: IterableDataset
     num_rows: int | None
     files: tuple[tuple[str, int], ...] = ()
     only: Callable[[str], IterableDataset] | None = None
+    paths: tuple[str, ...] = ()
 
     def column(self, name: str) -> IterableDataset:
         """The stream of one column."""

@@ -198,7 +198,16 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
                 ],
             ),
             Section("Calibration", [tables.calibration(metrics), *_uncalibrated(metrics), *shown("reliability")]),
-            Section("Mistakes", [Text(sheets.mistake_words(scored, found.chosen)), *shown("mistakes", "label_errors")]),
+            Section(
+                "Mistakes",
+                [
+                    Text(sheets.mistake_words(scored, found.chosen)),
+                    *shown("mistakes"),
+                    *_names(scored, found.chosen.mistakes),
+                    *shown("label_errors"),
+                    *_names(scored, found.chosen.suspects),
+                ],
+            ),
             Section("What the model looks at", [Text(_map_words(found)), *shown("grad_cam", "rollout")]),
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
             Section("Settings", [tables.settings(run.config)]),
@@ -246,6 +255,12 @@ def _checkpoint_words(run: Run, scored: Scored, selected_on: str) -> str:
 def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
     reason = metrics["calibration"]["unfitted"]
     return [Text(f"No temperature is used: {reason}.")] if reason else []
+
+
+def _names(scored: Scored, rows: list[int]) -> list[Text]:
+    """Which images a gallery shows."""
+    names = ", ".join(scored.image_name(row) for row in rows)
+    return [Text(f"From left to right, line by line: {names}.")] if rows else []
 
 
 def _map_words(found: Found) -> str:

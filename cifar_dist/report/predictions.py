@@ -50,6 +50,7 @@ class Scored:
         logits: float32 (N, K); with test-time augmentation log-probabilities.
         class_names: K names.
         about: what was scored, and by what.
+        files: N names of files, where each image of the split has one of its own.
     """
 
     ids: np.ndarray
@@ -57,6 +58,11 @@ class Scored:
     logits: np.ndarray
     class_names: tuple[str, ...]
     about: About
+    files: tuple[str, ...] = ()
+
+    def image_name(self, row: int) -> str:
+        """What to find an image of the split by: its file, or else its row in the data set, from 0 on."""
+        return self.files[row] if self.files else f"row {self.ids[row]}"
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -82,7 +88,7 @@ def predictions_file(folder: Path, split: str) -> Path:
 
 
 def save_predictions(folder: Path, scored: Scored) -> None:
-    """Write id, label, prediction, confidence (its probability) and logits as a parquet table; the rest as metadata.
+    """Write id, file, label, prediction, confidence (its probability) and logits as a parquet table, about as metadata.
 
     Raises:
         UsageError: the folder cannot be written.
@@ -95,6 +101,7 @@ def save_predictions(folder: Path, scored: Scored) -> None:
     table = pa.table(
         {
             "id": pa.array(scored.ids, pa.int64()),
+            **({"file": pa.array(scored.files, pa.string())} if scored.files else {}),
             "label": pa.array(scored.labels, pa.int64()),
             "prediction": pa.array(scored.predicted, pa.int64()),
             "confidence": pa.array(scored.probabilities.max(axis=1), pa.float32()),
@@ -126,7 +133,8 @@ def load_predictions(folder: Path, split: str = "test") -> Scored:
         facts = json.loads(table.schema.metadata[b"cifar_dist"])
         names = tuple(facts.pop("class_names"))
         logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), len(names))
-        return Scored(table["id"].to_numpy(), table["label"].to_numpy(), logits, names, About(**facts))
+        files = tuple(table["file"].to_pylist()) if "file" in table.column_names else ()
+        return Scored(table["id"].to_numpy(), table["label"].to_numpy(), logits, names, About(**facts), files)
     except (OSError, pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read ({first_line(error)}); make it with python evaluate.py {folder.parent}."
