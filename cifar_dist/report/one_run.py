@@ -259,8 +259,7 @@ def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
 
 def _names(scored: Scored, rows: list[int]) -> list[Text]:
     """Which images a gallery shows."""
-    names = ", ".join(scored.image_name(row) for row in rows)
-    return [Text(f"From left to right, line by line: {names}.")] if rows else []
+    return [Text(f"From left to right, line by line: {scored.names_of(rows)}.")] if rows else []
 
 
 def _map_words(found: Found) -> str:

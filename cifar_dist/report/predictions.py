@@ -60,9 +60,11 @@ class Scored:
     about: About
     files: tuple[str, ...] = ()
 
-    def image_name(self, row: int) -> str:
-        """What to find an image of the split by: its file, or else its row in the data set, from 0 on."""
-        return self.files[row] if self.files else f"row {self.ids[row]}"
+    def names_of(self, rows: list[int]) -> str:
+        """What to find images of the split by: their files, or else their rows in the data set."""
+        if self.files:
+            return ", ".join(self.files[row] for row in rows)
+        return f"rows {', '.join(str(self.ids[row]) for row in rows)} of {self.about.split}, counted from 0"
 
     @cached_property
     def probabilities(self) -> np.ndarray:
