@@ -208,8 +208,9 @@ def environment(run: Run, scored: Scored) -> Table:
     facts = {name: value for name, value in run.environment.items() if name not in elsewhere}
     versions = run.environment.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    facts["interruptions"] = interruptions(run.environment.get("restarts", []))
-    facts["steps"] = f"{steps_trained(run):,} of {run.plan['schedule_steps']:,} scheduled"
+    trained, restarts = steps_trained(run), run.environment.get("restarts", [])
+    facts["interruptions"] = interruptions([each for each in restarts if each.get("resumed_at_step", 0) < trained])
+    facts["steps"] = f"{trained:,} of {run.plan['schedule_steps']:,} scheduled"
     facts["test data fingerprint"] = scored.about.fingerprint
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
     return Table(("what", "value"), rows)

@@ -32,7 +32,7 @@ from cifar_dist.report.predictions import Scored, load_predictions, save_predict
 from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from cifar_dist.statistics.label_errors import label_issues
-from tests.made_up import COST, LOG, NAMES, make_run, make_scored, save_report, training
+from tests.made_up import COST, ENVIRONMENT, LOG, NAMES, make_run, make_scored, save_report, training
 
 
 @pytest.fixture
@@ -504,6 +504,14 @@ def test_a_run_that_was_stopped_before_its_first_training_record_has_a_report(tm
     save_report(folder)
     assert write(folder).metrics["cost"]["training"]["seconds"] is None
     assert "| steps | 20 of 20 scheduled |" in (folder / "report" / "report.md").read_text()
+
+
+def test_a_start_that_came_no_further_is_no_interruption(tmp_path):
+    restarts = [{"resumed_at_step": 8, "steps_redone": 3, "seconds_lost": 61.0}, {"resumed_at_step": 20}]
+    folder = make_run(tmp_path / "run", environment=ENVIRONMENT | {"restarts": restarts})
+    save_report(folder)
+    write(folder)
+    assert "| interruptions | 1 (3 steps done again, 0:01:01 lost) |" in (folder / "report" / "report.md").read_text()
 
 
 def break_log(folder, text):
