@@ -80,7 +80,7 @@ def transform(img_size: int) -> T.Compose:
 
 
 class PlainLoop:
-    """The loop, ready to run; only one should exist at a time, or its workers load in the background meanwhile.
+    """The loop, ready to run; only one should run at a time, or its workers load in the background meanwhile.
 
     Attributes:
         losses: the mean loss (nats) of every epoch that was finished.
@@ -141,9 +141,10 @@ class PlainLoop:
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """Let go of the model and its memory, and of the workers; on a GPU these stay idle until the program ends.
+        """Let go of the model and its memory, and of the workers.
 
-        On a machine with an H100 they did not end by themselves: torch waited five seconds for each of 16.
+        Where there is a GPU, workers stay until the program ends, idle, with what they have loaded ahead: on a machine
+        with an H100 they did not end when asked to, and torch waited five seconds for each of 16.
         """
         self._steps.close()  # type: ignore[attr-defined]
         if self.accelerator.device.type == "cuda":

@@ -77,14 +77,16 @@ class Replicated:
         return ~norm.isfinite() if unscaled else torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
 
     def update_unless(self, refused: torch.Tensor) -> bool:
-        """Have the device step the optimizer or, told there, leave all as it is; False if that is not for this one.
+        """Have the device step the optimizer or, told there, leave all as it is; False if the host must know first.
 
-        torch's fused optimizers can, as GradScaler has them do. The host need not know yet which it will be.
+        torch's fused optimizers can, as GradScaler has them do. The host must for others, for fp16's loss scaler, and
+        for a weight's first step, which makes its state: torch's SGD would leave a refused one's momentum undefined.
 
         Args:
             refused: float32 (), on the device: 1 if the step must not be made, else 0.
         """
-        if not self._can_be_refused_on_device:
+        ready = all(parameter in self._bare.state for parameter in self._parameters if parameter.grad is not None)
+        if not self._steps_on_a_gpu or self.accelerator.scaler is not None or not ready:
             return False
         self._bare.found_inf = refused  # type: ignore[attr-defined]  # torch's name
         self._bare.step()
@@ -93,10 +95,8 @@ class Replicated:
         return True
 
     @property
-    def _can_be_refused_on_device(self) -> bool:
-        """Not in a first step, which makes the optimizer's state: torch's SGD would not fill in its momentum."""
-        fused = self.accelerator.device.type == "cuda" and all(g.get("fused") for g in self._bare.param_groups)
-        return fused and bool(self._bare.state) and self.accelerator.scaler is None
+    def _steps_on_a_gpu(self) -> bool:
+        return self.accelerator.device.type == "cuda" and all(group.get("fused") for group in self._bare.param_groups)
 
     def update(self) -> bool:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""

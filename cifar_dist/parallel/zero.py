@@ -88,6 +88,10 @@ class Zero(Replicated):
         """None: DeepSpeed clips, and looks at the gradient's norm, in its step."""
         return None
 
+    def update_unless(self, refused: torch.Tensor) -> bool:
+        """False: DeepSpeed decides in its step."""
+        return False
+
     def update(self) -> bool:
         """Step the optimizer; whether the step was refused because the gradient was not finite."""
         self.model.step()

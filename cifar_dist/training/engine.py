@@ -45,7 +45,7 @@ def train_step(
 
     Args:
         stepper: the engine and the loss's settings.
-        micro_batches: this process's part of the global batch.
+        micro_batches: this process's part of the global batch; the last one says so.
         wish: asked at its end what this process would have the others do; the verdict says so to all of them.
 
     Returns:

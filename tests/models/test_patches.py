@@ -4,17 +4,19 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.models import build_model
+from cifar_dist.models import NATIVE, build_model
 from cifar_dist.models.patches import PatchConv2d, as_product
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("height, width", [(32, 32), (35, 46)])  # the second leaves rows and columns over
-def test_a_product_gives_the_convolution_and_its_gradients(bias, layout, height, width):
-    conv = nn.Conv2d(3, 7, 8, stride=8, bias=bias, dtype=torch.float64)
+@pytest.mark.parametrize("patch", [8, (4, 16)])
+def test_a_product_gives_the_convolution_and_its_gradients(bias, layout, height, width, patch):
+    conv = nn.Conv2d(3, 7, patch, stride=patch, bias=bias, dtype=torch.float64)
     found = []
     for way in (conv, lambda pixels: as_product(conv, pixels)):
         images = torch.randn(4, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -30,16 +32,45 @@ def test_a_product_gives_the_convolution_and_its_gradients(bias, layout, height,
 
 @pytest.mark.parametrize(
     "name, patches",
-    [("test_vit", ["patch_embed.proj"]), ("test_convnext", ["stem.0"]), ("test_resnet", []), ("cnn4", [])],
+    [
+        ("test_vit", ["patch_embed.proj"]),
+        ("swin_tiny_patch4_window7_224", ["patch_embed.proj"]),
+        ("vit_small_cifar", ["patch_embed.proj"]),
+        ("test_convnext", []),
+        ("cnn4", []),
+    ],
 )
-def test_only_what_cuts_images_is_changed_and_weights_keep_their_names(name, patches):
+def test_only_a_patch_embedding_is_changed_and_weights_keep_their_names(name, patches):
     model = build_model(ModelConfig(model=name), 10)
     assert [key for key, module in model.named_modules() if isinstance(module, PatchConv2d)] == patches
-    if name != "cnn4":
+    if name not in NATIVE:
         assert model.state_dict().keys() == timm.create_model(name, num_classes=10).state_dict().keys()
 
 
-def test_without_autocast_on_a_gpu_it_is_the_convolution():
+@pytest.fixture
+def cuda_autocast():
+    """Switch it on and off; torch.autocast itself does so only where there is a GPU."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield lambda enabled: torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_on_a_gpu_it_is_the_product_under_autocast_and_the_convolution_without(cuda_autocast, enabled):
+    """Told by the strides, on a GPU that is made up: a product's patches have their channels last."""
+    cuda_autocast(enabled)
+    with FakeTensorMode():
+        conv = nn.Conv2d(3, 16, 4, stride=4, device="cuda")
+        conv.__class__ = PatchConv2d
+        patches = conv(torch.empty(2, 3, 32, 32, device="cuda"))
+    assert patches.shape == (2, 16, 8, 8)
+    assert patches.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert patches.is_contiguous() != enabled
+
+
+def test_on_a_cpu_it_is_the_convolution():
     model = build_model(ModelConfig(model="test_vit"), 10)
     images = torch.randn(2, 3, 160, 160)
     layer = model.patch_embed.proj

@@ -239,10 +239,15 @@ def test_a_device_that_refuses_a_step_itself_does_what_the_host_would(accelerato
     """Weights, moments and their count of steps, bit for bit; on GPUs the device decides, here it is made to."""
     pixels, states = torch.randn(6, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), []
     pixels[spoiled, 0, 0, 0, 0] = math.nan
-    ready = property(lambda self: bool(self._bare.state))
+    decide, decided = Replicated.update_unless, list[bool]()
+
+    def noting(self, refused):
+        decided.append(decide(self, refused))
+        return decided[-1]
+
+    monkeypatch.setattr(Replicated, "update_unless", noting)
     for on_device in (False, True):
-        if on_device:
-            monkeypatch.setattr(Replicated, "_can_be_refused_on_device", ready)
+        monkeypatch.setattr(Replicated, "_steps_on_a_gpu", on_device)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Dropout(0.5), nn.Linear(3072, 10))
         parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt=opt, lr=0.01))), 1.0)
@@ -251,8 +256,32 @@ def test_a_device_that_refuses_a_step_itself_does_what_the_host_would(accelerato
         assert verdicts == [step in spoiled for step in range(6)]
         moments = [value for state in parallel.optimizer.state.values() for value in state.values()]
         states.append([*model.state_dict().values(), *moments])
+    first = 2 if spoiled == [0] else 1  # until one was made, there is no state
+    assert decided == [False] * (6 + first) + [True] * (6 - first)
     for mine, theirs in zip(*states, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_loss_scaler_steps_itself(monkeypatch):
+    monkeypatch.setattr(Replicated, "_steps_on_a_gpu", True)
+    parallel = scaled_engine(None)
+    stepper = Stepper(parallel, 0.0)
+    for _ in range(2):
+        assert not train_step(stepper, batch_of(torch.randn(8, 3, 32, 32)))[1].bad
+        assert not parallel.update_unless(torch.zeros(()))
+
+
+def test_a_weights_first_step_is_not_made_on_the_device(accelerator, monkeypatch):
+    """Also where others have their momentum already."""
+    monkeypatch.setattr(Replicated, "_steps_on_a_gpu", True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 10))
+    parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt="momentum", lr=0.01))), None)
+    model[1].requires_grad_(False)
+    assert not train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].bad
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    assert parallel.update_unless(torch.ones(()))
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    assert not parallel.update_unless(torch.ones(()))
 
 
 def test_fp16_gradients_that_overflow_at_every_scale_are_bad():
