@@ -13,8 +13,8 @@ demo: env  ## train on real images, no download, and write a report
 test: env check  ## style, types, and the whole test suite
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-test-gpu: env  ## the tests of train.py and of augmentation on an NVIDIA GPU
-	CIFAR_DIST_TEST_GPU=1 $(RUN) -m pytest tests/test_train.py tests/data/test_augment.py
+test-gpu: env  ## what needs an NVIDIA GPU, and the tests of train.py and of augmentation there
+	CIFAR_DIST_TEST_GPU=1 $(RUN) -m pytest tests/test_gpu.py tests/test_train.py tests/data/test_augment.py
 
 check: env
 	$(VENV)/bin/ruff check .

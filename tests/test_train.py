@@ -204,8 +204,12 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
             "--opt",
             "lamb",
         ],
+        pytest.param(
+            ["--compile", "--compile-mode", "reduce-overhead", "--channels-last", "--precision", "bf16"],
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ),
     ],
-    ids=["dropout-patience", "ema-accumulation-mixup-bf16", "vit-layer-decay-lamb"],
+    ids=["dropout-patience", "ema-accumulation-mixup-bf16", "vit-layer-decay-lamb", "cuda-graphs"],
 )
 def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_path, flags):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
