@@ -198,7 +198,7 @@ def note_resumption(run_dir: Path, lost: dict[str, float]) -> dict[str, float]:
     environment = read_json(path)
     if environment.get("restarts"):
         environment["restarts"][-1] |= lost
-    replace_text(path, json.dumps(environment, indent=1) + "\n")
+        replace_text(path, json.dumps(environment, indent=1) + "\n")
     return lost
 
 

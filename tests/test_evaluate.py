@@ -197,7 +197,7 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
     assert pd.read_parquet(folder / "predictions.parquet")["file"].tolist() == names
     wrong = np.flatnonzero(scored.logits.argmax(1) != scored.labels)
     worst = wrong[np.argsort(-scored.probabilities.max(1)[wrong], kind="stable")]
-    listed = ", ".join(names[row] for row in worst)
+    listed = "; ".join(f"{number} {names[row]}" for number, row in enumerate(worst, 1))
     assert len(worst) > 3
     assert f"From left to right, line by line: {listed}." in (folder / "report.md").read_text()
     assert not (digits_run / "report").exists()

@@ -119,7 +119,7 @@ def _opened(tables: dict[str, Table], path: Path, base: Path, files: Iterable[Pa
     """The splits, identified by their files; these are named relative to `base`.
 
     Raises:
-        UsageError: a file cannot be looked at (a link to nowhere).
+        UsageError: a file cannot be looked at (a link to nowhere), or has a name that is no text.
     """
     digest, times = hashlib.sha256(), hashlib.sha256()
     for file in sorted(files):
@@ -127,7 +127,11 @@ def _opened(tables: dict[str, Table], path: Path, base: Path, files: Iterable[Pa
             status = file.stat()
         except OSError as error:
             raise UsageError(f"--dataset {path}: {file} cannot be read ({error.strerror}); remove it.") from None
-        digest.update(f"{file.relative_to(base)}\0{status.st_size}\n".encode())
+        try:
+            digest.update(f"{file.relative_to(base)}\0{status.st_size}\n".encode())
+        except UnicodeEncodeError:
+            name = os.fsencode(file).decode(errors="replace")
+            raise UsageError(f"--dataset {path}: the name of {name} is not in UTF-8; rename it.") from None
         times.update(f"{status.st_mtime_ns}\n".encode())
     return Local(tables, digest.hexdigest(), times.hexdigest())
 
@@ -215,6 +219,7 @@ def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]], splits: 
                 f"--dataset {path}: {names[split]} has no folders of classes, as train has; sort its images into some,"
                 " or rename it (val is then cut from train)."
             )
+        _refuse_deeper(path, classes)
         filled = {folder: files for folder, files in classes.items() if files}
         empty = [str(folder.relative_to(path)) for folder in classes if folder not in filled]
         if empty and (split == "train" or not filled):  # what is only scored may lack classes
@@ -226,15 +231,24 @@ def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]], splits: 
         rows = [(label, str(file)) for label, files in enumerate(filled.values()) for file in files]
         chunks = [tuple(rows[first : first + _IMAGES_A_SHARD]) for first in range(0, len(rows), _IMAGES_A_SHARD)]
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"chunks": chunks})
-        paths = tuple(_readable(file.relative_to(path)) for files in filled.values() for file in files)
+        paths = tuple(str(file.relative_to(path)) for files in filled.values() for file in files)
         tables[split] = Table(stream, len(rows), paths=paths)
     every = [file for classes in images.values() for files in classes.values() for file in files]
     return _opened(tables, path, path, every)
 
 
-def _readable(path: Path) -> str:
-    """The path as text that can be written in UTF-8, whatever bytes are in it."""
-    return os.fsencode(path).decode(errors="replace")
+def _refuse_deeper(path: Path, classes: Iterable[Path]) -> None:
+    """Raise `UsageError` if a class's images lie in folders of their own, where they would not be seen."""
+    for folder in classes:
+        with os.scandir(folder) as entries:
+            inner = [Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
+        deeper = [file for each in inner for file in each.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES]
+        if deeper:
+            raise UsageError(
+                f"--dataset {path}: {folder.relative_to(path)} has images in folders within it"
+                f" ({min(deeper).relative_to(path)}, {len(deeper):,} in all); a class's images lie directly in its"
+                " folder, so move them up, or remove them."
+            )
 
 
 def _open_saved(path: Path, splits: Sequence[str]) -> Local:

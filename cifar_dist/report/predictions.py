@@ -63,7 +63,7 @@ class Scored:
     def names_of(self, rows: list[int]) -> str:
         """What to find images of the split by: their files, or else their rows in the data set."""
         if self.files:
-            return ", ".join(self.files[row] for row in rows)
+            return "; ".join(f"{number} {self.files[row]}" for number, row in enumerate(rows, 1))
         return f"rows {', '.join(str(self.ids[row]) for row in rows)} of {self.about.split}, counted from 0"
 
     @cached_property

@@ -107,9 +107,10 @@ def mistake_words(scored: Scored, chosen: Chosen) -> str:
         if suspected == 1
         else f"{suspected:,} labels are suspected to be wrong themselves"
     )
+    shown = f" The {len(chosen.suspects)} most suspicious are shown." if suspected > len(chosen.suspects) else ""
     return (
-        f"{words} {are} {by}: the model finds another class at"
-        " least as likely as it usually finds that class. The less accurate a model, the more it suspects wrongly."
+        f"{words} {are} {by}: the model finds another class at least as likely as it usually finds that class.{shown}"
+        " The less accurate a model, the more it suspects wrongly."
     )
 
 

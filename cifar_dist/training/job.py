@@ -67,11 +67,10 @@ def resume(job: Job, trained: Trained) -> TrainState:
     accelerator, run_dir = job.setup.accelerator, job.run_dir
     found = checkpoint.resume_point(accelerator, run_dir)
     seed_process(accelerator, job.setup.config.run.seed, 0 if found is None else found.step)
-    if found is None:
-        return TrainState()
-    state = checkpoint.load(found, trained)
+    state = TrainState() if found is None else checkpoint.load(found, trained)
     lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
-    say(accelerator, f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
+    if found is not None or lost["steps_redone"]:
+        say(accelerator, f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
     return state
 
 

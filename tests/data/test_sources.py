@@ -115,6 +115,29 @@ def test_a_class_without_images_is_named(image_folder, config):
     assert open_source(config(image_folder / "train"), ("test",)).class_names == ("cat",)
 
 
+def test_images_in_folders_within_a_class_are_not_left_out_silently(image_folder, config):
+    (image_folder / "train" / "cat" / ".ipynb_checkpoints").mkdir()
+    deeper = image_folder / "train" / "cat" / "tabby" / "old"
+    for folder, name in ((deeper.parents[0] / "x", "notes.txt"), (deeper.parents[1] / ".ipynb_checkpoints", "a.png")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert open_source(config(image_folder)).class_names == ("cat", "dog")
+    deeper.mkdir()
+    for name in ("b.png", "a.jpg"):
+        (deeper / name).write_bytes(b"")
+    with pytest.raises(
+        UsageError, match=r"train/cat has images in folders within it \(train/cat/tabby/old/a.jpg, 2 in"
+    ):
+        open_source(config(image_folder))
+
+
+def test_a_name_that_is_no_text_is_refused(image_folder, config):
+    file = next((image_folder / "test" / "dog").iterdir())
+    os.rename(os.fsencode(file), os.fsencode(file.parent) + b"/\xff.png")
+    with pytest.raises(UsageError, match=r"the name of .*/test/dog/\ufffd.png is not in UTF-8; rename it"):
+        open_source(config(image_folder))
+
+
 def test_saved_by_datasets(tmp_path, config):
     saved = datasets.DatasetDict(
         {name: datasets.Dataset.from_dict(columns(4, seed), FEATURES) for name, seed in (("train", 1), ("test", 2))}

@@ -1,6 +1,7 @@
 """What interruptions cost, as far as a heartbeat tells."""
 
 import json
+import shutil
 
 from cifar_dist.recovery.lost_work import Heartbeat, lost_work
 from cifar_dist.recovery.train_state import TrainState
@@ -50,3 +51,12 @@ def test_a_run_accounts_for_what_it_does_twice(tmp_path):
     assert "resumed     5 steps, " in said
     [restart] = json.loads((tmp_path / "environment.json").read_text())["restarts"]
     assert (restart["resumed_at_step"], restart["steps_redone"]) == (4, 5)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_accounts_for_that_too(tmp_path):
+    flags = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--resume", "auto", "--run-dir", tmp_path]
+    assert "resumed" not in Ranks(lambda: run(*flags, "--max-steps", 4), 1).check().said[0]
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert "resumed     4 steps, " in Ranks(lambda: run(*flags, "--max-steps", 4), 1).check().said[0]
+    [restart] = json.loads((tmp_path / "environment.json").read_text())["restarts"]
+    assert (restart["resumed_at_step"], restart["steps_redone"]) == (0, 4)

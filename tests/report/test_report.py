@@ -264,6 +264,7 @@ def test_the_page_leads_with_the_result_and_its_pictures_exist(written):
     assert "| train | 40.00 % | 0.1500 |" in page
     assert "| a\\|b |" in page
     assert " 17 labels are suspected to be wrong themselves" in page
+    assert "most suspicious are shown" not in page
     assert "| training time | 0:02:02 |" in page
     assert f"train.py --config {run / 'config.yaml'} --run-dir {run}-again" in page
 
@@ -464,6 +465,7 @@ def test_a_model_that_doubts_most_labels_suspects_none(tmp_path):
         (0, "0 of 300 images are given another class than their label. 0 labels are suspected to be wrong themselves"),
         (1, "1 of 300 images is given another class than their label. 1 label is suspected to be wrong itself"),
         (2, "2 of 300 images are given another class than their label. 2 labels are suspected to be wrong themselves"),
+        (27, "as likely as it usually finds that class. The 24 most suspicious are shown. The less accurate"),
     ],
 )
 def test_mistakes_are_counted_in_words(tmp_path, mistakes, said):
