@@ -231,7 +231,8 @@ def _open_images(path: Path, images: dict[str, dict[Path, list[Path]]], splits: 
         rows = [(label, str(file)) for label, files in enumerate(filled.values()) for file in files]
         chunks = [tuple(rows[first : first + _IMAGES_A_SHARD]) for first in range(0, len(rows), _IMAGES_A_SHARD)]
         stream = IterableDataset.from_generator(_image_rows, features=features, gen_kwargs={"chunks": chunks})
-        paths = tuple(str(file.relative_to(path)) for files in filled.values() for file in files)
+        inside = ((folder.relative_to(path), files) for folder, files in filled.items())
+        paths = tuple(f"{folder}/{file.name}" for folder, files in inside for file in files)
         tables[split] = Table(stream, len(rows), paths=paths)
     every = [file for classes in images.values() for files in classes.values() for file in files]
     return _opened(tables, path, path, every)

@@ -85,8 +85,9 @@ class Replicated:
         Args:
             refused: float32 (), on the device: 1 if the step must not be made, else 0.
         """
-        ready = all(parameter in self._bare.state for parameter in self._parameters if parameter.grad is not None)
-        if not self._steps_on_a_gpu or self.accelerator.scaler is not None or not ready:
+        if not self._steps_on_a_gpu or self.accelerator.scaler is not None:
+            return False
+        if any(parameter.grad is not None and parameter not in self._bare.state for parameter in self._parameters):
             return False
         self._bare.found_inf = refused  # type: ignore[attr-defined]  # torch's name
         self._bare.step()
