@@ -47,7 +47,7 @@ from cifar_dist.errors import first_line
 from cifar_dist.run_folder import processor
 from cifar_dist.training.micro_batch import is_out_of_memory
 
-LONGEST_ROW_SECONDS = 120.0
+LONGEST_ROW_SECONDS = 240.0  # Swin-B's compiling
 
 VIT = Case("vit_base_patch16_224", 224, 256, 3500, 1.4, 0.01)
 SWIN = Case("swin_base_patch4_window7_224", 224, 128, 2400, 2.0)
