@@ -55,6 +55,15 @@ def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) ->
     return aims
 
 
+def are_data_of(runs: Sequence[Run], place: str) -> bool:
+    """Whether a path holds the very data that all runs were trained on, perhaps at a new place; nothing is decoded."""
+    try:
+        found = [data_fingerprint(run.with_data_at(place).config.data) for run in runs if Path(place).exists()]
+    except UsageError:
+        return False
+    return found == [run.environment["data_fingerprint"] for run in runs]
+
+
 def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
     if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)

@@ -17,7 +17,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", default="best", help="weights to score: best, last, or a checkpoint's folder (default: best)"
     )
-    parser.add_argument("--data", help="score another set with the same classes: a name or path, also CLASS/*.png")
+    parser.add_argument(
+        "--data",
+        help="score another set with the same classes: a name or path, also CLASS/*.png; or where the run's own is now",
+    )
     parser.add_argument("--tta", choices=("none", "flip"), default="none", help="flip: average with the mirror image")
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Run:
         """The last value logged up to `step`, or None."""
         upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
         return upto[-1] if upto else None
+
+    def with_data_at(self, place: str) -> Run:
+        """The same run where its data have moved."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, dataset=place)))
 
     def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
         """Refuse classes that are not, name by name, those the run was trained on.

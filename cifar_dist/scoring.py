@@ -95,7 +95,10 @@ def test_data(run: Run, other: str | None) -> TestData:
     """
     if other is not None:
         return load_other_test_data(other, run.config.data, run.environment["class_names"])
-    data = load_test_data(run.config.data)
+    try:
+        data = load_test_data(run.config.data)
+    except UsageError as error:
+        raise UsageError(f"{error} If the data of {run.folder} have moved, give --data their new place.") from None
     run.check_classes(data.class_names, data.name)
     return data
 
@@ -108,7 +111,8 @@ def score_test(subject: Subject, data: TestData) -> Scored:
     """
     check_agreement(subject.accelerator, {"test split": data.fingerprint})
     about = _about(subject, data.name, "test", data.fingerprint)
-    scored = _score(subject, data.test, replace(about, own_data=subject.aim.other is None))
+    other = subject.aim.other
+    scored = _score(subject, data.test, replace(about, own_data=other is None, given=other))
     return replace(scored, files=data.files)
 
 

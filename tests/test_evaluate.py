@@ -216,6 +216,29 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
         run_script(script, monkeypatch, digits_run, "--data", "nowhere")
 
 
+def test_data_that_have_moved_are_still_the_runs_own(script, monkeypatch, tmp_path):
+    names = {number: str(number) for number in range(10)}
+    for split in ("train", "test"):
+        write_classes(tmp_path / "set" / split, names)
+    run = make(tmp_path / "run", dataset=str(tmp_path / "set"), val_fraction=0.25)
+    before = load_test_data(open_run(run).config.data).test
+    moved = (tmp_path / "set").rename(tmp_path / "moved")
+    with pytest.raises(
+        UsageError, match=r"set: no such .* If the data of .*run have moved, give --data their new place"
+    ):
+        run_script(script, monkeypatch, run)
+    run_script(script, monkeypatch, run, "--data", moved)
+    assert [folder.name for folder in run.glob("report*")] == ["report"]
+    scored = load_predictions(run / "report")
+    assert scored.about.own_data and load_predictions(run / "report", "val").about.split == "val"
+    np.testing.assert_allclose(scored.logits, expected_logits(open_run(run).config, before.images), atol=1e-5)
+    next((moved / "train" / "3").iterdir()).unlink()
+    run_script(script, monkeypatch, run, "--data", moved)
+    [other] = run.glob("report-*")
+    assert other.name.startswith("report-moved-") and not load_predictions(other).about.own_data
+    assert f"python evaluate.py {run}-again --data {moved}\n" in (other / "report.md").read_text()
+
+
 def test_a_pair_of_numpy_files_is_scored(digits_run, script, monkeypatch, tmp_path):
     """As CIFAR-10.1 is published."""
     test = load_test_data(open_run(digits_run).config.data).test

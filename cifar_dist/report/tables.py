@@ -233,5 +233,5 @@ def commands(run: Run, about: About) -> str:
     which = about.checkpoint if named else f"{again}/checkpoints/{Path(about.checkpoint).name}"
     flags = [] if which == "best" else [f"--checkpoint {shlex.quote(which)}"]
     flags += ["--tta flip"] if about.tta == "flip" else []
-    flags += [] if about.own_data else [f"--data {shlex.quote(about.dataset)}"]
+    flags += [] if about.own_data else [f"--data {shlex.quote(about.given or about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"
