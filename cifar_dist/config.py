@@ -143,9 +143,7 @@ class ModelConfig:
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")
     compile_mode: str = option(
-        "default",
-        "reduce-overhead: as CUDA graphs, faster on a GPU, starts later",
-        choices=("default", "reduce-overhead"),
+        "default", "reduce-overhead: CUDA graphs, faster on GPUs, starts later", choices=("default", "reduce-overhead")
     )
 
 

@@ -69,7 +69,8 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     sides = patch if isinstance(patch, tuple) else ()
     if any(size % side for side in sides):
-        raise UsageError(f"--img-size {size}: {name} needs a multiple of its patch size {sides[0]}.")
+        near = sides[0] * max(1, round(size / sides[0]))
+        raise UsageError(f"--img-size {size}: {name} needs a multiple of its patch size {sides[0]}, as {near}.")
     was_training = model.training
     model.eval()
     try:

@@ -11,7 +11,7 @@ from cifar_dist.report.endings import was_cut
 from cifar_dist.report.tables import NOT_SETTINGS, shown
 from cifar_dist.run_record import Run
 
-_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
+_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "skip_corrupt"}
 
 MOST_NAMED = 4  # settings in a name
 _MACHINE = ("device", "num_processes")
@@ -70,6 +70,9 @@ def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:
     found = {key: value for key, value in run.config.flat().items() if key not in _ELSEWHERE}
     place = found["dataset"]
     found["dataset"] = datasets.setdefault(run.environment.get("data_fingerprint", place), place)
+    found["data_mode"] = run.environment.get("data_mode", found["data_mode"])  # what came of `auto`
+    if found["data_mode"] != "stream":
+        found["shuffle_window"] = None
     cut = was_cut(run) and (run.config.run.max_steps or 0) < run.plan["schedule_steps"]
     return found if cut else {**found, "max_steps": None}
 

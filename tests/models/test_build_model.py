@@ -52,7 +52,7 @@ def test_size_check_leaves_the_model_as_built():
 @pytest.mark.parametrize(
     ("model", "size", "said"),
     [
-        ("vit_tiny", 225, "multiple of its patch size 16"),
+        ("vit_tiny", 225, "multiple of its patch size 16, as 224"),
         ("cnn4", 33, "multiple of 16"),
         ("vit_tiny", 8, "vit_tiny"),
         ("squeezenet_none", 32, "no such model"),

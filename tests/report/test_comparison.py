@@ -433,6 +433,27 @@ def test_repeats_may_have_had_their_data_elsewhere():
     assert [group.members for group in group_runs(runs, "abc")] == [(0, 1), (2,)]
 
 
+def test_data_are_held_as_they_came_to_be_held():
+    """A window shuffles what is streamed, nothing else: how the data were held is a setting, as it came out."""
+    asked = [
+        ("auto", 100, "resident"),
+        ("resident", 200, "resident"),
+        ("auto", 100, "stream"),
+        ("stream", 200, "stream"),
+    ]
+    runs = [
+        Run(Path(), Config.from_flat({"data_mode": mode, "shuffle_window": window, "seed": seed}), PLAN, found, LOG)
+        for seed, (mode, window, found) in enumerate((m, w, {"data_mode": held}) for m, w, held in asked)
+    ]
+    groups = group_runs(runs, "abcd")
+    assert [group.members for group in groups] == [(0, 1), (2,), (3,)]
+    assert [group.settings for group in groups] == [
+        {"data_mode": "resident", "shuffle_window": None},
+        {"data_mode": "stream", "shuffle_window": 100},
+        {"data_mode": "stream", "shuffle_window": 200},
+    ]
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_two_runs_of_one_seed_are_compared(tmp_path):
     runs = [make(tmp_path, "cpu"), make(tmp_path, "gpu", make_scored(seed=1))]
