@@ -3,15 +3,15 @@
     python -m benchmarks.gpu --json FILE [--data DIR_WITH_HUB_PARQUET] [--models vit_base_patch16_224 …] [--minutes 7.5]
 
 Every row is one model trained in one way, in bf16 with AdamW, crop, flip and normalising: as train.py puts it together,
-or, for `plain`, as benchmarks/plain_loop.py does with a worker for each core. Rows come one after another in this
-process, the most important first; only one of them exists at a time. A row has a few windows of steps, each waited for
-at its end, after a warm-up that also compiles; its images/s are the median window's. A row that fails, or is not done
-in time, says so and the next one follows. The JSON file is written anew after every row.
+or, for `plain`, as benchmarks/plain_loop.py does with a worker for each core. Each row is a process of its own. A few
+get ready at the same time, compiling included; then one at a time is measured while all others are stopped (SIGSTOP).
+A row has a few windows of steps, each waited for at its end; its images/s are the median window's. A row that fails, or
+is not done in time, says so. The JSON file is written anew after every row.
 
 Columns: `x plain` against the plain loop's images/s; `no data` images/s with one batch that is on the device already;
 `batch` the milliseconds to make an augmented batch, waited for; `data` the share of a step that the data path adds,
 by the two rates; `busy` the share of a step in which the GPU computes (the rest it waits for Python); `ready` seconds
-until the first window, compiling included.
+until it waited for its turn, compiling included.
 Without a GPU the script runs, too, to be tried out. Without --data images are noise, and the plain loop is spared
 decoding.
 """
@@ -19,13 +19,11 @@ decoding.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu_rows import CORES, PLAIN, PRECISION, Bench, Case, Row, Way, fill
+from benchmarks.gpu_turns import Turns
 from cifar_dist.config import DataConfig
 from cifar_dist.cost.peak import device_peak
 from cifar_dist.data import TrainingData, load_training_data
@@ -46,8 +45,6 @@ from cifar_dist.durable import replace_text
 from cifar_dist.errors import first_line
 from cifar_dist.run_folder import processor
 from cifar_dist.training.micro_batch import is_out_of_memory
-
-LONGEST_ROW_SECONDS = 240.0  # Swin-B's compiling
 
 VIT = Case("vit_base_patch16_224", 224, 256, 3500, 1.4, 0.01)
 SWIN = Case("swin_base_patch4_window7_224", 224, 128, 2400, 2.0)
@@ -107,38 +104,27 @@ def real(folder: str, device_bytes: int) -> tuple[TrainingData, Any]:
     return resident(folder, device_bytes), plain_pictures(folder)
 
 
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in what takes longer."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+def measure(folder: str | None, seconds: float, row: Row, turn: Callable[[], None]) -> tuple[Row, dict[str, Any]]:
+    """Fill in a row, or say in it why not; with it the machine."""
+    facts: dict[str, Any] = {}
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def attempt(bench: Bench, row: Row, seconds: float) -> None:
-    """Fill in a row within so many seconds, or say in it why not; then let go of all that it held."""
-    if seconds < bench.seconds:
-        row.error = "no time left"
-        return
-    try:
-        with limited(min(seconds, LONGEST_ROW_SECONDS)):
-            fill(bench, row)
+        accelerator = start(PRECISION)
+        device, peak = accelerator.device, device_peak(accelerator.device, PRECISION)
+        data, pictures = real(folder, device_bytes(accelerator)) if folder else noise(50_000)
+        facts = {
+            "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+            "cores": CORES,
+            "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
+            "cuda": torch.version.cuda,
+            "data": data.name,
+        }
+        fill(Bench(accelerator, data, pictures, peak, seconds, turn), row)
     except Exception as error:  # whatever a compiler, a driver or a lack of memory raises
         memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
         row.error = "out of memory" if memory else f"{type(error).__name__}: {first_line(error)}"
-    bench.accelerator.free_memory()
-    torch.compiler.reset()
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+    return row, facts
 
 
 HEADER = (
@@ -199,43 +185,29 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--seconds-per-row", type=float, default=5.0, help="of the windows with the data path")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no row begins, and none goes on")
+    parser.add_argument("--together", type=int, default=3, help="rows that get ready at the same time, on one GPU")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:
     """Measure row after row, print a table and the aims, write JSON."""
-    args, began = parse(words), time.monotonic()
-    accelerator = start(PRECISION)
-    device = accelerator.device
-    data, pictures = real(args.data, device_bytes(accelerator)) if args.data else noise(50_000)
-    peak = device_peak(device, PRECISION)
-    bench = Bench(accelerator, data, pictures, peak, args.seconds_per_row)
-    facts = {
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
-        "cores": CORES,
-        "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
-        "cuda": torch.version.cuda,
-        "data": data.name,
-    }
-    print(f"{facts['hardware']}, {CORES} cores, peak {peak.flops_per_second / 1e12:,.1f} TFLOP/s ({peak.source})")
+    args = parse(words)
+    turns = Turns(partial(measure, args.data, args.seconds_per_row), time.monotonic() + 60 * args.minutes)
+    wanted = [Row(case, way) for case, way in ROWS if not args.models or case.model in args.models]
+    done: dict[int, Row] = {}
+    facts: dict[str, Any] = {}
     print(HEADER, flush=True)
-    rows: list[Row] = []
-    plain: dict[str, float | None] = {}
-    for case, way in ROWS:
-        if args.models and case.model not in args.models:
-            continue
-        row = Row(case, way)
-        attempt(bench, row, began + 60 * args.minutes - time.monotonic())
-        rows.append(row)
-        if way == PLAIN:
-            plain[case.model] = row.images_per_second
-        print(line(row, plain.get(case.model)), flush=True)
+    for number, (row, machine) in turns.take(wanted, args.together):
+        facts, done[number] = facts or machine, row
+        rows = [done[number] for number in sorted(done)]
+        plain = (other.images_per_second for other in rows if other.case == row.case and other.way == PLAIN)
+        print(line(row, next(plain, None)), flush=True)
         if args.json:
             found = facts | {"rows": [row.as_json() for row in rows], "aims": aims(rows)}
             replace_text(args.json, json.dumps(found, indent=1) + "\n")
+    if facts:
+        print(f"{facts['hardware']}, {CORES} cores, peak {facts['peak']['flops_per_second'] / 1e12:,.1f} TFLOP/s")
     print(*aims(rows), sep="\n")
 
 

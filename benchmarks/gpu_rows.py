@@ -89,7 +89,7 @@ class Row:
         device_seconds: of a step that the GPU computes.
         mfu: by the median window.
         peak_memory_bytes: of tensors on the GPU; without one all that the process ever held.
-        ready_seconds: until the first window.
+        ready_seconds: until it waited for its turn, compiling included, beside others that got ready.
         error: why it ended early.
     """
 
@@ -149,6 +149,7 @@ class Bench:
         pictures: the same for the plain loop, see there.
         peak: of the device, in bf16.
         seconds: that a row's windows take.
+        turn: waits until no other process computes; called when a row is ready.
     """
 
     accelerator: Accelerator
@@ -156,6 +157,7 @@ class Bench:
     pictures: Any
     peak: Peak
     seconds: float
+    turn: Callable[[], object] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +259,9 @@ def _fill_ours(bench: Bench, row: Row) -> None:
     began = time.perf_counter()
     ours = Ours(bench, row.case, row.way)
     ours.run(WARM_UP_STEPS)
-    _read(bench, row, ours.run, began)
+    row.ready_seconds = time.perf_counter() - began
+    bench.turn()
+    _read(bench, row, ours.run)
     row.no_data_step_seconds = windows(lambda steps: ours.run(steps, fixed=True), bench.seconds / 2)
     row.batch_seconds = statistics.median(durations(ours.batch, bench.device, bench.seconds / 10))
     row.device_seconds = device_seconds(ours.run, bench.device)
@@ -267,13 +271,15 @@ def _fill_plain(bench: Bench, row: Row) -> None:
     case, began = row.case, time.perf_counter()
     setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, CORES, bench.device.type == "cpu")
     with closing(PlainLoop(bench.pictures, setting)) as loop:
+        loop.run(1)
+        row.ready_seconds = time.perf_counter() - began
+        bench.turn()
         loop.run(WARM_UP_STEPS + (2 * CORES if bench.device.type == "cuda" else 0))  # uses up what was loaded ahead
-        _read(bench, row, loop.run, began)
+        _read(bench, row, loop.run)
 
 
-def _read(bench: Bench, row: Row, run: Callable[[int], float], began: float) -> None:
+def _read(bench: Bench, row: Row, run: Callable[[int], float]) -> None:
     """What both loops tell."""
-    row.ready_seconds = time.perf_counter() - began
     row.step_seconds = windows(run, bench.seconds)
     row.peak_memory_bytes = peak_memory_bytes(bench.accelerator)
     row.mfu = mfu(flops_of(row.case.model, row.case.img_size), row.images_per_second or 0.0, 1, bench.peak)
