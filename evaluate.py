@@ -33,7 +33,7 @@ else:
     from accelerate import Accelerator
 
     from cifar_dist import export, scoring
-    from cifar_dist.aim import Aim, are_data_of, choose_aims, is_done, precision_of
+    from cifar_dist.aim import Aim, choose_aims, is_done, precision_of
     from cifar_dist.distributed.group import finish, on_main, say, start
     from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
@@ -57,10 +57,7 @@ def main(arguments: argparse.Namespace | None = None) -> None:
         wandb_report.runs_by_project(runs)
     accelerator = start(precision_of(runs[0]), WAIT_SECONDS)
     on_main(accelerator, lambda: check_places(arguments))
-    other = arguments.data
-    if other is not None and on_main(accelerator, lambda: are_data_of(runs, other)):
-        runs, other = [run.with_data_at(other) for run in runs], None
-    aims = on_main(accelerator, lambda: choose_aims(runs, arguments.checkpoint, other, arguments.tta))
+    aims = on_main(accelerator, lambda: choose_aims(runs, arguments.checkpoint, arguments.data, arguments.tta))
     for run, aim in zip(runs, aims, strict=True):
         report(run, aim, arguments, accelerator)
     if len(runs) > 1:

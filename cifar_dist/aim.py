@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cifar_dist.config import DataConfig
 from cifar_dist.data import data_fingerprint
 from cifar_dist.errors import UsageError
 from cifar_dist.recovery import checkpoint
@@ -21,7 +22,8 @@ class Aim:
 
     Attributes:
         which: the checkpoint: best, last, or its folder.
-        other: what ``--data`` names; None for the run's own test split.
+        own: the run's data, where they are now.
+        other: another set, as ``--data`` names it; None for the run's own test split.
         fingerprint: of the data as they are now; None where the run's own are not at hand.
         tta: none or flip.
         precision: of the forward pass.
@@ -29,6 +31,7 @@ class Aim:
     """
 
     which: str
+    own: DataConfig
     other: str | None
     fingerprint: str | None
     tta: str
@@ -55,29 +58,32 @@ def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) ->
     return aims
 
 
-def are_data_of(runs: Sequence[Run], place: str) -> bool:
-    """Whether a path holds the very data that all runs were trained on, perhaps at a new place; nothing is decoded."""
-    try:
-        found = [data_fingerprint(run.with_data_at(place).config.data) for run in runs if Path(place).exists()]
-    except UsageError:
-        return False
-    return found == [run.environment["data_fingerprint"] for run in runs]
-
-
 def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
     if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)
         which = "last"
     elif which not in ("best", "last") and run.folder.resolve() not in Path(which).resolve().parents:
         raise UsageError(f"--checkpoint {which}: neither best nor last, nor a checkpoint's folder in {run.folder}.")
-    fingerprint = _fingerprint(run, other)
-    return Aim(which, other, fingerprint, tta, precision_of(run), report_folder(run.folder, other, fingerprint, tta))
+    own = run.config.data
+    if other is not None and _have_moved(run, other):
+        print(f"data        those of {run.folder} are read from {other}", flush=True)
+        own, other = run.data_at(other), None
+    fingerprint = _fingerprint(own, other)
+    folder = report_folder(run.folder, other, fingerprint, tta)
+    return Aim(which, own, other, fingerprint, tta, precision_of(run), folder)
 
 
-def _fingerprint(run: Run, other: str | None) -> str | None:
-    """Of the data to score; nothing is decoded."""
+def _have_moved(run: Run, place: str) -> bool:
+    """Whether a run's data are gone, and files of their names and sizes are at another place."""
+    if _fingerprint(run.config.data) is not None:
+        return False
+    return run.environment.get("data_fingerprint", "none") == _fingerprint(run.data_at(place))
+
+
+def _fingerprint(own: DataConfig, other: str | None = None) -> str | None:
+    """Of the data to score, None where the run's own are not at hand; nothing is decoded."""
     try:
-        return data_fingerprint(run.config.data, other)
+        return data_fingerprint(own, other)
     except UsageError:
         if other is not None:
             raise

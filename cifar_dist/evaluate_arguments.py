@@ -19,7 +19,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        help="score another set with the same classes: a name or path, also CLASS/*.png; or where the run's own is now",
+        help="score another set with the same classes: a name or path, also CLASS/*.png;"
+        " or the path to which the run's own have moved",
     )
     parser.add_argument("--tta", choices=("none", "flip"), default="none", help="flip: average with the mirror image")
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")

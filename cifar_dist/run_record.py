@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.command_line import load_config
-from cifar_dist.config import Config
+from cifar_dist.config import Config, DataConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.run_folder import read_json
 
@@ -49,9 +49,9 @@ class Run:
         upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
         return upto[-1] if upto else None
 
-    def with_data_at(self, place: str) -> Run:
-        """The same run where its data have moved."""
-        return replace(self, config=replace(self.config, data=replace(self.config.data, dataset=place)))
+    def data_at(self, place: str) -> DataConfig:
+        """Its data, where they have moved to."""
+        return replace(self.config.data, dataset=place)
 
     def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
         """Refuse classes that are not, name by name, those the run was trained on.

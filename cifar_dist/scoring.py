@@ -81,24 +81,25 @@ def score(subject: Subject) -> None:
     Raises:
         UsageError: the data cannot be used, or the model predicts NaN.
     """
-    data = test_data(subject.run, subject.aim.other)
+    data = test_data(subject.run, subject.aim)
     scored, val = score_test(subject, data), score_val(subject)
     say(subject.accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
     on_main(subject.accelerator, lambda: save_findings(subject, scored, val, data))
 
 
-def test_data(run: Run, other: str | None) -> TestData:
+def test_data(run: Run, aim: Aim) -> TestData:
     """The run's own test split, or that of another set with the same classes.
 
     Raises:
         UsageError: the data cannot be used, or their classes are not the run's.
     """
-    if other is not None:
-        return load_other_test_data(other, run.config.data, run.environment["class_names"])
+    if aim.other is not None:
+        return load_other_test_data(aim.other, run.config.data, run.environment["class_names"])
     try:
-        data = load_test_data(run.config.data)
+        data = load_test_data(aim.own)
     except UsageError as error:
-        raise UsageError(f"{error} If the data of {run.folder} have moved, give --data their new place.") from None
+        hint = f" If the data of {run.folder} have moved, score it with --data and their new place first."
+        raise UsageError(f"{error}{hint if aim.fingerprint is None else ''}") from None
     run.check_classes(data.class_names, data.name)
     return data
 
@@ -111,15 +112,16 @@ def score_test(subject: Subject, data: TestData) -> Scored:
     """
     check_agreement(subject.accelerator, {"test split": data.fingerprint})
     about = _about(subject, data.name, "test", data.fingerprint)
-    other = subject.aim.other
-    scored = _score(subject, data.test, replace(about, own_data=other is None, given=other))
+    aim, named = subject.aim, subject.run.config.data.dataset
+    place = aim.other or (aim.own.dataset if aim.own.dataset != named else None)
+    scored = _score(subject, data.test, replace(about, own_data=aim.other is None, place=place))
     return replace(scored, files=data.files)
 
 
 def score_val(subject: Subject) -> Scored | None:
     """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
     environment, missing, val = subject.run.environment, "", None
-    data = subject.run.config.data
+    data = subject.aim.own
     config = replace(data, data_mode=environment.get("data_mode", data.data_mode))
     try:
         val = load_val_data(config)

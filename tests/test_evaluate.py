@@ -172,12 +172,12 @@ def test_a_run_without_a_best_checkpoint_is_scored_at_its_last(digits_run, scrip
     assert load_predictions(digits_run / "report").about.checkpoint == "last"
 
 
-def write_classes(folder, names):
-    """A folder of class folders, without splits: the first test images of each class."""
+def write_classes(folder, names, rows=slice(4)):
+    """A folder of class folders, without splits: some test images of each class."""
     test = load_test_data(Config.from_flat({"dataset": "digits"}).data).test
     for number, name in names.items():
         (folder / name).mkdir(parents=True)
-        for row in torch.where(test.labels == number)[0][:4].tolist():
+        for row in torch.where(test.labels == number)[0][rows].tolist():
             Image.fromarray(test.images[row].numpy()).save(folder / name / f"{row}.png")
     return folder
 
@@ -216,27 +216,55 @@ def test_another_set_is_scored_by_the_names_of_its_classes(digits_run, script, m
         run_script(script, monkeypatch, digits_run, "--data", "nowhere")
 
 
-def test_data_that_have_moved_are_still_the_runs_own(script, monkeypatch, tmp_path):
+def write_splits(folder):
+    """A data set of the digits' classes with a train and a test split of other images."""
     names = {number: str(number) for number in range(10)}
-    for split in ("train", "test"):
-        write_classes(tmp_path / "set" / split, names)
-    run = make(tmp_path / "run", dataset=str(tmp_path / "set"), val_fraction=0.25)
-    before = load_test_data(open_run(run).config.data).test
-    moved = (tmp_path / "set").rename(tmp_path / "moved")
-    with pytest.raises(
-        UsageError, match=r"set: no such .* If the data of .*run have moved, give --data their new place"
-    ):
-        run_script(script, monkeypatch, run)
-    run_script(script, monkeypatch, run, "--data", moved)
-    assert [folder.name for folder in run.glob("report*")] == ["report"]
-    scored = load_predictions(run / "report")
-    assert scored.about.own_data and load_predictions(run / "report", "val").about.split == "val"
-    np.testing.assert_allclose(scored.logits, expected_logits(open_run(run).config, before.images), atol=1e-5)
+    write_classes(folder / "train", names)
+    write_classes(folder / "test", names, slice(4, 6))
+    return folder
+
+
+def test_data_that_have_moved_are_still_the_runs_own(script, monkeypatch, tmp_path, capsys):
+    place = write_splits(tmp_path / "set")
+    runs = [make(tmp_path / name, dataset=str(place), val_fraction=0.25, seed=seed) for seed, name in enumerate("ab")]
+    images = load_test_data(open_run(runs[0]).config.data).test.images
+    moved = place.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"set: no such .* If the data of .*a have moved, score it with --data and"):
+        run_script(script, monkeypatch, runs[0])
+    run_script(script, monkeypatch, *runs, "--data", moved)
+    said = capsys.readouterr().out
+    for run in runs:
+        assert f"those of {run} are read from {moved}" in said
+        assert [folder.name for folder in run.glob("report*")] == ["report"]
+        assert load_predictions(run / "report").about.own_data
+        assert load_predictions(run / "report", "val").about.split == "val"
+        page = (run / "report" / "report.md").read_text()
+        assert f"--run-dir {run}-again --dataset {moved}\npython evaluate.py {run}-again\n" in page
+    logits = load_predictions(runs[0] / "report").logits
+    np.testing.assert_allclose(logits, expected_logits(open_run(runs[0]).config, images), atol=1e-5)
     next((moved / "train" / "3").iterdir()).unlink()
-    run_script(script, monkeypatch, run, "--data", moved)
-    [other] = run.glob("report-*")
+    run_script(script, monkeypatch, runs[0], "--data", moved)
+    [other] = runs[0].glob("report-*")
     assert other.name.startswith("report-moved-") and not load_predictions(other).about.own_data
-    assert f"python evaluate.py {run}-again --data {moved}\n" in (other / "report.md").read_text()
+    assert f"python evaluate.py {runs[0]}-again --data {moved}\n" in (other / "report.md").read_text()
+
+
+def test_a_copy_beside_the_runs_own_data_is_another_set(script, monkeypatch, tmp_path):
+    """Its files may have the same names and sizes, and other pixels."""
+    own = write_splits(tmp_path / "set")
+    for file in own.rglob("*.png"):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    run = make(tmp_path / "run", dataset=str(own))
+    run_script(script, monkeypatch, run)
+    copy = shutil.copytree(own, tmp_path / "copy")
+    for file in copy.rglob("*.bmp"):
+        Image.fromarray(255 - np.array(Image.open(file))).save(file)
+    run_script(script, monkeypatch, run, "--data", copy)
+    [other] = run.glob("report-*")
+    images = load_test_data(replace(open_run(run).config.data, dataset=str(copy))).test.images
+    expected = expected_logits(open_run(run).config, images)
+    np.testing.assert_allclose(load_predictions(other).logits, expected, atol=1e-5)
 
 
 def test_a_pair_of_numpy_files_is_scored(digits_run, script, monkeypatch, tmp_path):
@@ -295,7 +323,8 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_scored(tmp_
     with pytest.raises(UsageError, match=r"RUN_DIR .*a and .*b have other classes; compare runs on the same ones"):
         run_script(script, monkeypatch, *runs)
     (runs[1] / "environment.json").write_text(json.dumps(facts))
-    monkeypatch.setattr(aim, "_fingerprint", lambda run, other: f"of {run.folder.name}")
+    marks = iter(["of a", "of b"])
+    monkeypatch.setattr(aim, "_fingerprint", lambda *_: next(marks))
     with pytest.raises(UsageError, match=r"on data with other fingerprints \(of a and of b\); score both"):
         run_script(script, monkeypatch, *runs)
 

@@ -14,6 +14,7 @@ from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.training.batches import Batch
 from cifar_dist.training.engine import Stepper, train_step
+from tests.conftest import TORCH_WARNINGS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 STEPS, BATCH = 6, 256
@@ -40,6 +41,7 @@ def trained(opt, spoiled, graphs):
     return [value.clone() for value in found if isinstance(value, torch.Tensor)]
 
 
+@pytest.mark.filterwarnings(*TORCH_WARNINGS)
 @pytest.mark.parametrize("opt, graphs", [("adamw", False), ("adamw", True), ("momentum", False), ("lamb", False)])
 @pytest.mark.parametrize("spoiled", [[0], [1, 2], [5]])
 def test_a_step_that_the_device_refuses_leaves_what_the_host_would(fresh_accelerate, monkeypatch, opt, graphs, spoiled):

@@ -23,7 +23,7 @@ def two_checkpoints(tmp_path):
 
 
 def aim(run):
-    return scoring.Aim("best", None, None, "none", "fp32", run.folder / "report")
+    return scoring.Aim("best", run.config.data, None, None, "none", "fp32", run.folder / "report")
 
 
 def ranks(work, count=2):
@@ -39,7 +39,7 @@ def ranks(work, count=2):
 
 
 def test_a_checkpoint_that_comes_meanwhile_is_scored_by_no_process(two_checkpoints, monkeypatch):
-    run, find, data = two_checkpoints, checkpoint.find, scoring.test_data(two_checkpoints, None)
+    run, find, data = two_checkpoints, checkpoint.find, scoring.test_data(two_checkpoints, aim(two_checkpoints))
 
     def score(accelerator):
         late = accelerator.process_index == 1  # by then there is another best
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_comes_meanwhile_is_scored_by_no_process(two_checkpoin
 def test_a_process_with_other_test_images_is_named(two_checkpoints, monkeypatch):
     def score(accelerator):
         subject = scoring.load_subject(two_checkpoints, aim(two_checkpoints), accelerator)
-        data = scoring.test_data(two_checkpoints, None)
+        data = scoring.test_data(two_checkpoints, aim(two_checkpoints))
         if accelerator.process_index == 1:
             data = scoring.replace(data, fingerprint="another")
         return scoring.score_test(subject, data)

@@ -19,12 +19,13 @@ import train
 from cifar_dist import scoring
 from cifar_dist.aim import choose_aims
 from cifar_dist.command_line import load_config
+from cifar_dist.data import load_test_data
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.models import build_model, input_config
 from cifar_dist.run_record import open_run
 from cifar_dist.training import progress
 from cifar_dist.training.engine import Meter
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TORCH_WARNINGS
 
 DIGITS = ["--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--batch-size", "64", "--log-every", "5"]
 
@@ -93,7 +94,7 @@ def test_a_run_goes_on_and_is_scored_where_its_data_lie_now(start, tmp_path):
     assert start(*flags, "--dataset", data, "--max-steps", 1) == 0
     moved = data.rename(tmp_path / "job2")
     assert start(*flags, "--dataset", moved, "--max-steps", 2, "--resume", "auto") == 0
-    assert len(scoring.test_data(open_run(tmp_path / "run"), None).test) == 40
+    assert len(load_test_data(open_run(tmp_path / "run").config.data).test) == 40
     other = write(tmp_path / "job3", 24)
     assert start(*flags, "--dataset", other, "--max-steps", 3, "--resume", "auto") == 2
     assert load_config(tmp_path / "run" / "config.yaml").data.dataset == str(moved)
@@ -206,7 +207,10 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(start, tmp_path):
         ],
         pytest.param(
             ["--compile", "--compile-mode", "reduce-overhead", "--channels-last", "--precision", "bf16"],
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+            marks=[
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+                pytest.mark.filterwarnings(*TORCH_WARNINGS),
+            ],
         ),
     ],
     ids=["dropout-patience", "ema-accumulation-mixup-bf16", "vit-layer-decay-lamb", "cuda-graphs"],

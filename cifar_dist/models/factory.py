@@ -66,11 +66,12 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
     Raises:
         UsageError: the size is not a multiple of the model's patch, or the model fails at it.
     """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    sides = patch if isinstance(patch, tuple) else ()
+    patches = getattr(model, "patch_embed", None)
+    patch, stride = getattr(patches, "patch_size", None), getattr(getattr(patches, "proj", None), "stride", None)
+    sides = patch if isinstance(patch, tuple) and stride in (None, patch) else ()  # not of patches that overlap
     if any(size % side for side in sides):
         near = sides[0] * max(1, round(size / sides[0]))
-        raise UsageError(f"--img-size {size}: {name} needs a multiple of its patch size {sides[0]}, as {near}.")
+        raise UsageError(f"--img-size {size}: {name} needs a multiple of its patch size {sides[0]}, such as {near}.")
     was_training = model.training
     model.eval()
     try:

@@ -11,7 +11,7 @@ from cifar_dist.report.endings import was_cut
 from cifar_dist.report.tables import NOT_SETTINGS, shown
 from cifar_dist.run_record import Run
 
-_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "skip_corrupt"}
+_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
 
 MOST_NAMED = 4  # settings in a name
 _MACHINE = ("device", "num_processes")
@@ -35,11 +35,11 @@ class Group:
 def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     """Put runs that differ in their seed alone together, in the order in which they were given.
 
-    ``--max-steps`` is a setting where it cut the training, and data are the same wherever they lie. Runs with the same
-    settings and the same seed are no repeats: then those of one device and number of processes go together, and further
-    ones open groups of their own. A group is named by its model and by the settings in which the groups of that model
-    differ, of many by those that it shares with the fewest; groups that would have one name take the names of their
-    first runs.
+    ``--max-steps`` is a setting where it cut the training, a shuffle window where it shuffled, and data are the same
+    wherever they lie. Runs with the same settings and the same seed are no repeats: then those of one device and number
+    of processes go together, and further ones open groups of their own. A group is named by its model and by the
+    settings in which the groups of that model differ, of many by those that it shares with the fewest; groups that
+    would have one name take the names of their first runs.
 
     Args:
         runs: what was trained.
@@ -70,9 +70,8 @@ def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:
     found = {key: value for key, value in run.config.flat().items() if key not in _ELSEWHERE}
     place = found["dataset"]
     found["dataset"] = datasets.setdefault(run.environment.get("data_fingerprint", place), place)
-    found["data_mode"] = run.environment.get("data_mode", found["data_mode"])  # what came of `auto`
-    if found["data_mode"] != "stream":
-        found["shuffle_window"] = None
+    if run.environment.get("data_mode", run.config.data.data_mode) != "stream":
+        found["shuffle_window"] = None  # what is in memory is shuffled as a whole
     cut = was_cut(run) and (run.config.run.max_steps or 0) < run.plan["schedule_steps"]
     return found if cut else {**found, "max_steps": None}
 

@@ -27,7 +27,7 @@ class About:
         tta: none; flip: probabilities are the mean over the image and its mirror image.
         precision: fp32, bf16 or fp16.
         own_data: whether it is a split of the data set that the run was trained on.
-        given: what ``--data`` named, if it is not.
+        place: what ``--data`` named; None without it.
     """
 
     dataset: str
@@ -39,7 +39,7 @@ class About:
     tta: str = "none"
     precision: str = "fp32"
     own_data: bool = True
-    given: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)

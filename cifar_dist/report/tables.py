@@ -229,9 +229,11 @@ def commands(run: Run, about: About) -> str:
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
     config = run.folder / "config.yaml"
     train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
+    if about.own_data and about.place is not None:  # the data have moved
+        train += f" --dataset {shlex.quote(about.place)}"
     named = about.checkpoint in ("best", "last")
     which = about.checkpoint if named else f"{again}/checkpoints/{Path(about.checkpoint).name}"
     flags = [] if which == "best" else [f"--checkpoint {shlex.quote(which)}"]
     flags += ["--tta flip"] if about.tta == "flip" else []
-    flags += [] if about.own_data else [f"--data {shlex.quote(about.given or about.dataset)}"]
+    flags += [] if about.own_data else [f"--data {shlex.quote(about.place or about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"

@@ -39,6 +39,10 @@ def test_any_image_size_suits_a_convolutional_model():
     assert [p.shape for p in small.parameters()] == [p.shape for p in large.parameters()]
 
 
+def test_patches_that_overlap_ask_for_no_multiple():
+    assert build_model(ModelConfig(model="pvt_v2_b0", img_size=32), 10)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_size_check_leaves_the_model_as_built():
     states = []
     for size in (None, 32):
@@ -52,7 +56,7 @@ def test_size_check_leaves_the_model_as_built():
 @pytest.mark.parametrize(
     ("model", "size", "said"),
     [
-        ("vit_tiny", 225, "multiple of its patch size 16, as 224"),
+        ("vit_tiny", 225, "multiple of its patch size 16, such as 224"),
         ("cnn4", 33, "multiple of 16"),
         ("vit_tiny", 8, "vit_tiny"),
         ("squeezenet_none", 32, "no such model"),

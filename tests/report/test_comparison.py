@@ -433,25 +433,21 @@ def test_repeats_may_have_had_their_data_elsewhere():
     assert [group.members for group in group_runs(runs, "abc")] == [(0, 1), (2,)]
 
 
-def test_data_are_held_as_they_came_to_be_held():
-    """A window shuffles what is streamed, nothing else: how the data were held is a setting, as it came out."""
+def test_a_shuffle_window_is_a_setting_of_what_was_streamed():
     asked = [
-        ("auto", 100, "resident"),
-        ("resident", 200, "resident"),
-        ("auto", 100, "stream"),
-        ("stream", 200, "stream"),
+        ("auto", 100, {"data_mode": "resident"}),
+        ("resident", 200, {"data_mode": "resident"}),
+        ("auto", 100, {}),
+        ("auto", 100, {"data_mode": "stream"}),
+        ("stream", 200, {}),
     ]
     runs = [
         Run(Path(), Config.from_flat({"data_mode": mode, "shuffle_window": window, "seed": seed}), PLAN, found, LOG)
-        for seed, (mode, window, found) in enumerate((m, w, {"data_mode": held}) for m, w, held in asked)
+        for seed, (mode, window, found) in enumerate(asked)
     ]
-    groups = group_runs(runs, "abcd")
-    assert [group.members for group in groups] == [(0, 1), (2,), (3,)]
-    assert [group.settings for group in groups] == [
-        {"data_mode": "resident", "shuffle_window": None},
-        {"data_mode": "stream", "shuffle_window": 100},
-        {"data_mode": "stream", "shuffle_window": 200},
-    ]
+    groups = group_runs(runs, "abcde")
+    assert [group.members for group in groups] == [(0, 1, 2), (3,), (4,)]
+    assert [group.settings for group in groups] == [{"shuffle_window": window} for window in (None, 100, 200)]
 
 
 @pytest.mark.usefixtures("no_pictures")
