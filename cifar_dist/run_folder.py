@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -229,6 +230,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "num_processes": plan.num_processes,
+        "timm_fused_attn": os.environ.get("TIMM_FUSED_ATTN"),  # which of timm's attentions are fused
         "versions": {name: _version(name) for name in PACKAGES},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

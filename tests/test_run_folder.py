@@ -116,6 +116,15 @@ def test_a_resumed_run_keeps_its_first_environment_and_counts_restarts(tmp_path)
     assert again == first
 
 
+def test_which_of_timms_attentions_are_fused_is_noted(tmp_path, monkeypatch):
+    for name, set_to in (("a", None), ("b", "2")):
+        monkeypatch.delenv("TIMM_FUSED_ATTN", raising=False)
+        if set_to:
+            monkeypatch.setenv("TIMM_FUSED_ATTN", set_to)
+        prepare(config(tmp_path / name))
+        assert json.loads((tmp_path / name / "environment.json").read_text())["timm_fused_attn"] == set_to
+
+
 @pytest.mark.parametrize(
     "change, how",
     [

@@ -227,6 +227,8 @@ def commands(run: Run, about: About) -> str:
     """What to type to train the same again and score it as it was scored."""
     processes, again = run.environment.get("num_processes", 1), f"{run.folder}-again"
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    if fused := run.environment.get("timm_fused_attn"):
+        launcher = f"TIMM_FUSED_ATTN={shlex.quote(fused)} {launcher}"
     config = run.folder / "config.yaml"
     train = f"{launcher} train.py --config {shlex.quote(str(config))} --run-dir {shlex.quote(again)}"
     if about.own_data and about.place is not None:  # the data have moved

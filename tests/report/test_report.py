@@ -373,6 +373,14 @@ def test_selection_is_labelled(tmp_path, settings, checkpoint, log, expected, sa
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_is_to_be_typed_has_the_environment_of_timm(tmp_path):
+    folder = make_run(tmp_path / "run", environment=ENVIRONMENT | {"timm_fused_attn": "2"})
+    save_report(folder, make_scored())
+    write(folder)
+    assert f"\nTIMM_FUSED_ATTN=2 python train.py --config {folder}" in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_another_data_set_is_neither_changed_nor_watched(tmp_path):
     folder = make_run(tmp_path / "run", select_on="test")
     save_report(folder, make_scored(fingerprint="bb", own_data=False))
