@@ -75,9 +75,10 @@ def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
 
 def _have_moved(run: Run, place: str) -> bool:
     """Whether a run's data are gone, and files of their names and sizes are at another place."""
-    if _fingerprint(run.config.data) is not None:
+    trained_on = run.environment.get("data_fingerprint")
+    if trained_on is None or _fingerprint(run.data_at(place)) != trained_on:
         return False
-    return run.environment.get("data_fingerprint", "none") == _fingerprint(run.data_at(place))
+    return _fingerprint(run.config.data) is None  # asked last: the Hub may take its time to be missing
 
 
 def _fingerprint(own: DataConfig, other: str | None = None) -> str | None:
