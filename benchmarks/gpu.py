@@ -24,7 +24,6 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import machine
 from benchmarks.gpu_rows import CORES, PLAIN, PRECISION, Bench, Case, Row, Way, fill
 from benchmarks.gpu_turns import Turns
 from cifar_dist.config import DataConfig
@@ -43,7 +43,6 @@ from cifar_dist.distributed.ending import run_main
 from cifar_dist.distributed.group import device_bytes, start
 from cifar_dist.durable import replace_text
 from cifar_dist.errors import first_line
-from cifar_dist.run_folder import processor
 from cifar_dist.training.micro_batch import is_out_of_memory
 
 VIT = Case("vit_base_patch16_224", 224, 256, 3500, 1.4, 0.01)
@@ -109,14 +108,16 @@ def measure(folder: str | None, seconds: float, row: Row, turn: Callable[[], Non
     facts: dict[str, Any] = {}
     try:
         accelerator = start(PRECISION)
-        device, peak = accelerator.device, device_peak(accelerator.device, PRECISION)
-        data, pictures = real(folder, device_bytes(accelerator)) if folder else noise(50_000)
-        facts = {
-            "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        peak = device_peak(accelerator.device, PRECISION)
+        if folder:
+            data = resident(folder, device_bytes(accelerator))
+            pictures = plain_pictures(folder) if row.way == PLAIN else None
+        else:
+            data, pictures = noise(50_000)
+        facts = machine.facts("torch", "torchvision", "timm", "accelerate", "pillow") | {
             "cores": CORES,
             "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")},
             "cuda": torch.version.cuda,
             "data": data.name,
         }
@@ -198,8 +199,8 @@ def main(words: list[str] | None = None) -> None:
     done: dict[int, Row] = {}
     facts: dict[str, Any] = {}
     print(HEADER, flush=True)
-    for number, (row, machine) in turns.take(wanted, args.together):
-        facts, done[number] = facts or machine, row
+    for number, (row, found_on) in turns.take(wanted, args.together):
+        facts, done[number] = facts or found_on, row
         rows = [done[number] for number in sorted(done)]
         plain = (other.images_per_second for other in rows if other.case == row.case and other.way == PLAIN)
         print(line(row, next(plain, None)), flush=True)
