@@ -11,6 +11,7 @@ os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE
 
 if os.environ.get("CIFAR_DIST_TEST_GPU") != "1":  # `make test-gpu` has what needs NVIDIA's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels of ours run on the CPU; Triton asks for it when it is imported
 
 # of torch 2.11 itself, when it compiles a model, and when it prepares CUDA graphs
 TORCH_WARNINGS = ("ignore:`torch.jit.script_method` is deprecated", "ignore:The CUDA Graph is empty")

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.distributed.group import start
+from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import PatchConv2d
 from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.parallel import Replicated
@@ -65,3 +67,46 @@ def test_patches_by_a_product_are_as_near_to_fp32_as_by_a_convolution():
         assert found.shape == exact.shape
         errors.append(((found - exact).norm() / exact.norm()).item())
     assert 0 < errors[1] < 1.2 * errors[0] < 0.01
+
+
+def attended(layer, tokens, mask, precision):
+    """What comes out of a layer, and every gradient."""
+    layer.zero_grad()
+    tokens = tokens.clone().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        out = layer(tokens, mask)
+    out.backward(torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda").to(out.dtype))
+    return [out.detach(), tokens.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("size, heads, masks", [(7, 4, 4), (7, 3, 0), (4, 2, 8), (8, 1, 2)])
+def test_window_attention_is_as_near_to_exact_as_timms_and_the_same_every_time(size, heads, masks):
+    torch.manual_seed(0)
+    area = size * size
+    layer = WindowAttention(32 * heads, heads, window_size=size, device="cuda")
+    nn.init.normal_(layer.relative_position_bias_table)
+    tokens = torch.randn(48, area, 32 * heads, device="cuda")
+    mask = torch.where(torch.rand(masks, area, area, device="cuda") < 0.3, -100.0, 0.0) if masks else None
+    exact = attended(layer.double(), tokens.double(), None if mask is None else mask.double(), "exact")
+    theirs = attended(layer.float(), tokens, mask, "bf16")
+    pack_attention(nn.Sequential(layer))
+    mine = attended(layer, tokens, mask, "bf16")
+    for found, other, right in zip(mine, theirs, exact, strict=True):
+        assert found.dtype == other.dtype
+        assert 0 < (found - right).norm() < 1.2 * (other - right).norm() < 0.05 * right.norm()
+    assert all(map(torch.equal, mine, attended(layer, tokens, mask, "bf16")))
+
+
+@pytest.mark.filterwarnings(*TORCH_WARNINGS)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_window_attention_compiled_is_that_of_its_layer(mode):
+    torch.manual_seed(0)
+    layer = WindowAttention(64, 2, window_size=7, device="cuda")
+    pack_attention(nn.Sequential(layer))
+    tokens, mask = torch.randn(8, 49, 64, device="cuda"), torch.zeros(4, 49, 49, device="cuda")
+    plain = attended(layer, tokens, mask, "bf16")
+    layer.compile(mode=mode, dynamic=False)
+    for _ in range(3):  # a CUDA graph is recorded in the second
+        found = [value.clone() for value in attended(layer, tokens, mask, "bf16")]
+    for compiled, right in zip(found, plain, strict=True):
+        torch.testing.assert_close(compiled, right, rtol=0.02, atol=0.02)

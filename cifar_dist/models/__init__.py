@@ -13,6 +13,7 @@ from cifar_dist.models.factory import check_image_size, create, model_arguments
 from cifar_dist.models.head import count_parameters, freeze_backbone, head_parameter_names
 from cifar_dist.models.hub import require_config
 from cifar_dist.models.names import ALIASES, NATIVE, resolve_name
+from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import multiply_patches
 from cifar_dist.models.weights import from_file, from_timm
 
@@ -53,6 +54,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if config.freeze == "backbone":
         freeze_backbone(model)
     multiply_patches(model)
+    pack_attention(model)
     return model
 
 

@@ -1,0 +1,192 @@
+"""Attention of ViT and Swin on a GPU by kernels of our own, which read and write queries, keys and values packed.
+
+torch's fused attention gives the gradients of the three one by one, to be copied together for the layer before; with a
+bias, as in Swin's windows, it also wants that written out for every window, and gives a gradient for every window.
+How much faster a model trains: benchmarks/results/gpu.md.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+_HAS_TRITON = find_spec("triton") is not None
+AMPERE, HOPPER = (8, 0), (9, 0)
+WINDOW_HEAD, WINDOW_TOKENS = 32, range(1, 65)  # channels of a head, and tokens, for which the kernels were measured
+IMAGE_HEAD, IMAGE_TOKENS = 64, range(129, 257)
+
+
+class PackedWindowAttention(WindowAttention):
+    """timm's attention within windows (Swin, arXiv:2103.14030), under autocast on a GPU by `window_attention`.
+
+    Weights and their names are the same. Scores and biases are not rounded in between.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (windows, N, C) to the same; ``mask`` (M, N, N) is added to scores, to window i's mask i modulo M."""
+        if _gpu(x) < AMPERE or not self._suits():
+            return super().forward(x, mask)
+        bias = self._get_rel_pos_bias()[0].float()
+        return self.proj_drop(self.proj(window_attention(self.qkv(x), bias, mask, self.scale)))
+
+    def _suits(self) -> bool:
+        fits = self.proj.in_features == WINDOW_HEAD * self.num_heads and self.window_area in WINDOW_TOKENS
+        return fits and not _drops(self)
+
+
+class PackedAttention(Attention):
+    """timm's attention among all tokens (ViT, arXiv:2010.11929), under autocast on a GPU by `image_attention`.
+
+    Only what was measured is: a GPU of compute capability 9, heads of 64 channels, some 200 tokens.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens (B, N, C) to the same."""
+        if attn_mask is not None or is_causal or _gpu(x) != HOPPER or not self._suits(x.shape[1]):
+            return super().forward(x, attn_mask, is_causal)
+        out, _ = image_attention(self.qkv(x), self.num_heads, self.scale)
+        return self.proj_drop(self.proj(out))
+
+    def _suits(self, tokens: int) -> bool:
+        plain = self.gate is None and all(type(n) is nn.Identity for n in (self.q_norm, self.k_norm, self.norm))
+        fits = self.head_dim == IMAGE_HEAD and tokens in IMAGE_TOKENS
+        return plain and fits and self.fused_attn and not _drops(self)
+
+
+def pack_attention(model: nn.Module) -> None:
+    """Make timm's two layers of attention in a model those above, in place."""
+    for module in model.modules():
+        for kind, packed in ((WindowAttention, PackedWindowAttention), (Attention, PackedAttention)):
+            if type(module) is kind:
+                module.__class__ = packed
+
+
+def _drops(layer: Any) -> bool:
+    return layer.training and layer.attn_drop.p > 0
+
+
+def _gpu(x: Tensor) -> tuple[int, int]:
+    """The compute capability of the GPU that has `x` under autocast; (0, 0) elsewhere, and where there is no Triton."""
+    return capability() if _HAS_TRITON and x.is_cuda and torch.is_autocast_enabled("cuda") else (0, 0)
+
+
+@torch.compiler.assume_constant_result
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    return torch.cuda.get_device_capability()
+
+
+@torch.library.custom_op(
+    "cifar_dist::window_attention",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor bias, Tensor? mask, float scale) -> Tensor",
+)
+def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of each window's tokens to one another, softmax(q kᵀ · scale + bias + mask) v, for every head.
+
+    Args:
+        qkv: bf16 or fp16 (windows, N, 3 · heads · D), N up to WINDOW_TOKENS: queries, keys, values of all heads.
+        bias: float32 (heads, N, N); its gradient is summed up in the same order every time.
+        mask: float32 (M, N, N), M a divisor of windows, or None; window i has mask i modulo M. It gets no gradient.
+        scale: of the scores.
+
+    Returns:
+        (windows, N, heads · D), of qkv's type.
+    """
+    from cifar_dist.models import triton_attention
+
+    return triton_attention.window_forward(qkv.contiguous(), bias.contiguous(), mask, scale)
+
+
+@torch.library.custom_op(
+    "cifar_dist::window_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qkv, Tensor bias, Tensor? mask, float scale) -> (Tensor, Tensor)",
+)
+def window_attention_backward(
+    grad: Tensor, qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv and bias."""
+    from cifar_dist.models import triton_attention
+
+    return triton_attention.window_backward(grad.contiguous(), qkv.contiguous(), bias.contiguous(), mask, scale)
+
+
+@torch.library.custom_op(
+    "cifar_dist::image_attention", mutates_args=(), schema="(Tensor qkv, int heads, float scale) -> (Tensor, Tensor)"
+)
+def image_attention(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each image's tokens to one another, softmax(q kᵀ · scale) v, for every head.
+
+    Args:
+        qkv: bf16 or fp16 (B, N, 3 · heads · D), N up to 256: queries, keys, values of all heads.
+        heads: how many.
+        scale: of the scores.
+
+    Returns:
+        (B, N, heads · D), of qkv's type, and for the gradient float32 (B, heads, N), the binary logarithm of the sum
+        that a token's softmax divides by.
+    """
+    from cifar_dist.models import triton_attention
+
+    return triton_attention.image_forward(qkv.contiguous(), heads, scale)
+
+
+@torch.library.custom_op(
+    "cifar_dist::image_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qkv, Tensor out, Tensor logs, float scale) -> Tensor",
+)
+def image_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, scale: float) -> Tensor:
+    """The gradient of qkv."""
+    from cifar_dist.models import triton_attention
+
+    return triton_attention.image_backward(grad.contiguous(), qkv.contiguous(), out, logs, scale)
+
+
+@window_attention.register_fake
+def _(qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@window_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+
+
+@image_attention.register_fake
+def _(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    images, tokens, width = qkv.shape
+    return qkv.new_empty(images, tokens, width // 3), qkv.new_empty(images, heads, tokens, dtype=torch.float32)
+
+
+@image_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _window_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *window_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _keep_image(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, _, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+
+
+def _image_gradients(ctx: Any, grad: Tensor, of_logs: Tensor) -> tuple[Tensor | None, ...]:
+    return image_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+window_attention.register_autograd(_window_gradients, setup_context=_keep_window)
+image_attention.register_autograd(_image_gradients, setup_context=_keep_image)

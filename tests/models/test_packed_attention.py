@@ -1,0 +1,186 @@
+"""Our kernels of attention, by Triton's interpreter on a CPU, against timm's layers in double precision."""
+
+import os
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cifar_dist.config import ModelConfig
+from cifar_dist.models import build_model, packed_attention
+from cifar_dist.models.packed_attention import (
+    PackedAttention,
+    PackedWindowAttention,
+    image_attention,
+    pack_attention,
+    window_attention,
+)
+from tests.models.test_patches import cuda_autocast
+
+__all__ = ["cuda_autocast"]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Layers compute by the kernels, here."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tests/test_gpu.py runs the kernels themselves")
+    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+
+
+def results(layer, tokens, *more):
+    """What comes out, and every gradient."""
+    layer.zero_grad()
+    tokens = tokens.clone().requires_grad_()
+    out = layer(tokens, *more)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype))
+    return [out.detach(), tokens.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+
+def assert_as_exact(layer, tokens, mask=None):
+    """In single precision by the kernels as in double precision by timm."""
+    exact = results(layer.double(), tokens.double(), None if mask is None else mask.double())
+    pack_attention(nn.Sequential(layer))
+    found = results(layer.float(), tokens, mask)
+    for mine, right in zip(found, exact, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("size, heads, masks", [(7, 2, 4), (7, 3, 0), (4, 2, 8), ((2, 5), 1, 2)])
+def test_windows(interpreted, size, heads, masks):
+    torch.manual_seed(0)
+    layer = WindowAttention(32 * heads, heads, window_size=size)
+    nn.init.normal_(layer.relative_position_bias_table)
+    mask = torch.where(torch.rand(masks, layer.window_area, layer.window_area) < 0.3, -100.0, 0.0) if masks else None
+    assert_as_exact(layer, torch.randn(16, layer.window_area, 32 * heads), mask)
+
+
+@pytest.mark.parametrize("tokens", [130, 197, 256])
+def test_images(interpreted, tokens):
+    torch.manual_seed(0)
+    assert_as_exact(Attention(128, num_heads=2, qkv_bias=True), torch.randn(2, tokens, 128))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_from_zero(interpreted, sign):
+    """Beyond what an exponential can hold; keys that are no token, whose scores are zero, would win."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 197, 3 * 64)
+    qkv[..., :64] += 20
+    qkv[..., 64:128] += 20 * sign
+    found, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    out, _ = image_attention(found, 1, 1 / 8)
+    q, k, v = exact.chunk(3, dim=2)
+    assert ((q @ k.mT) / 8).abs().min() > 2000
+    right = ((q @ k.mT) / 8).softmax(-1) @ v
+    grad = torch.randn(1, 197, 64)
+    out.backward(grad)
+    right.backward(grad.double())
+    torch.testing.assert_close(out.double(), right, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-2, atol=1e-2 * exact.grad.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the check itself
+def test_torch_may_compile_them(interpreted):
+    """torch's own check of an operator: what it says of shapes and gradients is so."""
+    bias, mask = torch.randn(2, 9, 9, requires_grad=True), torch.randn(2, 9, 9)
+    qkv = torch.randn(4, 9, 3 * 64, requires_grad=True)
+    for masks in (mask, None):
+        torch.library.opcheck(window_attention, (qkv, bias, masks, 0.25))
+    torch.library.opcheck(image_attention, (qkv, 2, 0.25))
+
+
+@pytest.mark.parametrize(
+    "name, kind, layers",
+    [
+        ("test_vit", PackedAttention, 6),
+        ("vit_tiny_patch16_224", PackedAttention, 12),
+        ("swin_tiny_patch4_window7_224", PackedWindowAttention, 12),
+        ("swinv2_cr_tiny_224", None, 0),
+        ("swinv2_tiny_window8_256", None, 0),
+    ],
+)
+def test_which_layers_are_changed(name, kind, layers):
+    model = build_model(ModelConfig(model=name), 10)
+    found = [type(part) for part in model.modules() if isinstance(part, PackedAttention | PackedWindowAttention)]
+    assert found == [kind] * layers
+    assert model.state_dict().keys() == timm.create_model(name, num_classes=10).state_dict().keys()
+
+
+class ByKernels(Exception):
+    """The layer went to a kernel."""
+
+
+def by_kernels(monkeypatch, layer, tokens):
+    """Whether a layer on a GPU, a made-up one, goes to the kernels."""
+
+    def refuse(*given):
+        raise ByKernels
+
+    for name in ("window_attention", "image_attention"):
+        monkeypatch.setattr(packed_attention, name, refuse)
+    pack_attention(nn.Sequential(layer))
+    try:
+        layer(tokens)
+    except ByKernels:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
+def test_only_under_autocast_on_a_gpu_that_is_new_enough(monkeypatch, cuda_autocast, enabled, capability):
+    monkeypatch.setattr(packed_attention, "capability", lambda: capability)
+    cuda_autocast(enabled)
+    with FakeTensorMode():
+        vit = by_kernels(monkeypatch, Attention(128, 2, device="cuda"), torch.empty(2, 197, 128, device="cuda"))
+        windows = WindowAttention(64, 2, device="cuda")
+        swin = by_kernels(monkeypatch, windows, torch.empty(2, 49, 64, device="cuda"))
+    assert vit == (enabled and capability == (9, 0))
+    assert swin == (enabled and capability >= (8, 0))
+
+
+def without_fused(layer):
+    layer.fused_attn = False
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make, tokens, expected",
+    [
+        (lambda: Attention(128, 2), 197, True),
+        (lambda: Attention(128, 2, attn_drop=0.1).eval(), 197, True),
+        (lambda: Attention(128, 2, attn_drop=0.1), 197, False),
+        (lambda: Attention(128, 4), 197, False),  # heads of 32
+        (lambda: Attention(128, 2), 65, False),
+        (lambda: Attention(128, 2), 257, False),
+        (lambda: Attention(128, 2, qk_norm=True, norm_layer=nn.LayerNorm), 197, False),
+        (lambda: Attention(128, 2, scale_norm=True, norm_layer=nn.LayerNorm), 197, False),
+        (lambda: Attention(128, 2, gated=True), 197, False),
+        (lambda: without_fused(Attention(128, 2)), 197, False),
+        (lambda: WindowAttention(64, 2), 49, True),
+        (lambda: WindowAttention(64, 2, attn_drop=0.1), 49, False),
+        (lambda: WindowAttention(64, 2, head_dim=16), 49, False),
+        (lambda: WindowAttention(64, 2, window_size=8), 64, True),
+        (lambda: WindowAttention(64, 2, window_size=12), 144, False),
+    ],
+)
+def test_only_layers_that_the_kernels_compute(monkeypatch, make, tokens, expected):
+    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+    layer = make()
+    assert by_kernels(monkeypatch, layer, torch.randn(2, tokens, layer.qkv.in_features)) == expected
+
+
+@pytest.mark.parametrize("more", [{"is_causal": True}, {"attn_mask": torch.zeros(197, 197)}])
+def test_not_with_a_mask(monkeypatch, more):
+    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+    layer, tokens = Attention(128, 2), torch.randn(2, 197, 128)
+    expected = layer(tokens, **more)
+    pack_attention(nn.Sequential(layer))
+    assert torch.equal(layer(tokens, **more), expected)
