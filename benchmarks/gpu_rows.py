@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from cifar_dist.data import TrainingData
 from cifar_dist.distributed.group import peak_memory_bytes, seed_everything
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.packed_attention import PackedAttention, PackedWindowAttention
 from cifar_dist.plan import Schedule, make_plan
 from cifar_dist.training.engine import Meter, Stepper, train_step
 from cifar_dist.training.features import Features
@@ -58,7 +59,8 @@ class Way:
     Attributes:
         name: in the table.
         compiles: with --compile and this --compile-mode; empty for neither.
-        fused_windows: Swin's attention fused; timm has it off, TIMM_FUSED_ATTN=2 turns it on.
+        attention: packed, by our kernels where they compute it; timm, as its layers have it; or fused, the same with
+            TIMM_FUSED_ATTN=2, by which Swin's windows are fused, too.
         channels_last: --channels-last.
         tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
         deterministic: cuDNN takes only algorithms that give the same every time, as in train.py; else any, as in the
@@ -67,7 +69,7 @@ class Way:
 
     name: str
     compiles: str = ""
-    fused_windows: bool = False
+    attention: Literal["packed", "timm", "fused"] = "packed"
     channels_last: bool = False
     tunes: bool = False
     deterministic: bool = True
@@ -177,6 +179,10 @@ class Ours:
         config = parse_command_line([*flags.split(), *switches, *more.split()]).config
         seed_everything(config.run.seed)
         model = build_model(config.model, len(bench.data.class_names))
+        if way.attention != "packed":
+            for layer in model.modules():
+                if isinstance(layer, PackedAttention | PackedWindowAttention):
+                    layer.__class__ = type(layer).__base__  # timm's
         plan = make_plan(config, measure(config, bench.data, model), 1)
         use_plain_attention(model, bench.device, PRECISION)
         parallel = prepare(Setup(config, plan, bench.accelerator, bench.data, model, Features())).parallel
@@ -247,7 +253,7 @@ def count_operators(case: Case) -> int:
 
 def fill(bench: Bench, row: Row) -> None:
     """Measure a row; what is done when something fails stays in it."""
-    set_fused_attn(True, experimental=row.way.fused_windows)
+    set_fused_attn(True, experimental=row.way.attention == "fused")
     torch.backends.cudnn.benchmark = row.way.tunes
     torch.backends.cudnn.deterministic = row.way.deterministic
     if bench.device.type == "cuda":

@@ -58,12 +58,14 @@ class PackedAttention(Attention):
         return plain and fits and self.fused_attn and not _drops(self)
 
 
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {WindowAttention: PackedWindowAttention, Attention: PackedAttention}
+
+
 def pack_attention(model: nn.Module) -> None:
     """Make timm's two layers of attention in a model those above, in place."""
     for module in model.modules():
-        for kind, packed in ((WindowAttention, PackedWindowAttention), (Attention, PackedAttention)):
-            if type(module) is kind:
-                module.__class__ = packed
+        if packed := _PACKED.get(type(module)):
+            module.__class__ = packed
 
 
 def _drops(layer: Any) -> bool:
