@@ -13,8 +13,12 @@ if os.environ.get("CIFAR_DIST_TEST_GPU") != "1":  # `make test-gpu` has what nee
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # kernels of ours run on the CPU; Triton asks for it when it is imported
 
-# of torch 2.11 itself, when it compiles a model, and when it prepares CUDA graphs
-TORCH_WARNINGS = ("ignore:`torch.jit.script_method` is deprecated", "ignore:The CUDA Graph is empty")
+# of torch 2.11 itself, when it compiles a model, or a function of autograd, and when it prepares CUDA graphs
+TORCH_WARNINGS = (
+    "ignore:`torch.jit.script_method` is deprecated",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The CUDA Graph is empty",
+)
 ROOT = Path(__file__).parent.parent
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.distributed.group import start
+from cifar_dist.models.compilation import compile_model
 from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import PatchConv2d
 from cifar_dist.optim import fuse, make_optimizer
@@ -32,7 +33,7 @@ def trained(opt, spoiled, graphs):
     layers = [nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.GELU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(4)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 10)).to(device)
     if graphs:
-        model.compile(mode="reduce-overhead")
+        compile_model(model, "reduce-overhead")
     parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt=opt, lr=0.01))), 1.0)
     stepper, labels = Stepper(parallel, 0.1), torch.arange(BATCH, device=device) % 10
     weights = torch.full((BATCH,), 1 / BATCH, device=device)
@@ -122,7 +123,7 @@ def test_packed_attention_compiled_is_that_of_its_layer(request, kind, mode):
     layer, tokens, mask = request.getfixturevalue(kind)
     pack_attention(nn.Sequential(layer))
     plain = attended(layer, tokens, mask, "bf16")
-    layer.compile(mode=mode, dynamic=False)
+    compile_model(layer, mode)
     for _ in range(3):  # a CUDA graph is recorded in the second
         found = [value.clone() for value in attended(layer, tokens, mask, "bf16")]
     for compiled, right in zip(found, plain, strict=True):

@@ -16,7 +16,6 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 _HAS_TRITON = find_spec("triton") is not None
-AMPERE, HOPPER = (8, 0), (9, 0)
 WINDOW_HEAD, WINDOW_TOKENS = 32, range(1, 65)  # channels of a head, and tokens, for which the kernels were measured
 IMAGE_HEAD, IMAGE_TOKENS = 64, range(129, 257)
 
@@ -29,10 +28,18 @@ class PackedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (windows, N, C) to the same; ``mask`` (M, N, N) is added to scores, to window i's mask i modulo M."""
-        if _gpu(x) < AMPERE or not self._suits():
+        if not (_on_gpu(x) and is_new() and self._suits()):
             return super().forward(x, mask)
         bias = self._get_rel_pos_bias()[0].float()
         return self.proj_drop(self.proj(window_attention(self.qkv(x), bias, mask, self.scale)))
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        table, area = self.relative_position_bias_table, self.window_area
+        if not table.is_cuda or area not in WINDOW_TOKENS:
+            return super()._get_rel_pos_bias()
+        index: Any = self.relative_position_index
+        rows = Gathered.apply(table, index.flatten())
+        return rows.view(area, area, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
 
     def _suits(self) -> bool:
         fits = self.proj.in_features == WINDOW_HEAD * self.num_heads and self.window_area in WINDOW_TOKENS
@@ -47,7 +54,7 @@ class PackedAttention(Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, N, C) to the same."""
-        if attn_mask is not None or is_causal or _gpu(x) != HOPPER or not self._suits(x.shape[1]):
+        if attn_mask is not None or is_causal or not (_on_gpu(x) and is_hopper() and self._suits(x.shape[1])):
             return super().forward(x, attn_mask, is_causal)
         out, _ = image_attention(self.qkv(x), self.num_heads, self.scale)
         return self.proj_drop(self.proj(out))
@@ -72,15 +79,38 @@ def _drops(layer: Any) -> bool:
     return layer.training and layer.attn_drop.p > 0
 
 
-def _gpu(x: Tensor) -> tuple[int, int]:
-    """The compute capability of the GPU that has `x` under autocast; (0, 0) elsewhere, and where there is no Triton."""
-    return capability() if _HAS_TRITON and x.is_cuda and torch.is_autocast_enabled("cuda") else (0, 0)
+def _on_gpu(x: Tensor) -> bool:
+    return _HAS_TRITON and x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 @torch.compiler.assume_constant_result
-def capability() -> tuple[int, int]:
-    """The GPU's compute capability."""
-    return torch.cuda.get_device_capability()
+def is_new() -> bool:
+    """Whether the GPU has the matrix units that Triton needs for bf16 (Ampere, or newer)."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def is_hopper() -> bool:
+    """Whether it is an H100, H200 or their like."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+class Gathered(torch.autograd.Function):
+    """Rows of a table, with a gradient that repeats itself: compiled, that of an index is summed up in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        """Table (T, H) and index int64 (K,) to (K, H)."""
+        ctx.save_for_backward(index)
+        ctx.rows = len(table)
+        return table[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The table's, as a matrix product: (K, H) to (T, H)."""
+        (index,) = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            return (torch.arange(ctx.rows, device=index.device)[:, None] == index).to(grad.dtype) @ grad, None
 
 
 @torch.library.custom_op(

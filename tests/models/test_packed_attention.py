@@ -13,15 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model, packed_attention
 from cifar_dist.models.packed_attention import (
+    Gathered,
     PackedAttention,
     PackedWindowAttention,
     image_attention,
     pack_attention,
     window_attention,
 )
+from tests.conftest import TORCH_WARNINGS
 from tests.models.test_patches import cuda_autocast
 
 __all__ = ["cuda_autocast"]
+
+
+def as_if_on_hopper(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/test_gpu.py runs the kernels themselves")
-    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+    as_if_on_hopper(monkeypatch)
 
 
 def results(layer, tokens, *more):
@@ -86,6 +93,38 @@ def test_scores_far_from_zero(interpreted, sign):
     torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-2, atol=1e-2 * exact.grad.abs().max().item())
 
 
+@pytest.mark.filterwarnings(*TORCH_WARNINGS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_of_a_table_have_the_gradient_of_indexing(compiled):
+    torch.manual_seed(0)
+    table, index = torch.randn(13, 3, dtype=torch.float64), torch.randint(12, (49,))  # the last row is not used
+    grad, found = torch.randn(49, 3, dtype=torch.float64), []
+
+    def gather(rows):
+        return Gathered.apply(rows, index)
+
+    for way in (lambda rows: rows[index], torch.compile(gather, backend="aot_eager") if compiled else gather):
+        rows = table.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = way(rows)
+            out.backward(grad)
+        found.append((out.detach(), rows.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("kind", [Attention, WindowAttention])
+def test_a_compiled_layer_is_the_layer(interpreted, kind):
+    torch.manual_seed(0)
+    layer = kind(128, 2) if kind is Attention else kind(64, 2)
+    tokens = torch.randn(4, 197, 128) if kind is Attention else torch.randn(4, 49, 64)
+    pack_attention(nn.Sequential(layer))
+    plain = results(layer, tokens)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    for found, right in zip(results(layer, tokens), plain, strict=True):
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the check itself
 def test_torch_may_compile_them(interpreted):
     """torch's own check of an operator: what it says of shapes and gradients is so."""
@@ -136,7 +175,7 @@ def by_kernels(monkeypatch, layer, tokens):
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
 def test_only_under_autocast_on_a_gpu_that_is_new_enough(monkeypatch, cuda_autocast, enabled, capability):
-    monkeypatch.setattr(packed_attention, "capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     cuda_autocast(enabled)
     with FakeTensorMode():
         vit = by_kernels(monkeypatch, Attention(128, 2, device="cuda"), torch.empty(2, 197, 128, device="cuda"))
@@ -172,14 +211,14 @@ def without_fused(layer):
     ],
 )
 def test_only_layers_that_the_kernels_compute(monkeypatch, make, tokens, expected):
-    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+    as_if_on_hopper(monkeypatch)
     layer = make()
     assert by_kernels(monkeypatch, layer, torch.randn(2, tokens, layer.qkv.in_features)) == expected
 
 
 @pytest.mark.parametrize("more", [{"is_causal": True}, {"attn_mask": torch.zeros(197, 197)}])
 def test_not_with_a_mask(monkeypatch, more):
-    monkeypatch.setattr(packed_attention, "_gpu", lambda x: packed_attention.HOPPER)
+    as_if_on_hopper(monkeypatch)
     layer, tokens = Attention(128, 2), torch.randn(2, 197, 128)
     expected = layer(tokens, **more)
     pack_attention(nn.Sequential(layer))
