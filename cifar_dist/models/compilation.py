@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch._inductor.config
 from timm.layers import DropPath
 from torch import nn
 
@@ -20,7 +19,9 @@ def compile_model(model: nn.Module, mode: str) -> None:
         model: on its device.
         mode: of `torch.compile`.
     """
-    torch._inductor.config.deterministic = True
+    from torch._inductor import config
+
+    config.deterministic = True
     blocks = transformer_blocks(model) if mode == "default" else []
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))  # train, eval
     for block in blocks:

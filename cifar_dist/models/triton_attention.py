@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 512  # about so many share the windows; they decide in which order a bias's gradient is summed up
+_PROGRAMS = 256  # about so many share the windows; they decide in which order a bias's gradient is summed up
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FUSED = {"enable_fp_fusion": True}  # multiply and add at once; Triton's default is about to change
 
