@@ -112,3 +112,11 @@ def test_rates_that_are_tensors_drop_as_often_and_make_up_for_it_as_timm_does(ra
     assert ours.bfloat16().dtype == block[1](samples.bfloat16()).dtype
     block.eval()
     assert block[1](samples) is samples
+
+
+def test_the_compiler_does_not_choose_by_the_clock(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "deterministic", False)
+    compile_model(nn.Linear(2, 2), "default")
+    assert config.deterministic
