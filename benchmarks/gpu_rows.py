@@ -59,8 +59,8 @@ class Way:
     Attributes:
         name: in the table.
         compiles: with --compile and this --compile-mode; empty for neither.
-        attention: packed, by our kernels where they compute it; timm, as its layers have it; or fused, the same with
-            TIMM_FUSED_ATTN=2, by which Swin's windows are fused, too.
+        attention: packed, by our kernels where they compute it; timm, as its layers have it (compiled, Swin's does
+            not repeat itself); or fused, the same with TIMM_FUSED_ATTN=2, by which Swin's windows are fused, too.
         channels_last: --channels-last.
         tunes: cuDNN tries its algorithms for every shape (torch.backends.cudnn.benchmark).
         deterministic: cuDNN takes only algorithms that give the same every time, as in train.py; else any, as in the

@@ -21,6 +21,7 @@ from tests.conftest import TORCH_WARNINGS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 STEPS, BATCH = 6, 256
+NO_CONTEXT = "ignore:Attempting to run cuBLAS, but there was no current CUDA context"  # a backward pass in a new thread
 
 
 def trained(opt, spoiled, graphs):
@@ -73,58 +74,60 @@ def test_patches_by_a_product_are_as_near_to_fp32_as_by_a_convolution():
     assert 0 < errors[1] < 1.2 * errors[0] < 0.01
 
 
-def attended(layer, tokens, mask, precision):
-    """What comes out of a layer, and every gradient."""
+def attended(layer, tokens, mask, dtype):
+    """What comes out of a layer under autocast, and every gradient; without it for float64."""
     layer.zero_grad()
     tokens = tokens.clone().requires_grad_()
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float64):
         out = layer(tokens, mask)
     out.backward(torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda").to(out.dtype))
     return [out.detach(), tokens.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
-@pytest.fixture
-def window_layer():
+def windows(size, masks, windows):
+    """Tokens of windows, and a layer for them."""
     torch.manual_seed(0)
-    layer = WindowAttention(64, 2, window_size=7, device="cuda")
+    layer, area = WindowAttention(64, 2, window_size=size, device="cuda"), size * size
     nn.init.normal_(layer.relative_position_bias_table)
-    masks = torch.where(torch.rand(4, 49, 49, device="cuda") < 0.3, -100.0, 0.0)
-    return layer, torch.randn(48, 49, 64, device="cuda"), masks
+    mask = torch.where(torch.rand(masks, area, area, device="cuda") < 0.3, -100.0, 0.0) if masks else None
+    return layer, torch.randn(windows, area, 64, device="cuda"), mask
 
 
-@pytest.fixture
-def image_layer():
+def images(tokens):
+    """Tokens of images, and a layer for them."""
     torch.manual_seed(0)
-    return Attention(192, 3, qkv_bias=True, device="cuda"), torch.randn(8, 197, 192, device="cuda"), None
-
-
-LAYERS = pytest.mark.parametrize("kind", ["window_layer", "image_layer"])
-NO_CONTEXT = "ignore:Attempting to run cuBLAS, but there was no current CUDA context"  # a backward pass in a new thread
+    return Attention(192, 3, qkv_bias=True, device="cuda"), torch.randn(8, tokens, 192, device="cuda"), None
 
 
 @pytest.mark.filterwarnings(NO_CONTEXT)
-@LAYERS
-def test_packed_attention_is_as_near_to_exact_as_timms_and_the_same_every_time(request, kind):
-    layer, tokens, mask = request.getfixturevalue(kind)
-    exact = attended(layer.double(), tokens.double(), None if mask is None else mask.double(), "exact")
-    theirs = attended(layer.float(), tokens, mask, "bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "make, given", [(windows, (7, 4, 1200)), (windows, (4, 0, 48)), (images, (197,)), (images, (256,))]
+)
+def test_packed_attention_is_as_near_to_exact_as_timms_and_the_same_every_time(make, given, dtype):
+    layer, tokens, mask = make(*given)
+    exact = attended(layer.double(), tokens.double(), None if mask is None else mask.double(), torch.float64)
+    theirs = attended(layer.float(), tokens, mask, dtype)
     pack_attention(nn.Sequential(layer))
-    mine = attended(layer, tokens, mask, "bf16")
+    mine = attended(layer, tokens, mask, dtype)
     for found, other, right in zip(mine, theirs, exact, strict=True):
         assert found.dtype == other.dtype
         assert 0 < (found - right).norm() < 1.2 * (other - right).norm() < 0.05 * right.norm()
-    assert all(map(torch.equal, mine, attended(layer, tokens, mask, "bf16")))
+    assert all(map(torch.equal, mine, attended(layer, tokens, mask, dtype)))
 
 
 @pytest.mark.filterwarnings(NO_CONTEXT, *TORCH_WARNINGS)
-@LAYERS
+@pytest.mark.parametrize("make, given", [(windows, (7, 4, 1200)), (images, (197,))])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_packed_attention_compiled_is_that_of_its_layer(request, kind, mode):
-    layer, tokens, mask = request.getfixturevalue(kind)
+def test_packed_attention_compiled_is_that_of_its_layer_and_repeats_itself(make, given, mode):
+    layer, tokens, mask = make(*given)
     pack_attention(nn.Sequential(layer))
-    plain = attended(layer, tokens, mask, "bf16")
+    plain = attended(layer, tokens, mask, torch.bfloat16)
     compile_model(layer, mode)
+    passes = []
     for _ in range(3):  # a CUDA graph is recorded in the second
-        found = [value.clone() for value in attended(layer, tokens, mask, "bf16")]
-    for compiled, right in zip(found, plain, strict=True):
+        passes.append([value.clone() for value in attended(layer, tokens, mask, torch.bfloat16)])
+    for compiled, right in zip(passes[0], plain, strict=True):
         assert (compiled - right).norm() < 0.01 * right.norm()
+    for later in passes[1:]:
+        assert all(map(torch.equal, later, passes[0]))

@@ -16,14 +16,17 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 _HAS_TRITON = find_spec("triton") is not None
-WINDOW_HEAD, WINDOW_TOKENS = 32, range(1, 65)  # channels of a head, and tokens, for which the kernels were measured
-IMAGE_HEAD, IMAGE_TOKENS = 64, range(129, 257)
+WINDOW_HEAD, WINDOW_TOKENS = 32, range(1, 65)  # channels of a head, and tokens; measured with 49
+IMAGE_HEAD, IMAGE_TOKENS = 64, range(129, 257)  # measured with 197
+PRODUCT_TOKENS = 256  # of a window whose table's gradient is a matrix product
 
 
 class PackedWindowAttention(WindowAttention):
     """timm's attention within windows (Swin, arXiv:2103.14030), under autocast on a GPU by `window_attention`.
 
-    Weights and their names are the same. Scores and biases are not rounded in between.
+    That takes heads of 32 channels, at most 64 tokens, and compute capability 8.0. Weights and their names are the
+    same. Scores and biases are not rounded in between, and on any GPU the gradient of the table of biases repeats
+    itself, compiled, too.
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -35,7 +38,7 @@ class PackedWindowAttention(WindowAttention):
 
     def _get_rel_pos_bias(self) -> Tensor:
         table, area = self.relative_position_bias_table, self.window_area
-        if not table.is_cuda or area not in WINDOW_TOKENS:
+        if area > PRODUCT_TOKENS or not _adds_in_any_order(table):
             return super()._get_rel_pos_bias()
         index: Any = self.relative_position_index
         rows = Gathered.apply(table, index.flatten())
@@ -49,7 +52,7 @@ class PackedWindowAttention(WindowAttention):
 class PackedAttention(Attention):
     """timm's attention among all tokens (ViT, arXiv:2010.11929), under autocast on a GPU by `image_attention`.
 
-    Only what was measured is: a GPU of compute capability 9, heads of 64 channels, some 200 tokens.
+    That takes compute capability 9.0, heads of 64 channels and 129 to 256 tokens, as ViT-B/16 has 197 at 224 px.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -80,7 +83,12 @@ def _drops(layer: Any) -> bool:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return _HAS_TRITON and x.is_cuda and torch.is_autocast_enabled("cuda")
+    return _HAS_TRITON and x.is_cuda and torch.version.hip is None and torch.is_autocast_enabled("cuda")
+
+
+def _adds_in_any_order(table: Tensor) -> bool:
+    """Whether an index's gradient may be summed up by atomic operations, as compiled code on a GPU does."""
+    return table.is_cuda
 
 
 @torch.compiler.assume_constant_result
@@ -110,7 +118,13 @@ class Gathered(torch.autograd.Function):
         """The table's, as a matrix product: (K, H) to (T, H)."""
         (index,) = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return (torch.arange(ctx.rows, device=index.device)[:, None] == index).to(grad.dtype) @ grad, None
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            chosen = torch.arange(ctx.rows, device=index.device)[:, None] == index
+            return (chosen.to(wide.dtype) @ wide).to(grad.dtype), None
+
+
+def _whole(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
 
 
 @torch.library.custom_op(
@@ -122,17 +136,21 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: floa
     """Attention of each window's tokens to one another, softmax(q kᵀ · scale + bias + mask) v, for every head.
 
     Args:
-        qkv: bf16 or fp16 (windows, N, 3 · heads · D), N up to WINDOW_TOKENS: queries, keys, values of all heads.
+        qkv: bf16 or fp16 (windows, N, 3 · heads · D), N up to 64, D a power of two:
+            queries, keys, values of all heads.
         bias: float32 (heads, N, N); its gradient is summed up in the same order every time.
         mask: float32 (M, N, N), M a divisor of windows, or None; window i has mask i modulo M. It gets no gradient.
         scale: of the scores.
 
     Returns:
         (windows, N, heads · D), of qkv's type.
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     from cifar_dist.models import triton_attention
 
-    return triton_attention.window_forward(qkv.contiguous(), bias.contiguous(), mask, scale)
+    return triton_attention.window_forward(qkv.contiguous(), bias.contiguous(), _whole(mask), scale)
 
 
 @torch.library.custom_op(
@@ -146,7 +164,7 @@ def window_attention_backward(
     """The gradients of qkv and bias."""
     from cifar_dist.models import triton_attention
 
-    return triton_attention.window_backward(grad.contiguous(), qkv.contiguous(), bias.contiguous(), mask, scale)
+    return triton_attention.window_backward(grad.contiguous(), qkv.contiguous(), bias.contiguous(), _whole(mask), scale)
 
 
 @torch.library.custom_op(
@@ -156,13 +174,14 @@ def image_attention(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tens
     """Attention of each image's tokens to one another, softmax(q kᵀ · scale) v, for every head.
 
     Args:
-        qkv: bf16 or fp16 (B, N, 3 · heads · D), N up to 256: queries, keys, values of all heads.
+        qkv: bf16 or fp16 (B, N, 3 · heads · D), N up to 256, D a power of two: queries, keys, values of
+            all heads.
         heads: how many.
-        scale: of the scores.
+        scale: of the scores, above 0.
 
     Returns:
         (B, N, heads · D), of qkv's type, and for the gradient float32 (B, heads, N), the binary logarithm of the sum
-        that a token's softmax divides by.
+        that a token's softmax divides by; it has no gradient.
     """
     from cifar_dist.models import triton_attention
 
@@ -214,6 +233,7 @@ def _window_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _keep_image(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, _, ctx.scale = inputs
     ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _image_gradients(ctx: Any, grad: Tensor, of_logs: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """The GPU kernels of `packed_attention`, in Triton; imported only where they run.
 
 Queries, keys and values of all heads lie side by side in a token's row, as the layer before has computed them, and so
-do their gradients. Every sum is made in the same order each time, whatever the GPU.
+do their gradients. On one kind of GPU every sum is made in the same order each time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 256  # about so many share the windows; they decide in which order a bias's gradient is summed up
+_PROGRAMS = 256  # share the windows, or one for each mask and head; the order of a bias's gradient depends on it
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FUSED = {"enable_fp_fusion": True}  # multiply and add at once; Triton's default is about to change
 
@@ -152,6 +152,10 @@ def _window_launch(qkv: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[tupl
     """How many programs, and what is compiled into them. All windows of a program have the same mask."""
     (windows, tokens, width), heads, masks = qkv.shape, bias.shape[0], 0 if mask is None else mask.shape[0]
     alike = max(1, masks)
+    square = (tokens, tokens)
+    if windows % alike or bias.shape[1:] != square or (mask is not None and mask.shape[1:] != square):
+        shapes = [tuple(each.shape) for each in (qkv, bias, mask) if each is not None]
+        raise ValueError(f"attention within windows does not fit together: qkv, bias and mask of {shapes}")
     programs = alike * min(max(1, _PROGRAMS // (heads * alike)), windows // alike)
     sizes = {"MASKS": masks, "HEADS": heads, "N": tokens, "D": width // (3 * heads)}
     rows = max(16, triton.next_power_of_2(tokens))
@@ -162,7 +166,8 @@ def window_forward(qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float)
     """See `packed_attention.window_attention`."""
     grid, sizes = _window_launch(qkv, bias, mask)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-    _window_forward[grid](qkv, bias, bias if mask is None else mask, out, len(qkv), scale, **sizes)
+    with torch.cuda.device_of(qkv):
+        _window_forward[grid](qkv, bias, bias if mask is None else mask, out, len(qkv), scale, **sizes)
     return out
 
 
@@ -172,7 +177,10 @@ def window_backward(
     """The gradients of qkv and bias."""
     grid, sizes = _window_launch(qkv, bias, mask)
     grad_qkv, parts = torch.empty_like(qkv), bias.new_empty(grid[0], *bias.shape)
-    _window_backward[grid](grad, qkv, bias, bias if mask is None else mask, grad_qkv, parts, len(qkv), scale, **sizes)
+    with torch.cuda.device_of(qkv):
+        _window_backward[grid](
+            grad, qkv, bias, bias if mask is None else mask, grad_qkv, parts, len(qkv), scale, **sizes
+        )
     return grad_qkv, parts.sum(0)
 
 
@@ -187,7 +195,8 @@ def image_forward(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor
     grid, sizes = _image_launch(qkv, heads)
     images, tokens, width = qkv.shape
     out, logs = qkv.new_empty(images, tokens, width // 3), qkv.new_empty(images, heads, tokens, dtype=torch.float32)
-    _image_forward[grid](qkv, out, logs, scale, ROWS=64, num_warps=4, num_stages=2, **sizes)
+    with torch.cuda.device_of(qkv):
+        _image_forward[grid](qkv, out, logs, scale, ROWS=64, num_warps=4, num_stages=2, **sizes)
     return out, logs
 
 
@@ -195,5 +204,6 @@ def image_backward(grad: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, scale: 
     """The gradient of qkv."""
     grid, sizes = _image_launch(qkv, logs.shape[1])
     grad_qkv = torch.empty_like(qkv)
-    _image_backward[grid](grad, qkv, out, logs, grad_qkv, scale, ROWS=32, num_warps=8, num_stages=3, **sizes)
+    with torch.cuda.device_of(qkv):
+        _image_backward[grid](grad, qkv, out, logs, grad_qkv, scale, ROWS=32, num_warps=8, num_stages=3, **sizes)
     return grad_qkv

@@ -9,6 +9,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention as attention
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model, packed_attention
@@ -27,6 +28,7 @@ __all__ = ["cuda_autocast"]
 
 
 def as_if_on_hopper(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_HAS_TRITON", True)
     monkeypatch.setattr(packed_attention, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
@@ -37,6 +39,7 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/test_gpu.py runs the kernels themselves")
+    monkeypatch.setattr(packed_attention, "_adds_in_any_order", lambda table: True)
     as_if_on_hopper(monkeypatch)
 
 
@@ -59,13 +62,49 @@ def assert_as_exact(layer, tokens, mask=None):
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
 
-@pytest.mark.parametrize("size, heads, masks", [(7, 2, 4), (7, 3, 0), (4, 2, 8), ((2, 5), 1, 2)])
-def test_windows(interpreted, size, heads, masks):
+def window_layer(size, heads, masks):
+    """A layer and its masks."""
     torch.manual_seed(0)
     layer = WindowAttention(32 * heads, heads, window_size=size)
     nn.init.normal_(layer.relative_position_bias_table)
-    mask = torch.where(torch.rand(masks, layer.window_area, layer.window_area) < 0.3, -100.0, 0.0) if masks else None
-    assert_as_exact(layer, torch.randn(16, layer.window_area, 32 * heads), mask)
+    hidden = torch.rand(masks, layer.window_area, layer.window_area) < 0.3
+    return layer, torch.where(hidden, -100.0, 0.0) if masks else None
+
+
+@pytest.mark.parametrize("size, heads, masks", [(7, 2, 4), (7, 3, 0), (4, 2, 10), (1, 2, 0), ((2, 5), 1, 2)])
+@pytest.mark.parametrize("programs", [1, 16, 256])
+def test_windows(interpreted, monkeypatch, size, heads, masks, programs):
+    """Twenty of them: in a program each, or several in one, be it always the same number or not."""
+    triton_attention = pytest.importorskip("cifar_dist.models.triton_attention")
+    monkeypatch.setattr(triton_attention, "_PROGRAMS", programs)
+    layer, mask = window_layer(size, heads, masks)
+    assert_as_exact(layer, torch.randn(20, layer.window_area, 32 * heads), mask)
+
+
+def test_a_mask_may_lie_in_memory_as_it_likes(interpreted):
+    layer, mask = window_layer(3, 2, 4)
+    assert_as_exact(layer, torch.randn(8, 9, 64), mask.mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("windows, masks, tokens", [(3, 4, 9), (5, 4, 9), (4, 4, 16)])
+def test_what_does_not_fit_together_is_refused(interpreted, windows, masks, tokens):
+    with pytest.raises(ValueError, match="does not fit together"):
+        window_attention(torch.randn(windows, 9, 192), torch.randn(2, tokens, tokens), torch.zeros(masks, 9, 9), 0.2)
+
+
+def test_half_precision(interpreted):
+    """As near to exact as torch's, of inputs that are the same."""
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(2, 197, 3 * 64).half(), torch.randn(2, 197, 64).half()
+    found = []
+    for way in ("exact", "torch", "ours"):
+        packed = (qkv.double() if way == "exact" else qkv.clone()).requires_grad_()
+        q, k, v = packed[:, None].chunk(3, dim=3)
+        out = image_attention(packed, 1, 1 / 8)[0] if way == "ours" else attention(q, k, v)[:, 0]
+        out.backward(grad.to(out.dtype))
+        found.append((out.detach().double(), packed.grad.double()))
+    for exact, theirs, mine in zip(*found, strict=True):
+        assert 0 < (mine - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("tokens", [130, 197, 256])
@@ -133,6 +172,7 @@ def test_torch_may_compile_them(interpreted):
     for masks in (mask, None):
         torch.library.opcheck(window_attention, (qkv, bias, masks, 0.25))
     torch.library.opcheck(image_attention, (qkv, 2, 0.25))
+    assert not image_attention(qkv, 2, 0.25)[1].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -175,6 +215,7 @@ def by_kernels(monkeypatch, layer, tokens):
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
 def test_only_under_autocast_on_a_gpu_that_is_new_enough(monkeypatch, cuda_autocast, enabled, capability):
+    monkeypatch.setattr(packed_attention, "_HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     cuda_autocast(enabled)
     with FakeTensorMode():
