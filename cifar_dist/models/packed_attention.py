@@ -53,6 +53,7 @@ class PackedAttention(Attention):
     """timm's attention among all tokens (ViT, arXiv:2010.11929), under autocast on a GPU by `image_attention`.
 
     That takes compute capability 9.0, heads of 64 channels and 129 to 256 tokens, as ViT-B/16 has 197 at 224 px.
+    Without gradients cuDNN's forward pass, which torch takes, is the faster.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -65,7 +66,7 @@ class PackedAttention(Attention):
     def _suits(self, tokens: int) -> bool:
         plain = self.gate is None and all(type(n) is nn.Identity for n in (self.q_norm, self.k_norm, self.norm))
         fits = self.head_dim == IMAGE_HEAD and tokens in IMAGE_TOKENS
-        return plain and fits and self.fused_attn and not _drops(self)
+        return plain and fits and self.fused_attn and torch.is_grad_enabled() and not _drops(self)
 
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {WindowAttention: PackedWindowAttention, Attention: PackedAttention}

@@ -264,3 +264,12 @@ def test_not_with_a_mask(monkeypatch, more):
     expected = layer(tokens, **more)
     pack_attention(nn.Sequential(layer))
     assert torch.equal(layer(tokens, **more), expected)
+
+
+@pytest.mark.parametrize("make, expected", [(lambda: Attention(128, 2), False), (lambda: WindowAttention(64, 2), True)])
+def test_without_gradients_it_is_for_windows_alone(monkeypatch, make, expected):
+    as_if_on_hopper(monkeypatch)
+    layer = make().eval()
+    with torch.no_grad():
+        tokens = torch.randn(2, 197 if type(layer) is Attention else 49, layer.qkv.in_features)
+        assert by_kernels(monkeypatch, layer, tokens) == expected
