@@ -75,7 +75,7 @@ class Way:
     deterministic: bool = True
 
 
-PLAIN = Way("plain", deterministic=False)
+PLAIN = Way("plain", deterministic=False, attention="timm")
 
 
 @dataclass
