@@ -29,7 +29,7 @@ from cifar_dist.recovery.store import sweep
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "datasets", "evaluate", "wandb", "numpy", "safetensors",
-    "deepspeed",
+    "deepspeed", "triton",
 )  # fmt: skip
 REQUEUE = "REQUEUE"
 NOT_THE_TRAINING = {
