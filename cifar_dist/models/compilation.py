@@ -19,9 +19,11 @@ def compile_model(model: nn.Module, mode: str) -> None:
         model: on its device.
         mode: of `torch.compile`.
     """
-    from torch._inductor import config
+    from torch._inductor import config, decomposition
 
     config.deterministic = True
+    # torch 2.15 makes a max-pool's gradient a sum in any order; Inductor has another way, which adds up in one.
+    decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
     blocks = transformer_blocks(model) if mode == "default" else []
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))  # train, eval
     for block in blocks:

@@ -5,6 +5,7 @@ import torch
 from scipy.stats import binomtest
 from timm.layers import DropPath
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
@@ -120,3 +121,19 @@ def test_the_compiler_does_not_choose_by_the_clock(monkeypatch):
     monkeypatch.setattr(config, "deterministic", False)
     compile_model(nn.Linear(2, 2), "default")
     assert config.deterministic
+
+
+def test_the_gradient_of_an_overlapping_max_pool_is_not_summed_up_in_any_order():
+    """Inductor is given the operator itself, not a scatter, which on a GPU adds up by atomic operations."""
+    from torch._inductor import decomposition
+
+    compile_model(nn.Linear(2, 2), "default")
+    decomposition.fast_random_decomps.cache_clear()  # of another test
+
+    def gradient(images):
+        return torch.func.grad(lambda x: nn.functional.max_pool2d(x, 3, 2, 1).square().sum())(images)
+
+    graph = make_fx(gradient, decomposition.select_decomp_table())(torch.randn(1, 2, 8, 8)).graph
+    operators = [str(node.target) for node in graph.nodes]
+    assert "aten.max_pool2d_with_indices_backward.default" in operators
+    assert not any("scatter" in name for name in operators)
