@@ -69,7 +69,7 @@ ROWS: list[tuple[Case, Way]] = [  # what compiles the longest is first, what can
     *((NFNET, way) for way in (GRAPHS_NHWC, PLAIN)),
     *((case, way) for case in (WRN, RESNET) for way in (GRAPHS_NHWC, PLAIN)),
     *((SWIN, way) for way in (FUSED, TIMM, COMPILED)),
-    *((case, way) for case in (WRN, RESNET, NFNET) for way in (NHWC,)),
+    *((case, NHWC) for case in (WRN, RESNET, NFNET)),
     *((case, way) for case in (WRN, RESNET) for way in (GRAPHS_ANY, GRAPHS_TUNED, ANY)),
     (VIT, COMPILED),
 ]

@@ -28,6 +28,15 @@ def _window_bias(bias, mask, first, head, rows, MASKS: tl.constexpr, N: tl.const
 
 
 @triton.jit
+def _window_qkv(at, tokens, SIZE: tl.constexpr):
+    """Queries, keys and values of a window's head, which lie so far from each other."""
+    q = tl.load(at, mask=tokens, other=0.0)
+    k = tl.load(at + SIZE, mask=tokens, other=0.0)
+    v = tl.load(at + 2 * SIZE, mask=tokens, other=0.0)
+    return q, k, v
+
+
+@triton.jit
 def _softmax(scores):
     raised = tl.exp(scores - tl.max(scores, 1)[:, None])
     return raised * (1.0 / tl.sum(raised, 1))[:, None]
@@ -44,9 +53,7 @@ def _window_forward(
     shared = _window_bias(bias, mask, first, head, rows, MASKS, N)
     for window in range(first, windows, programs):
         row = (rows.to(tl.int64) + window * N)[:, None] * (HEADS * D)
-        q = tl.load(qkv + row * 3 + columns, mask=tokens, other=0.0)
-        k = tl.load(qkv + row * 3 + HEADS * D + columns, mask=tokens, other=0.0)
-        v = tl.load(qkv + row * 3 + 2 * HEADS * D + columns, mask=tokens, other=0.0)
+        q, k, v = _window_qkv(qkv + row * 3 + columns, tokens, HEADS * D)
         share = _softmax(tl.dot(q, tl.trans(k)) * scale + shared)
         tl.store(out + row + columns, tl.dot(share.to(v.dtype), v).to(v.dtype), mask=tokens)
 
@@ -63,9 +70,7 @@ def _window_backward(
     summed = tl.zeros((ROWS, ROWS), tl.float32)
     for window in range(first, windows, programs):
         row = (rows.to(tl.int64) + window * N)[:, None] * (HEADS * D)
-        q = tl.load(qkv + row * 3 + columns, mask=tokens, other=0.0)
-        k = tl.load(qkv + row * 3 + HEADS * D + columns, mask=tokens, other=0.0)
-        v = tl.load(qkv + row * 3 + 2 * HEADS * D + columns, mask=tokens, other=0.0)
+        q, k, v = _window_qkv(qkv + row * 3 + columns, tokens, HEADS * D)
         g = tl.load(grad + row + columns, mask=tokens, other=0.0)
         share = _softmax(tl.dot(q, tl.trans(k)) * scale + shared)
         of_share = tl.dot(g, tl.trans(v))

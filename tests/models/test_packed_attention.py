@@ -22,9 +22,6 @@ from cifar_dist.models.packed_attention import (
     window_attention,
 )
 from tests.conftest import TORCH_WARNINGS
-from tests.models.test_patches import cuda_autocast
-
-__all__ = ["cuda_autocast"]
 
 
 def as_if_on_hopper(monkeypatch):

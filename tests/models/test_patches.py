@@ -47,16 +47,6 @@ def test_only_a_patch_embedding_is_changed_and_weights_keep_their_names(name, pa
         assert model.state_dict().keys() == timm.create_model(name, num_classes=10).state_dict().keys()
 
 
-@pytest.fixture
-def cuda_autocast():
-    """Switch it on and off; torch.autocast itself does so only where there is a GPU."""
-    before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    yield lambda enabled: torch.set_autocast_enabled("cuda", enabled)
-    torch.set_autocast_enabled("cuda", False)
-    torch.set_autocast_dtype("cuda", before)
-
-
 @pytest.mark.parametrize("enabled", [True, False])
 def test_on_a_gpu_it_is_the_product_under_autocast_and_the_convolution_without(cuda_autocast, enabled):
     """Told by the strides, on a GPU that is made up: a product's patches have their channels last."""
