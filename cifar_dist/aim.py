@@ -25,7 +25,7 @@ class Aim:
         own: the run's data, where they are now.
         other: another set, as ``--data`` names it; None for the run's own test split.
         fingerprint: of the data as they are now; None where the run's own are not at hand.
-        tta: none or flip.
+        tta: none, flip or flip-shift.
         precision: of the forward pass.
         folder: of the report.
     """
@@ -46,7 +46,7 @@ def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) ->
         runs: they are compared, if there are several.
         which: the checkpoint: best, last, or its folder. A run that keeps no best gives its last.
         other: a data set to score instead of the runs' own test splits.
-        tta: none or flip.
+        tta: none, flip or flip-shift.
 
     Raises:
         UsageError: there is no such checkpoint, or the data cannot be used or are not the same.

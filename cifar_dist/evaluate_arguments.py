@@ -22,7 +22,12 @@ def parse_arguments() -> argparse.Namespace:
         help="score another set with the same classes: a name or path, also CLASS/*.png;"
         " or the path to which the run's own have moved",
     )
-    parser.add_argument("--tta", choices=("none", "flip"), default="none", help="flip: average with the mirror image")
+    parser.add_argument(
+        "--tta",
+        choices=("none", "flip", "flip-shift"),
+        default="none",
+        help="flip: average with the mirror image; flip-shift: also with both moved by a pixel",
+    )
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")
     parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")

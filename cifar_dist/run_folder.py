@@ -255,12 +255,16 @@ def _git_commit() -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """The CPU's name; with its family and model where the name says no number, as on rented machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        lines = []
+    said = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if any(character.isdigit() for character in name.partition("@")[0]) or "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said['model']})"
 
 
 def cpu_name(name: str, threads: int) -> str:

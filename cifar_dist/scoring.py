@@ -18,7 +18,7 @@ from cifar_dist.cost.flops import count_flops
 from cifar_dist.cost.peak import device_peak
 from cifar_dist.cost.speed import measure_speed
 from cifar_dist.data import TestData, load_other_test_data, load_test_data, load_val_data
-from cifar_dist.data.augment import Preprocess
+from cifar_dist.data.augment import VIEWS, Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.group import check_agreement, first_failure, on_main, say
 from cifar_dist.errors import UsageError, first_line
@@ -149,10 +149,14 @@ def _score(subject: Subject, split: ResidentSet, about: About) -> Scored:
     batch = subject.run.plan["micro_batch_size"]
     evaluator = Evaluator(subject.accelerator, preprocess, batch, subject.aim.precision)
     images = split.to(subject.accelerator.device)
-    logits = evaluator.logits(subject.model, images)
-    if about.tta == "flip":
-        both = torch.stack([logits, evaluator.logits(subject.model, images, mirrored=True)])
-        logits = (both.double().log_softmax(dim=2).logsumexp(dim=0) - math.log(2)).float()
+    if about.tta == "none":
+        logits = evaluator.logits(subject.model, images)
+    else:
+        parts = [
+            evaluator.logits(subject.model, images, view).double().log_softmax(dim=1) + math.log(view.weight)
+            for view in VIEWS[about.tta]
+        ]
+        logits = torch.stack(parts).logsumexp(dim=0).float()
     if not logits.isfinite().all():
         raise UsageError(
             f"{subject.run.folder}: checkpoint {about.checkpoint} (step {about.step}) predicts NaN; the run diverged."

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -101,14 +102,32 @@ def test_scores_equal_a_plain_pytorch_loop(digits_run, script, monkeypatch, caps
     assert f"top-1 {top1:.2%}" in capsys.readouterr().out
 
 
-def test_flipping_averages_probabilities(digits_run, script, monkeypatch):
-    run_script(script, monkeypatch, digits_run, "--tta", "flip")
+def moved(images, pixels):
+    """The middle of images that torch enlarged by one pixel, from there moved by so many; (N,32,32,3)."""
+    enlarged = F.pad(images.permute(0, 3, 1, 2).float(), (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
+    return enlarged[:, 1 - pixels : 33 - pixels, 1 - pixels : 33 - pixels].to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tta", "weights", "words"),
+    [
+        ("flip", {0: 1}, "averaged with their mirror images, with"),
+        ("flip-shift", {0: 1 / 2, -1: 1 / 4, 1: 1 / 4}, "mirror images and with both moved by one pixel, with"),
+    ],
+)
+def test_views_average_probabilities(digits_run, script, monkeypatch, tta, weights, words):
+    run_script(script, monkeypatch, digits_run, "--tta", tta)
     config = open_run(digits_run).config
     images = load_test_data(config.data).test.images
-    both = [expected_logits(config, seen).softmax(1) for seen in (images, images.flip(2))]
-    scored = load_predictions(digits_run / "report-flip")
-    np.testing.assert_allclose(scored.probabilities, sum(both) / 2, atol=1e-6)
-    assert json.loads((digits_run / "report-flip" / "metrics.json").read_text())["tta"] == "flip"
+    expected = sum(
+        weight / 2 * (expected_logits(config, seen).softmax(1) + expected_logits(config, seen.flip(2)).softmax(1))
+        for weight, seen in ((weight, moved(images, pixels)) for pixels, weight in weights.items())
+    )
+    report = digits_run / f"report-{tta}"
+    np.testing.assert_allclose(load_predictions(report).probabilities, expected, atol=1e-6)
+    assert json.loads((report / "metrics.json").read_text())["tta"] == tta
+    page = (report / "report.md").read_text()
+    assert words in page and f"--tta {tta}" in page
 
 
 def test_predictions_are_made_again_only_where_something_changed(digits_run, script, monkeypatch, capsys):

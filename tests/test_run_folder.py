@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.run_folder import choose_run_dir, create_run_dir, run_lock
+from cifar_dist.run_folder import choose_run_dir, create_run_dir, processor, run_lock
 
 FACTS = {"data_fingerprint": "aa", "class_names": ["cat", "dog"]}
 
@@ -173,3 +174,29 @@ def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_run(tmp_path, monk
     monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", usage)
     prepare(config(tmp_path, "auto"))
     assert not litter.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name", "expected"),
+    [
+        (26, 2, "AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        (6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 143)"),
+        (25, 33, "AMD Ryzen 7 5800X 8-Core Processor", "AMD Ryzen 7 5800X 8-Core Processor"),
+    ],
+)
+def test_a_processors_name_tells_it_from_others(monkeypatch, family, model, name, expected):
+    cores = [f"processor\t: {i}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\n" for i in range(2)]
+    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(cores))
+    assert processor() == expected
+
+
+@pytest.mark.parametrize("cpuinfo", ["processor\t: 0\nCPU part\t: 0xd40\n", None])
+def test_a_processor_without_a_name_in_proc_is_pythons(monkeypatch, cpuinfo):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", lambda: "an Arm")
+    assert processor() == "an Arm"

@@ -24,7 +24,7 @@ class About:
         checkpoint: best, last, or a checkpoint's folder.
         step: optimizer steps the checkpoint has seen.
         digest: sha256 of the checkpoint's manifest.
-        tta: none; flip: probabilities are the mean over the image and its mirror image.
+        tta: the views over which probabilities are averaged: none, flip or flip-shift.
         precision: fp32, bf16 or fp16.
         own_data: whether it is a split of the data set that the run was trained on.
         place: what ``--data`` named; None without it.

@@ -236,6 +236,6 @@ def commands(run: Run, about: About) -> str:
     named = about.checkpoint in ("best", "last")
     which = about.checkpoint if named else f"{again}/checkpoints/{Path(about.checkpoint).name}"
     flags = [] if which == "best" else [f"--checkpoint {shlex.quote(which)}"]
-    flags += ["--tta flip"] if about.tta == "flip" else []
+    flags += [] if about.tta == "none" else [f"--tta {about.tta}"]
     flags += [] if about.own_data else [f"--data {shlex.quote(about.place or about.dataset)}"]
     return f"{train}\n{' '.join(['python evaluate.py', shlex.quote(again), *flags])}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from cifar_dist.data.augment import View
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.control import Agreement, BeforeStep, Verdict, Wish, any_of
 from cifar_dist.distributed.group import autocast, total
@@ -186,7 +187,7 @@ class Evaluator:
     precision: str
 
     def _scored(
-        self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool, mirrored: bool = False
+        self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool, view: View | None = None
     ) -> Iterator[Scored]:
         """This process's batches of a split: as many on every process, each row real exactly once."""
         model.eval()
@@ -201,7 +202,7 @@ class Evaluator:
             positions = start + offsets
             rows = positions.clamp(max=len(split) - 1)
             images = split.images[rows]
-            images = self.preprocess(images.flip(2) if mirrored else images)
+            images = self.preprocess(view(images) if view else images)
             with autocast(device, self.precision):
                 logits = model(images).float()
             yield Scored(rows, positions < len(split), logits)
@@ -232,10 +233,10 @@ class Evaluator:
         self,
         model: torch.nn.Module,
         split: ResidentSet,
-        mirrored: bool = False,
+        view: View | None = None,
         stop: Callable[[], bool] = bool,
     ) -> torch.Tensor:
-        """Logits, or whatever `model` returns, of every row of `split`, or of its mirror image.
+        """Logits, or whatever `model` returns, of every row of `split` as it is, or in a view of it.
 
         Returns:
             float32 (N, K) on the CPU, row i for row i of the split, complete on every process.
@@ -243,7 +244,7 @@ class Evaluator:
         Raises:
             Stopped: `stop` said so on some process meanwhile.
         """
-        parts = self._scored(model, split, stop, mirrored)
+        parts = self._scored(model, split, stop, view)
         batches = -(-len(split) // (self.batch_size * self.accelerator.num_processes))
         quiet = not self.accelerator.is_main_process or None  # None: shown in a terminal only
         shown = tqdm(parts, "forward passes", batches, leave=False, disable=quiet, unit="batch")

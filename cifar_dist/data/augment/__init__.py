@@ -16,6 +16,7 @@ from cifar_dist.data.augment.geometry import crop_and_flip
 from cifar_dist.data.augment.mixing import Mixing
 from cifar_dist.data.augment.pipeline import Augment
 from cifar_dist.data.augment.preprocess import Preprocess, resize_matrix
+from cifar_dist.data.augment.views import VIEWS, View
 
 __all__ = [
     "CROP_X",
@@ -23,10 +24,12 @@ __all__ = [
     "CUTOUT_X",
     "CUTOUT_Y",
     "FLIP",
+    "VIEWS",
     "Augment",
     "Erasing",
     "Mixing",
     "Preprocess",
+    "View",
     "crop_and_flip",
     "cutout_",
     "resize_matrix",
