@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tta",
         choices=("none", "flip", "flip-shift"),
         default="none",
-        help="flip: average with the mirror image; flip-shift: also with both moved by a pixel",
+        help="flip: average with the mirror image; flip-shift: also with both moved by a pixel, up left and down right",
     )
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")

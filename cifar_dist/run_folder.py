@@ -264,7 +264,7 @@ def processor() -> str:
     name = said.get("model name") or platform.processor() or platform.machine()
     if any(character.isdigit() for character in name.partition("@")[0]) or "cpu family" not in said:
         return name
-    return f"{name} (family {said['cpu family']}, model {said['model']})"
+    return f"{name}, family {said['cpu family']}, model {said['model']}"
 
 
 def cpu_name(name: str, threads: int) -> str:

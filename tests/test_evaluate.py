@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from cifar_dist import aim, scoring
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data, load_training_data
+from cifar_dist.data.augment import VIEWS
 from cifar_dist.errors import UsageError
+from cifar_dist.evaluate_arguments import parse_arguments
 from cifar_dist.models import build_model
 from cifar_dist.recovery import checkpoint, store
 from cifar_dist.report import evidence
-from cifar_dist.report.predictions import load_predictions
+from cifar_dist.report.predictions import AVERAGED, load_predictions
 from cifar_dist.run_record import open_run
 from tests.conftest import ROOT
 from tests.made_up import COST, ENVIRONMENT, make_run
@@ -56,9 +58,16 @@ def commit_weights(folder, weights, best=True, step=20):
     return store.commit(root, aside, best, {"step": step, "num_processes": 1, "files": files})
 
 
-def weights_of(config, seed=0):
+def untrained(config, seed=0, sure=1):
+    """A model whose probabilities are nearly equal; less so the larger the factor of its classifier."""
     torch.manual_seed(seed)
-    return build_model(config.model, 10).state_dict()
+    model = build_model(config.model, 10).eval()
+    model.get_classifier().weight.data *= sure
+    return model
+
+
+def weights_of(config, seed=0, sure=1):
+    return untrained(config, seed, sure).state_dict()
 
 
 def make(folder, seed=0, **settings):
@@ -81,10 +90,9 @@ def run_script(script, monkeypatch, *arguments):
     script.main()
 
 
-def expected_logits(config, images):
+def expected_logits(config, images, sure=1):
     """By plain PyTorch."""
-    torch.manual_seed(0)
-    model = build_model(config.model, 10).eval()
+    model = untrained(config, sure=sure)
     with torch.no_grad():
         return model((images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
 
@@ -116,18 +124,27 @@ def moved(images, pixels):
     ],
 )
 def test_views_average_probabilities(digits_run, script, monkeypatch, tta, weights, words):
-    run_script(script, monkeypatch, digits_run, "--tta", tta)
     config = open_run(digits_run).config
+    commit_weights(digits_run, weights_of(config, sure=30), step=30)  # where means of what differ
+    run_script(script, monkeypatch, digits_run, "--tta", tta)
     images = load_test_data(config.data).test.images
     expected = sum(
-        weight / 2 * (expected_logits(config, seen).softmax(1) + expected_logits(config, seen.flip(2)).softmax(1))
-        for weight, seen in ((weight, moved(images, pixels)) for pixels, weight in weights.items())
+        weight / 2 * expected_logits(config, seen, sure=30).softmax(1)
+        for pixels, weight in weights.items()
+        for seen in (moved(images, pixels), moved(images, pixels).flip(2))
     )
     report = digits_run / f"report-{tta}"
     np.testing.assert_allclose(load_predictions(report).probabilities, expected, atol=1e-6)
     assert json.loads((report / "metrics.json").read_text())["tta"] == tta
     page = (report / "report.md").read_text()
-    assert words in page and f"--tta {tta}" in page
+    assert words in page and f"--tta {tta}\n" in page
+
+
+def test_every_way_to_average_has_views_words_and_a_choice(monkeypatch):
+    assert set(AVERAGED) == {"none", *VIEWS}
+    for tta in AVERAGED:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "RUN", "--tta", tta])
+        assert parse_arguments().tta == tta
 
 
 def test_predictions_are_made_again_only_where_something_changed(digits_run, script, monkeypatch, capsys):

@@ -179,14 +179,15 @@ def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_run(tmp_path, monk
 @pytest.mark.parametrize(
     ("family", "model", "name", "expected"),
     [
-        (26, 2, "AMD EPYC", "AMD EPYC (family 26, model 2)"),
-        (6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 143)"),
+        (26, 2, "AMD EPYC", "AMD EPYC, family 26, model 2"),
+        (6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz, family 6, model 143"),
         (25, 33, "AMD Ryzen 7 5800X 8-Core Processor", "AMD Ryzen 7 5800X 8-Core Processor"),
     ],
 )
 def test_a_processors_name_tells_it_from_others(monkeypatch, family, model, name, expected):
-    cores = [f"processor\t: {i}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\n" for i in range(2)]
-    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(cores))
+    cores = [(family, model, name), (1, 1, "another")]  # the first one's are taken
+    said = [f"processor\t: 0\ncpu family\t: {f}\nmodel\t\t: {m}\nmodel name\t: {n}\n" for f, m, n in cores]
+    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(said))
     assert processor() == expected
 
 

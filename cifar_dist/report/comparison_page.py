@@ -15,6 +15,7 @@ from cifar_dist.report import comparison_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, missing, row_of, spread
+from cifar_dist.report.predictions import AVERAGED
 from cifar_dist.report.tables import interval, percent, quantity, shown
 from cifar_dist.study.record import StudyRecord
 
@@ -51,10 +52,11 @@ def comparison_page(
         return [Picture(pictures[name], comparison_figures.CAPTIONS[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := comparison_figures.map_words(members)) else []
-    best, images = _best([spread(members, group)["mean_top1"] for group in groups]), f"{count:,} test images"
-    words = f"Of {len(members)} runs on {images} of {about.dataset}, {_ahead(groups, best, len(members))}."
+    best = _best([spread(members, group)["mean_top1"] for group in groups])
+    images = f"{count:,} test images of {about.dataset}{AVERAGED[about.tta]}"
+    words = f"Of {len(members)} runs on {images}, {_ahead(groups, best, len(members))}."
     if len(groups) == 1:
-        words = f"{len(members)} runs with {_mean_accuracy(members, groups[0])} on {images} of {about.dataset}."
+        words = f"{len(members)} runs with {_mean_accuracy(members, groups[0])} on {images}."
     title = " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared"
     absent = missing(study, members) if study else {}
     if study and absent:

@@ -23,16 +23,11 @@ from cifar_dist.report import sheets, tables
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.report.numbers import cooled, metrics_of
-from cifar_dist.report.predictions import Scored, load_predictions, predictions_file
+from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 
 MOST_CONFUSIONS = 10
-AVERAGED = {
-    "none": "",
-    "flip": ", averaged with their mirror images",
-    "flip-shift": ", averaged with their mirror images and with both moved by one pixel",
-}
 INTERVALS = (
     "Intervals are of the test images, not of other seeds: Wilson's score interval of the accuracy, a percentile"
     " bootstrap over images of macro F1."
@@ -233,13 +228,12 @@ def _head(run: Run, scored: Scored, metrics: dict[str, Any]) -> list[Text]:
     """The result, of what it is, and what to be wary of."""
     about, trained_on = scored.about, run.dataset
     what = "Test accuracy" if about.own_data else f"Accuracy on {about.dataset}, another set than the run's own,"
-    views = AVERAGED[about.tta]
     other = f" The run's own set is {trained_on}: train and val below are of that." * (not about.own_data)
     interval = f"95 % interval {tables.interval(metrics['top1_interval'])}, Wilson's"
     return [
         Text(f"{what} {tables.percent(metrics['top1'])} ({interval})", strong=True),
         Text(
-            f"On {metrics['num_samples']:,} images of {about.dataset}{views}, with"
+            f"On {metrics['num_samples']:,} images of {about.dataset}{AVERAGED[about.tta]}, with"
             f" {_checkpoint_words(run, scored, metrics['selected_on'])}.{other}"
         ),
         *(Text(warning, strong=True) for warning in metrics["warnings"]),

@@ -12,6 +12,12 @@ import numpy as np
 
 from cifar_dist.errors import UsageError, first_line
 
+AVERAGED = {  # --tta in words
+    "none": "",
+    "flip": ", averaged with their mirror images",
+    "flip-shift": ", averaged with their mirror images and with both moved by one pixel",
+}
+
 
 @dataclass(frozen=True)
 class About:
@@ -24,7 +30,7 @@ class About:
         checkpoint: best, last, or a checkpoint's folder.
         step: optimizer steps the checkpoint has seen.
         digest: sha256 of the checkpoint's manifest.
-        tta: the views over which probabilities are averaged: none, flip or flip-shift.
+        tta: the views over which probabilities are averaged: none, flip or flip-shift; see `AVERAGED`.
         precision: fp32, bf16 or fp16.
         own_data: whether it is a split of the data set that the run was trained on.
         place: what ``--data`` named; None without it.

@@ -169,7 +169,7 @@ def _inference(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "latency",
             f"{1e3 * speed['latency_median_seconds']:.2f} ms",
-            f"one image, median of {speed['runs']}; {tail}; {where}",
+            f"one image once, median of {speed['runs']}; {tail}; {where}",
         ),
         ("throughput", f"{speed['images_per_second']:,.0f} images/s", f"batches of {speed['batch_size']}; {where}"),
     ]

@@ -11,7 +11,7 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode
 
 from cifar_dist.config import AugmentConfig, InputConfig
-from cifar_dist.data.augment import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, Augment, Preprocess, draws, uniform
+from cifar_dist.data.augment import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, Augment, Preprocess, View, draws, uniform
 
 PLAIN = InputConfig(32, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26), "bilinear")
 GREYS = InputConfig(32, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "bilinear")
@@ -300,3 +300,10 @@ def test_cuda_sees_the_same_pixels_of_every_policy(aa):
     here = Augment(choice, GREYS, 5, "cpu", torch.float32)(IMAGES, IDS, 9)
     there = Augment(choice, GREYS, 5, "cuda", torch.float32)(IMAGES.cuda(), IDS, 9).cpu()
     assert ((here - there).abs() > 1.01).float().mean() < 1e-3
+
+
+def test_a_view_is_moved_as_it_says_and_then_mirrored():
+    image = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    image[0, 2, 5] = 255
+    assert View(1, moved=1)(image)[0, ..., 0].nonzero().tolist() == [[3, 6]]
+    assert View(1, mirrored=True, moved=-1)(image)[0, ..., 0].nonzero().tolist() == [[1, 3]]

@@ -512,6 +512,13 @@ def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):
     assert (tmp_path / "out" / "grad_cam.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_comparison_says_over_which_views_predictions_are_averaged(tmp_path):
+    runs = [make(tmp_path, f"r{n}", make_scored(n, tta="flip"), lr=0.1 + n) for n in range(2)]
+    said = "Of 2 runs on 300 test images of pets, averaged with their mirror images, "
+    assert said in compared(tmp_path, *runs).markdown
+
+
 SCORED = make_scored(seed=4)
 
 

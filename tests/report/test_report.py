@@ -139,7 +139,7 @@ def test_cost_is_counted_by_hand(written):
     assert "| parameters | 2.00 M | 1.00 M trained |" in page
     assert "| GMACs without attention | 1.50 |" in page
     assert (
-        "| latency | 2.00 ms | one image, median of 50; 95th percentile 4.00 ms; a processor (2 threads), fp32 |"
+        "| latency | 2.00 ms | one image once, median of 50; 95th percentile 4.00 ms; a processor (2 threads), fp32 |"
         in page
     )
 

@@ -17,7 +17,8 @@ class View:
     Attributes:
         weight: of its probabilities in the average.
         mirrored: left to right.
-        moved: pixels down and to the right (negative: up and to the left); what is missing then is mirrored in.
+        moved: pixels of the stored image, down and to the right (negative: up and to the left), before mirroring; what
+            is missing then is mirrored in.
     """
 
     weight: float
@@ -28,10 +29,11 @@ class View:
         """Uint8 (B,S,S,3) to the same shape."""
         padding = abs(self.moved)
         start = torch.full((len(images),), padding - self.moved, device=images.device)
-        return crop_and_flip(images, padding, start, start, torch.full_like(start, self.mirrored).bool(), "reflect")
+        flip = torch.full((len(images),), self.mirrored, device=images.device)
+        return crop_and_flip(images, padding, start, start, flip, "reflect")
 
 
-# "flip-shift" is the multi-crop evaluation of Jordan 2024 (arXiv:2404.00498), which averages logits.
+# flip-shift: the views and weights of Jordan 2024 (arXiv:2404.00498), who averages logits, while we do probabilities.
 VIEWS = {
     "flip": tuple(View(1 / 2, mirrored) for mirrored in (False, True)),
     "flip-shift": tuple(
