@@ -119,8 +119,8 @@ def moved(images, pixels):
 @pytest.mark.parametrize(
     ("tta", "weights", "words"),
     [
-        ("flip", {0: 1}, "averaged with their mirror images, with"),
-        ("flip-shift", {0: 1 / 2, -1: 1 / 4, 1: 1 / 4}, "mirror images and with both moved by one pixel, with"),
+        ("flip", {0: 1}, "predictions averaged over each and its mirror image, with"),
+        ("flip-shift", {0: 1 / 2, -1: 1 / 4, 1: 1 / 4}, "a pixel up left and down right (1/4 each), with"),
     ],
 )
 def test_views_average_probabilities(digits_run, script, monkeypatch, tta, weights, words):
@@ -137,7 +137,7 @@ def test_views_average_probabilities(digits_run, script, monkeypatch, tta, weigh
     np.testing.assert_allclose(load_predictions(report).probabilities, expected, atol=1e-6)
     assert json.loads((report / "metrics.json").read_text())["tta"] == tta
     page = (report / "report.md").read_text()
-    assert words in page and f"--tta {tta}\n" in page
+    assert words in page and "each image once, over several views, unlike" in page and f"--tta {tta}\n" in page
 
 
 def test_every_way_to_average_has_views_words_and_a_choice(monkeypatch):

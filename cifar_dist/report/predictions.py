@@ -14,8 +14,9 @@ from cifar_dist.errors import UsageError, first_line
 
 AVERAGED = {  # --tta in words
     "none": "",
-    "flip": ", averaged with their mirror images",
-    "flip-shift": ", averaged with their mirror images and with both moved by one pixel",
+    "flip": ", predictions averaged over each and its mirror image",
+    "flip-shift": ", predictions averaged over each and its mirror image, as they are (weight 1/2) and moved by a pixel"
+    " up left and down right (1/4 each)",
 }
 
 

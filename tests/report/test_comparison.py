@@ -515,7 +515,7 @@ def test_a_run_without_maps_is_left_out_of_the_sheet(tmp_path):
 @pytest.mark.usefixtures("no_pictures")
 def test_a_comparison_says_over_which_views_predictions_are_averaged(tmp_path):
     runs = [make(tmp_path, f"r{n}", make_scored(n, tta="flip"), lr=0.1 + n) for n in range(2)]
-    said = "Of 2 runs on 300 test images of pets, averaged with their mirror images, "
+    said = "Of 2 runs on 300 test images of pets, predictions averaged over each and its mirror image, "
     assert said in compared(tmp_path, *runs).markdown
 
 
