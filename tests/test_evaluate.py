@@ -125,7 +125,7 @@ def moved(images, pixels):
 )
 def test_views_average_probabilities(digits_run, script, monkeypatch, tta, weights, words):
     config = open_run(digits_run).config
-    commit_weights(digits_run, weights_of(config, sure=30), step=30)  # where means of what differ
+    commit_weights(digits_run, weights_of(config, sure=30), step=30)  # else means of logits are the same
     run_script(script, monkeypatch, digits_run, "--tta", tta)
     images = load_test_data(config.data).test.images
     expected = sum(
