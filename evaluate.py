@@ -56,19 +56,19 @@ def main(arguments: argparse.Namespace | None = None) -> None:
     if arguments.wandb_report:
         wandb_report.runs_by_project(runs)
     accelerator = start(precision_of(runs[0]), WAIT_SECONDS)
-    on_main(accelerator, lambda: check_places(arguments))
     aims = on_main(accelerator, lambda: choose_aims(runs, arguments.checkpoint, arguments.data, arguments.tta))
+    on_main(accelerator, lambda: check_places(aims, arguments))
     for run, aim in zip(runs, aims, strict=True):
         report(run, aim, arguments, accelerator)
     if len(runs) > 1:
-        on_main(accelerator, lambda: compare(runs, [aim.folder for aim in aims], arguments))
+        on_main(accelerator, lambda: compare(runs, aims, arguments))
     finish(accelerator)
 
 
-def check_places(arguments: argparse.Namespace) -> None:
+def check_places(aims: list[Aim], arguments: argparse.Namespace) -> None:
     """Refuse folders that can't be written before the time that scoring takes."""
-    if len(arguments.run_dirs) > 1:
-        make_room(comparison_folder(arguments))
+    if len(aims) > 1:
+        make_room(comparison_folder(aims, arguments))
     if arguments.export is not None:
         export.check(arguments.export, arguments.onnx)
 
@@ -125,15 +125,16 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
         print(f"Hub         {export.push_to_hub(arguments.export, arguments.push_to_hub)}", flush=True)
 
 
-def comparison_folder(arguments: argparse.Namespace) -> Path:
-    """Where the comparison goes."""
-    return arguments.output or arguments.run_dirs[0].resolve().parent / "comparison"
+def comparison_folder(aims: list[Aim], arguments: argparse.Namespace) -> Path:
+    """Where the comparison goes: beside the runs, and called like the reports that it compares."""
+    name = "comparison" + aims[0].folder.name.removeprefix("report")
+    return arguments.output or arguments.run_dirs[0].resolve().parent / name
 
 
-def compare(runs: list[Run], folders: list[Path], arguments: argparse.Namespace) -> None:
+def compare(runs: list[Run], aims: list[Aim], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
-    output = comparison_folder(arguments)
-    found = write_comparison(runs, folders, output)
+    output = comparison_folder(aims, arguments)
+    found = write_comparison(runs, [aim.folder for aim in aims], output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")
     print(f"comparison  {found.page}", flush=True)

@@ -58,7 +58,8 @@ def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) ->
     return aims
 
 
-def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
+def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
+    which = wanted
     if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)
         which = "last"
@@ -69,7 +70,7 @@ def _choose(run: Run, which: str, other: str | None, tta: str) -> Aim:
         print(f"data        those of {run.folder} are read from {other}", flush=True)
         own, other = run.data_at(other), None
     fingerprint = _fingerprint(own, other)
-    folder = report_folder(run.folder, other, fingerprint, tta)
+    folder = report_folder(run.folder, wanted, other, fingerprint, tta)
     return Aim(which, own, other, fingerprint, tta, precision_of(run), folder)
 
 

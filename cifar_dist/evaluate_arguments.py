@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         default="none",
         help="flip: average with the mirror image; flip-shift: also with both moved by a pixel, up left and down right",
     )
-    parser.add_argument("--output", type=Path, help="folder of the comparison (default: comparison/ beside the runs)")
+    parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs: comparison, or comparison-flip, … like the reports)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")
     parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")
     parser.add_argument("--push-to-hub", metavar="NAME/REPO", help="with --export: upload the folder to the Hub")

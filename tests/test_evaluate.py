@@ -158,7 +158,9 @@ def test_predictions_are_made_again_only_where_something_changed(digits_run, scr
     assert scored_again("--tta", "flip")
     assert not scored_again()
     assert scored_again("--checkpoint", "last")
-    assert scored_again()
+    assert not scored_again()  # each has a folder of its own
+    assert load_predictions(digits_run / "report").about.checkpoint == "best"
+    assert load_predictions(digits_run / "report-last").about.checkpoint == "last"
     commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
     assert scored_again()
     assert not np.array_equal(load_predictions(digits_run / "report").logits, before.logits)
@@ -172,9 +174,10 @@ def test_a_checkpoint_by_its_folder(digits_run, script, monkeypatch, capsys):
     first = checkpoint.find(digits_run, "best").folder
     commit_weights(digits_run, weights_of(open_run(digits_run).config, seed=1), step=30)
     run_script(script, monkeypatch, digits_run, "--checkpoint", first)
-    assert load_predictions(digits_run / "report").about.step == 20
+    assert load_predictions(digits_run / f"report-{first.name}").about.step == 20
     run_script(script, monkeypatch, digits_run, "--checkpoint", "last")
-    assert load_predictions(digits_run / "report").about.step == 30
+    assert load_predictions(digits_run / "report-last").about.step == 30
+    assert not (digits_run / "report").exists()
 
 
 def test_several_processes_score_the_same_images_and_write_once(digits_run, script, monkeypatch):
@@ -339,6 +342,12 @@ def test_runs_are_compared(tmp_path, script, monkeypatch, capsys):
     for row, run in zip(rows, runs, strict=True):
         assert float(row["top1"]) == load_predictions(run / "report").correct.mean()
     assert str(tmp_path / "comparison" / "comparison.html") in said
+    assert {(row["test_set"], row["tta"], row["checkpoint"]) for row in rows} == {("digits", "none", "best")}
+    before = (tmp_path / "comparison" / "comparison.md").read_bytes()
+    run_script(script, monkeypatch, *runs, "--checkpoint", "last", "--tta", "flip")
+    page = (tmp_path / "comparison-last-flip" / "comparison.md").read_text()
+    assert "averaged over each and its mirror image, each at its last checkpoint" in page
+    assert (tmp_path / "comparison" / "comparison.md").read_bytes() == before
 
 
 def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(tmp_path, script, monkeypatch):

@@ -54,6 +54,8 @@ def comparison_page(
     empty = [Text(words)] if (words := comparison_figures.map_words(members)) else []
     best = _best([spread(members, group)["mean_top1"] for group in groups])
     images = f"{count:,} test images of {about.dataset}{AVERAGED[about.tta]}"
+    if all(member.scored.about.checkpoint == "last" for member in members):
+        images += ", each at its last checkpoint"
     words = f"Of {len(members)} runs on {images}, {_ahead(groups, best, len(members))}."
     if len(groups) == 1:
         words = f"{len(members)} runs with {_mean_accuracy(members, groups[0])} on {images}."

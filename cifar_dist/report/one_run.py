@@ -54,10 +54,26 @@ class Found:
     metrics: dict[str, Any]
 
 
-def report_folder(run_dir: Path, other: str | None = None, fingerprint: str | None = None, tta: str = "none") -> Path:
-    """Where a run's report is; one on another set than its own has the set's fingerprint in its name."""
-    name = "report" if other is None else f"report-{Path(other).resolve().name}-{(fingerprint or '')[:8]}"
-    return run_dir / (name if tta == "none" else f"{name}-{tta}")
+def report_folder(
+    run_dir: Path, which: str = "best", other: str | None = None, fingerprint: str | None = None, tta: str = "none"
+) -> Path:
+    """Where a run's report is: that of its best checkpoint in ``report``, any other one beside it.
+
+    Args:
+        run_dir: the run's folder.
+        which: the checkpoint: best, last, or its folder.
+        other: the data set, if it is not the run's own.
+        fingerprint: of that set.
+        tta: none, flip or flip-shift.
+    """
+    name = "report"
+    if which != "best":
+        name += f"-{Path(which).name}"
+    if other is not None:
+        name += f"-{Path(other).resolve().name}-{(fingerprint or '')[:8]}"
+    if tta != "none":
+        name += f"-{tta}"
+    return run_dir / name
 
 
 def saved_scores(folder: Path) -> Scored | None:

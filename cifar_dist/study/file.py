@@ -189,8 +189,8 @@ def _run(folder: Path, flags: Sequence[str], further: Sequence[str], source: str
 
 
 def _refuse_same_name(other: StudyRun | None, run: StudyRun, source: str) -> None:
-    if run.name == "comparison":  # where evaluate.py puts it
-        raise UsageError(f"{source}: a run cannot be called comparison; give it another name.")
+    if run.name.partition("-")[0] == "comparison":  # where evaluate.py puts it
+        raise UsageError(f"{source}: a run cannot be called {run.name}; that is a comparison's. Give it another name.")
     if other is not None:
         recipes = [found.arguments[1] for found in (other, run)]
         raise UsageError(
