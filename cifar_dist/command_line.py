@@ -13,6 +13,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
 
 
+def path(text: str) -> Path:
+    """An argparse type for a path, also one with ~ that no shell has seen."""
+    return Path(expanduser(text))
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, said once per job; `source` says what file they are about, if any."""
 
@@ -83,7 +89,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument(
-        "--preview-augment", metavar="FILE", type=Path, help="write a PNG sheet of what the model will see, and stop"
+        "--preview-augment", metavar="FILE", type=path, help="write a PNG sheet of what the model will see, and stop"
     )
     for section in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[section.name]
@@ -106,7 +112,9 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = meta["nargs"] and ("R", "G B")
         extra["metavar"] = word or setting.name.upper()
-    kind = meta["type"] if setting.default is not None else str.lower if meta["choices"] else _or_none(meta["type"])
+    kind = expanduser if meta["type"] is str else meta["type"]  # a shell leaves the ~ of a recipe, or after =
+    if setting.default is None:
+        kind = str.lower if meta["choices"] else _or_none(kind)
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
 
 
@@ -280,7 +288,7 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     only_config = OneLineParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config")
+    only_config.add_argument("--config", type=expanduser)
     recipe = only_config.parse_known_args(arguments)[0].config
     if recipe:
         saved = _recipe_argv(Path(recipe))

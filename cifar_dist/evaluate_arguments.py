@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from os.path import expanduser
 
-from cifar_dist.command_line import OneLineParser
+from cifar_dist.command_line import OneLineParser, path
 
 DESCRIPTION = "Score a run's best checkpoint on its test split and write its report; of several runs also a comparison."
 
@@ -13,12 +13,16 @@ DESCRIPTION = "Score a run's best checkpoint on its test split and write its rep
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = OneLineParser(prog="evaluate.py", allow_abbrev=False, description=DESCRIPTION)
-    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs that train.py made")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", type=path, nargs="+", help="folders of runs that train.py made")
     parser.add_argument(
-        "--checkpoint", default="best", help="weights to score: best, last, or a checkpoint's folder (default: best)"
+        "--checkpoint",
+        type=expanduser,
+        default="best",
+        help="weights to score: best, last, or a checkpoint's folder (default: best)",
     )
     parser.add_argument(
         "--data",
+        type=expanduser,
         help="score another set with the same classes: a name or path, also CLASS/*.png;"
         " or the path to which the run's own have moved",
     )
@@ -28,8 +32,12 @@ def parse_arguments() -> argparse.Namespace:
         default="none",
         help="flip: average with the mirror image; flip-shift: also with both moved by a pixel, up left and down right",
     )
-    parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs: comparison, or comparison-flip, … like the reports)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write a folder that plain timm loads")
+    parser.add_argument(
+        "--output",
+        type=path,
+        help="folder of the comparison (default: beside the runs: comparison, or comparison-flip, … like the reports)",
+    )
+    parser.add_argument("--export", type=path, metavar="DIR", help="write a folder that plain timm loads")
     parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")
     parser.add_argument("--push-to-hub", metavar="NAME/REPO", help="with --export: upload the folder to the Hub")
     parser.add_argument("--wandb-report", action="store_true", help="of several runs: make a W&B report too")

@@ -68,7 +68,7 @@ def choose_run_dir(config: Config) -> Path:
         if not (run_dir / "config.yaml").is_file():
             raise UsageError(f"--resume auto: {run_dir} is no run folder (config.yaml is missing).")
         changed = changed_settings(config)
-        if Path(config.data.dataset).expanduser().exists():  # data may have moved; `create_run_dir` compares them
+        if Path(config.data.dataset).exists():  # data may have moved; `create_run_dir` compares them
             changed = [change for change in changed if not change.startswith("--dataset ")]
         if changed:
             raise UsageError(

@@ -7,6 +7,7 @@ import pytest
 from cifar_dist.command_line import NO_SETTINGS, OTHERS_NAMES, load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
+from cifar_dist.evaluate_arguments import parse_arguments
 from tests.conftest import ROOT
 
 
@@ -95,6 +96,19 @@ def test_a_recipe_may_hold_what_the_command_line_makes_idle_or_of_use(tmp_path):
     assert not parse_command_line(off).notes and not parse_command_line(["--config", str(saved)]).notes
     (note,) = parse_command_line([*off, "--mixup-switch-prob", "0.6"]).notes
     assert note == "note        --mixup-switch-prob 0.6 does nothing without both --mixup and --cutmix"
+
+
+def test_a_home_that_no_shell_has_seen_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("dataset: ~/set\ninit_weights: ~/weights.pth\ncache_dir: ~/cache\n")
+    command = parse_command_line(["--config=~/recipe.yaml", "--run-dir=~/run", "--preview-augment=~/sheet.png"])
+    data, model, run = command.config.data, command.config.model, command.config.run
+    found = [data.dataset, model.init_weights, data.cache_dir, run.run_dir, str(command.preview)]
+    assert found == [str(tmp_path / name) for name in ("set", "weights.pth", "cache", "run", "sheet.png")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "~/a", "b", "--data=~/set", "--output=~/out"])
+    arguments = parse_arguments()
+    found = [str(place) for place in (*arguments.run_dirs, arguments.data, arguments.output)]
+    assert found == [str(tmp_path / "a"), "b", str(tmp_path / "set"), str(tmp_path / "out")]
 
 
 def test_saved_config_reads_back_equal_and_is_a_recipe(tmp_path):

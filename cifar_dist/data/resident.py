@@ -113,7 +113,7 @@ def cache_entry(source: Source, split: str, config: DataConfig) -> Path:
 
 def _cache_folder(config: DataConfig) -> Path:
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-dist"
 
 

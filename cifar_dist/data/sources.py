@@ -200,11 +200,11 @@ def _unwritable_cache(dataset: str, error: OSError) -> UsageError | None:
 
 def _local_path(dataset: str) -> Path:
     try:
-        path = Path(dataset).expanduser()
+        path = Path(dataset)
         path.stat()
     except FileNotFoundError:
         pass
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a zero byte
+    except (OSError, ValueError) as error:  # a name too long, a zero byte
         raise UsageError(f"--dataset {shorten(dataset, 60)}: no path that can be opened ({error}).") from None
     if path.is_dir() or (path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))):
         return path

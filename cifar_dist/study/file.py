@@ -81,7 +81,7 @@ def load_study(path: Path, further: Sequence[str] = ()) -> Study:
         if key not in KEYS:
             raise UsageError(f"{source}: unknown key {key!r}.{did_you_mean(key, list(KEYS))}")
     name = _checked_name(values.get("name", path.stem), "name", source)
-    runs_dir = Path(str(values.get("runs_dir") or Path("runs") / name))
+    runs_dir = Path(os.path.expanduser(str(values.get("runs_dir") or Path("runs") / name)))
     if (runs_dir / "config.yaml").exists() and (runs_dir / "checkpoints").is_dir():
         raise UsageError(f"{source}: runs_dir {runs_dir} is the folder of a run; name one for the folders of runs.")
     entries = values.get("recipes")
@@ -119,7 +119,7 @@ def _entry(entry: Any, path: Path, source: str) -> tuple[str, str, dict[str, Any
     recipe, name = own.pop("recipe", None), own.pop("name", None)
     if not isinstance(recipe, str):
         raise UsageError(f"{source}: an entry of recipes is to be a file, or {{recipe: FILE, …}}, got {entry!r}.")
-    file = os.path.normpath(path.parent / recipe)
+    file = os.path.normpath(path.parent / os.path.expanduser(recipe))
     return file, _checked_name(name or Path(file).stem, "an entry's name", source), own
 
 
