@@ -100,15 +100,18 @@ def test_what_is_not_stated_is_measured(gpu):
     assert device_peak(torch.device("cpu"), "fp32") == MEASURED
 
 
-def test_a_measured_peak_is_of_the_best_product(monkeypatch):
+@pytest.mark.parametrize(
+    "convolution, best", [([9e9], 2 * 1024**3), ([3.0, 1.0], 64 * 16 * 16 * 128 * 128 * 9 * 2)], ids=["matrix", "conv"]
+)
+def test_a_measured_peak_is_of_the_best_product(monkeypatch, convolution, best):
     def taken(work, device, seconds):
-        size = len(work.args[0])
-        assert work().shape == (size, size)
-        return {512: [0.5], 1024: [2.0, 1.0, 4.0], 2048: [99.0]}[size]
+        shape = work.args[0].shape
+        assert work().shape == shape
+        return {512: [0.5], 1024: [2.0, 1.0, 4.0], 2048: [99.0], 64: convolution}[shape[0]]
 
     monkeypatch.setattr(peak, "durations", taken)
     found = device_peak(torch.device("cpu"), "bf16")
-    assert found.flops_per_second == 2 * 1024**3
+    assert found.flops_per_second == best
     assert "measured" in found.source and "bf16" in found.source
 
 
