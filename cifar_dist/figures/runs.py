@@ -64,14 +64,13 @@ def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figu
         scale_accuracies(right, [points[1] for run in runs for points in (run.train_top1, run.val_top1)])
         for axes in (left, right):
             axes.set_xlim(left=0)
-        kinds = [Line2D([], [], color=OTHER, label=evaluation_split)]
-        if len(styles) <= _MOST_WITH_TRAIN:
-            kinds.append(Line2D([], [], color=OTHER, linestyle="--", linewidth=1, label="train"))
-        left.legend(handles=kinds, loc="upper right")
         keys = []
         for label, (color, marker) in styles.items():
             times = f" ({seeds[label]} seeds)" if seeds[label] > 1 else ""
             keys.append(Line2D([], [], color=color, marker=marker, markersize=5, label=shortened(label, 44) + times))
+        keys.append(Line2D([], [], color=OTHER, label=evaluation_split))
+        if len(styles) <= _MOST_WITH_TRAIN:
+            keys.append(Line2D([], [], color=OTHER, linestyle="--", linewidth=1, label="train"))
         figure.legend(handles=keys, loc="outside lower center", ncols=2)
     return figure
 

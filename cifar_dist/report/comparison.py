@@ -22,7 +22,7 @@ from cifar_dist.report.members import Member, missing, names_of, row_of, spread
 from cifar_dist.report.predictions import Scored, load_predictions
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
-from cifar_dist.statistics import agreement, compare, compare_groups, corrected, verdict
+from cifar_dist.statistics import agreement, compare, compare_groups, corrected, told_apart, verdict
 from cifar_dist.study.record import record_of
 
 NAME = "comparison"
@@ -63,7 +63,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         for name, run, folder in zip(names_of([run.folder for run in runs]), runs, folders, strict=True)
     ]
     _check_comparable(members)
-    groups = group_runs(runs, [member.name for member in members])
+    groups = group_runs(runs, [member.name for member in members], [member.img_size for member in members])
     pairs = _pairs(members, groups)
     study = record_of([run.folder for run in runs])
     make_room(output)
@@ -179,6 +179,7 @@ def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Mem
         "kappa": kappa,
         "all_of_a_right_none_of_b": int((first & ~_any(runs[1])).sum()),
         "all_of_b_right_none_of_a": int((second & ~_any(runs[0])).sum()),
+        "told_apart": told_apart(test),
         "verdict": verdict(a.name, b.name, test),
     }
 

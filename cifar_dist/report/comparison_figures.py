@@ -15,13 +15,12 @@ from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps
 from cifar_dist.report.tables import shown
 
-_BESIDE = "; runs of the same cost are drawn side by side, at most 1.5 % of the axis beside it"
 CAPTIONS = {
-    "curves": "Loss and accuracy of all runs against epochs; repeats share a colour",
+    "curves": "Loss and accuracy of all runs against epochs",
     "grid": "Test accuracy over the two settings that differ",
-    "gflops": f"Accuracy against arithmetic{_BESIDE}",
+    "gflops": "Accuracy against arithmetic",
     "latency": "Accuracy against latency of one image",
-    "parameters": f"Accuracy against size{_BESIDE}",
+    "parameters": "Accuracy against size",
     "training_time": "Accuracy against training time",
     "agreement": "Share of test images that two runs give the same class",
     "only_right": "Some of the images that only one run gets right (its name), and what the surest of the others says",
@@ -48,6 +47,18 @@ def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> d
     }
     drawn |= {name: _against(members, labels, name) for name in _COSTS}
     return figures.save_all(drawn, output)
+
+
+def captions(members: Sequence[Member], groups: Sequence[Group]) -> dict[str, str]:
+    """What is said below each picture of this comparison."""
+    said = dict(CAPTIONS)
+    if len(members) > len(groups):
+        said["curves"] += "; repeats share a colour"
+    for name in ("gflops", "parameters"):
+        costs = [found.get(name) for member in members if (found := member.metrics["cost"])]
+        if len(set(costs)) < len(costs):
+            said[name] += "; runs that cost the same are drawn side by side"
+    return said
 
 
 def remove(output: Path) -> None:

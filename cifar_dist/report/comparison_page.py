@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
+from cifar_dist.report.headline import headline, highest, mean_accuracy, title
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.predictions import AVERAGED
-from cifar_dist.report.tables import interval, percent, quantity, shown
+from cifar_dist.report.tables import interval, percent, quantity, shown, taken
 from cifar_dist.study.record import StudyRecord
 
 MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
@@ -28,7 +27,7 @@ _TRAINING: _Columns = {
     "GFLOPs": ("gflops", quantity),
     "GMACs": ("gmacs", quantity),
     "GMACs without attention": ("gmacs_without_attention", quantity),
-    "training (min)": ("training_seconds", lambda seconds: f"{seconds / 60:,.1f}"),
+    "training time": ("training_seconds", taken),
     "memory, training (MiB)": ("training_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
     "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
 }
@@ -45,29 +44,22 @@ def comparison_page(
     files: dict[str, Path], study: StudyRecord | None,
 ) -> Page:  # fmt: skip
     """The comparison for people: which is better first, then at what cost."""
-    about, count = members[0].scored.about, len(members[0].scored.ids)
-    warnings = _warnings(members)
+    about, warnings = members[0].scored.about, _warnings(members)
+    captions = comparison_figures.captions(members, groups)
 
     def drawn(*names: str) -> list[Picture]:
-        return [Picture(pictures[name], comparison_figures.CAPTIONS[name]) for name in names if name in pictures]
+        return [Picture(pictures[name], captions[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := comparison_figures.map_words(members)) else []
-    best = _best([spread(members, group)["mean_top1"] for group in groups])
-    images = f"{count:,} test images of {about.dataset}{AVERAGED[about.tta]}"
-    if all(member.scored.about.checkpoint == "last" for member in members):
-        images += ", each at its last checkpoint"
-    words = f"Of {len(members)} runs on {images}, {_ahead(groups, best, len(members))}."
-    if len(groups) == 1:
-        words = f"{len(members)} runs with {_mean_accuracy(members, groups[0])} on {images}."
-    title = " against ".join(group.name for group in groups) if len(groups) <= 3 else f"{len(groups)} settings compared"
+    best = highest([spread(members, group)["mean_top1"] for group in groups])[0]
     absent = missing(study, members) if study else {}
     if study and absent:
         warnings.append(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
     if not about.own_data:
         warnings.insert(0, f"{about.dataset} is another set than the runs' own, of which train and val are.")
     return Page(
-        f"Study {study.name}: {title}" if study else title,
-        [Text(words, strong=True), *(Text(warning, strong=True) for warning in warnings)],
+        f"Study {study.name}: {title(groups)}" if study else title(groups),
+        [Text(headline(members, groups, pairs), strong=True), *(Text(warning, strong=True) for warning in warnings)],
         [
             Section(
                 "Missing runs",
@@ -76,26 +68,14 @@ def comparison_page(
             Section("Settings", _settings(members, groups)),
             Section("Accuracy", [*_accuracies(members, groups), *drawn("grid", "curves")]),
             Section("Accuracy per class", _per_class(members, groups)),
-            Section("Which is better", _verdicts(pairs, groups[best[0]].name, len(members) > len(groups))),
+            Section("Which is better", _verdicts(pairs, groups[best].name, len(members) > len(groups))),
             Section("Cost", [*_costs(members, groups), *drawn("gflops", "latency", "parameters", "training_time")]),
-            Section("Where they differ", [_only(members), *empty, *drawn("agreement", "only_right", "grad_cam")]),
+            Section(
+                "Where they differ", [*_only(members, groups), *empty, *drawn("agreement", "only_right", "grad_cam")]
+            ),
             Section("Files", [Files(files)]),
         ],
     )
-
-
-def _best(means: Sequence[float]) -> list[int]:
-    """Numbers of the highest; means that differ by rounding alone are equal."""
-    return [number for number, mean in enumerate(means) if math.isclose(mean, max(means), abs_tol=1e-9)]
-
-
-def _ahead(groups: Sequence[Group], best: Sequence[int], runs: int) -> str:
-    """Which settings have the highest accuracy, of repeats the mean."""
-    what, accuracy = ("settings", "mean accuracy") if runs > len(groups) else ("runs", "accuracy")
-    if len(best) == len(groups):
-        return f"{'both' if len(best) == 2 else f'all {len(best)}'} {what} have the same {accuracy}"
-    named = " and ".join(groups[number].name for number in best) if len(best) <= 3 else f"{len(best)} {what}"
-    return f"{named} {'has' if len(best) == 1 else 'share'} the highest {accuracy}"
 
 
 def _warnings(members: Sequence[Member]) -> list[str]:
@@ -114,18 +94,12 @@ def _warnings(members: Sequence[Member]) -> list[str]:
     return found
 
 
-def _mean_accuracy(members: Sequence[Member], group: Group) -> str:
-    """Mean and sample standard deviation of a group's accuracies."""
-    found = spread(members, group)
-    return f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
-
-
 def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
     """Accuracies of each run and means of repeats; then each run's other numbers."""
     rows: list[tuple[str, ...]] = []
     for group in groups:
         if len(group.members) > 1:
-            mean = ("", "", _mean_accuracy(members, group), *[""] * 4)
+            mean = ("", "", mean_accuracy(members, group), *[""] * 4)
             rows.append((group.name, f"mean of {len(group.members)} runs", *mean))
         for number in group.members:
             metrics, row = members[number].metrics, row_of(members[number], group.name)
@@ -177,8 +151,8 @@ def _per_class(members: Sequence[Member], groups: Sequence[Group]) -> list[Table
     for row, name in enumerate(names):
         if found[0][0][row]["support"]:
             means = [float(np.mean([classes[row]["recall"] for classes in runs])) for runs in found]
-            highest = _best(means)
-            best |= {(len(rows), column + 1) for column in highest if len(highest) < len(means)}
+            first = highest(means)
+            best |= {(len(rows), column + 1) for column in first if len(first) < len(means)}
             rows.append((name, *map(percent, means)))
     words = "The best of each class is bold, unless all are equal; whether it is so by chance was not tested."
     return [Table(("class", *(group.name for group in groups)), rows, strong_cells=best), Text(words)]
@@ -250,10 +224,16 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | T
         inference.append((group.name, *cells, sizes, devices))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
-        Table(("settings", *_TRAINING), training),
-        Table(("settings", *_INFERENCE, "images at a time", "inference on"), inference),
+        _known(("settings", *_TRAINING), training),
+        _known(("settings", *_INFERENCE, "in batches of", "inference on"), inference),
         *repeats,
     ]
+
+
+def _known(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table without the columns in which nothing is known."""
+    kept = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
+    return Table([header[column] for column in kept], [tuple(row[column] for column in kept) for row in rows])
 
 
 def _each(values: Iterable[Any]) -> str:
@@ -266,10 +246,15 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str
     return show(float(np.mean(known))) if known else "–"
 
 
-def _only(members: Sequence[Member]) -> Table:
-    """How many images only one run gets right."""
+def _only(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
+    """How many images only one setting gets right; of repeats, only one run."""
+    sides = {group.name: group.members for group in groups}
+    if len(groups) == 1:
+        sides = {member.name: (number,) for number, member in enumerate(members)}
     correct = np.stack([member.scored.correct for member in members])
-    alone = correct & (correct.sum(axis=0) == 1)
-    rows = [(member.name, f"{row.sum():,}") for member, row in zip(members, alone, strict=True)]
-    rows += [("all of them", f"{correct.all(axis=0).sum():,}"), ("none", f"{(~correct).all(axis=0).sum():,}")]
-    return Table(("right is only", "images"), rows)
+    always = np.stack([correct[list(numbers)].all(axis=0) for numbers in sides.values()])
+    ever = np.stack([correct[list(numbers)].any(axis=0) for numbers in sides.values()])
+    rows = [(f"only {name}", f"{(always[row] & (ever.sum(axis=0) == 1)).sum():,}") for row, name in enumerate(sides)]
+    rows += [("all", f"{correct.all(axis=0).sum():,}"), ("none", f"{(~correct).all(axis=0).sum():,}")]
+    words = "A setting with repeats is right where all its runs are, and wrong where none is."
+    return [Table(("right", "images"), rows), *[Text(words)] * (1 < len(groups) < len(members))]

@@ -32,7 +32,7 @@ class Group:
     settings: dict[str, Any]
 
 
-def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
+def group_runs(runs: Sequence[Run], names: Sequence[str], img_sizes: Sequence[int | None]) -> list[Group]:
     """Put runs that differ in their seed alone together, in the order in which they were given.
 
     ``--max-steps`` is a setting where it cut the training, a shuffle window where it shuffled, and data are the same
@@ -44,9 +44,13 @@ def group_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     Args:
         runs: what was trained.
         names: what each is called, all different.
+        img_sizes: pixels that each model sees a side. Where all are known they count, and not whether they were asked
+            for.
     """
     datasets: dict[Any, str] = {}
     kept = [_settings(run, datasets) for run in runs]
+    if all(img_sizes):
+        kept = [{**settings, "img_size": size} for settings, size in zip(kept, img_sizes, strict=True)]
     alike = [repr({**settings, "seed": None}) for settings in kept]
     times = Counter(map(repr, kept))
     doubled = {key for key, settings in zip(alike, kept, strict=True) if times[repr(settings)] > 1}

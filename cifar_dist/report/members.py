@@ -28,6 +28,11 @@ class Member:
     metrics: dict[str, Any]
     evidence: Evidence
 
+    @property
+    def img_size(self) -> int | None:
+        """Pixels a side that the model sees, as far as scoring or the settings say."""
+        return self.metrics["cost"].get("img_size", self.run.config.model.img_size)
+
 
 def names_of(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell them apart.
@@ -65,6 +70,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "run": member.name,
         "group": group,
         **{name: value for name, value in member.run.config.flat().items() if name not in NOT_SETTINGS},
+        "img_size": member.img_size,
         "data_mode": member.run.environment.get("data_mode", member.run.config.data.data_mode),
         "train_top1": member.run.value_at("train/top1", step),
         "val_top1": evaluation["top1"] if evaluation and evaluation["split"] == "val" else None,

@@ -58,6 +58,13 @@ def quantity(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def taken(seconds: float) -> str:
+    """How long something took, in a unit that shows it."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def parameters(count: int) -> str:
     """A number of parameters: in millions, or of few all digits."""
     return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"

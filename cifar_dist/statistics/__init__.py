@@ -4,7 +4,7 @@ Accuracies and their differences are fractions; differences are A minus B. Model
 on what they disagree about and not on two accuracies.
 """
 
-from cifar_dist.statistics.comparison import Comparison, corrected, holm, verdict
+from cifar_dist.statistics.comparison import Comparison, corrected, holm, told_apart, verdict
 from cifar_dist.statistics.intervals import bootstrap_macro_f1, wilson_interval
 from cifar_dist.statistics.paired import Paired, agreement, compare
 from cifar_dist.statistics.seeds import Groups, compare_groups
@@ -19,6 +19,7 @@ __all__ = [
     "compare_groups",
     "corrected",
     "holm",
+    "told_apart",
     "verdict",
     "wilson_interval",
 ]

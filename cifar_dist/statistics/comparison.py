@@ -55,13 +55,18 @@ def corrected(comparisons: Sequence[SomeComparison]) -> list[SomeComparison]:
     ]
 
 
+def told_apart(result: Comparison) -> bool:
+    """Whether one of two models is better: the corrected p is below 0.05, and the 95 % interval leaves out 0."""
+    return result.p_corrected < SIGNIFICANT and (result.low > 0 or result.high < 0)
+
+
 def verdict(name_a: str, name_b: str, result: Comparison) -> str:
     """One sentence on two models, with the difference in percentage points.
 
-    The better one is named where the corrected p is below 0.05 and the 95 % interval leaves out 0. Otherwise they
-    can't be told apart. Where only one of the two speaks for a difference the sentence says which decides: an interval
-    is of its pair alone, so the p corrected for several pairs is stricter; of a single pair McNemar's exact or
-    continuity-corrected p often is, and rarely the interval (six images against none of 10,000).
+    The better one is named where they are `told_apart`. Where only one of test and interval speaks for a difference the
+    sentence says which decides: an interval is of its pair alone, so the p corrected for several pairs is stricter; of
+    a single pair McNemar's exact or continuity-corrected p often is, and rarely the interval (six images against none
+    of 10,000).
     """
     if result.difference < 0:
         name_a, name_b = name_b, name_a
@@ -71,12 +76,14 @@ def verdict(name_a: str, name_b: str, result: Comparison) -> str:
     points, low, high = (
         f"{round(100 * value, digits) + 0.0:.{digits}f}" for value in (result.difference, result.low, result.high)
     )
-    for_pairs = f", corrected for {result.pairs} pairs" if result.pairs > 1 else ""
-    numbers = f"95 % CI {low} to {high}, {_p(result.p_corrected)}{for_pairs}"
-    if rejected and apart:
+    p = f", {_p(result.p_corrected)}"
+    if result.pairs > 1:
+        p = f" of this pair alone;{p[1:]}, corrected for {result.pairs} pairs"
+    numbers = f"95 % CI {low} to {high}{p}"
+    if told_apart(result):
         return f"{name_a} is better than {name_b} by {points} points ({numbers})"
     alike = f"{name_a} and {name_b} can't be told apart"
-    if apart and for_pairs:
+    if apart and result.pairs > 1:
         return (
             f"{alike} among {result.pairs} pairs (difference {points} points; the corrected"
             f" {_p(result.p_corrected)} decides, the 95 % CI {low} to {high} is of this pair alone)"

@@ -65,7 +65,8 @@ def test_run_curves_hold_loss_left_and_accuracy_right_val_solid_and_train_dashed
             for line, one in zip(lines_of(axes, style), runs, strict=True):
                 np.testing.assert_array_equal(line.get_data(), getattr(one, f"{split}_{name}"))
     assert {"ViT", "Swin", "test", "train", "epoch", "cross-entropy loss (nats)"} <= labels_in(figure)
-    assert [key.get_linestyle() for key in loss.get_legend().get_lines()] == ["-", "--"]
+    (legend,) = figure.legends
+    assert [key.get_linestyle() for key in legend.get_lines()[2:]] == ["-", "--"]
 
 
 def test_more_than_six_runs_show_no_train_and_do_not_claim_to():
@@ -80,7 +81,7 @@ def test_repeated_seeds_share_a_color_and_one_entry_that_counts_them():
     colors = [to_hex(line.get_color()) for line in lines_of(figure.axes[0], "-")]
     assert colors[0] == colors[2] == colors[3] != colors[1]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["ViT (3 seeds)", "Swin"]
+    assert [text.get_text() for text in legend.get_texts()] == ["ViT (3 seeds)", "Swin", "val", "train"]
 
 
 def test_runs_that_logged_nothing_or_diverged_do_not_stop_the_picture():

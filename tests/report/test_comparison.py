@@ -167,11 +167,17 @@ def test_a_warning_names_its_runs_unless_it_is_of_all(tmp_path):
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        ([(2, 0.1, 0), (1, 0.2, 0)], "Of 2 runs on 300 test images of pets, cnn4, lr 0.1 has the highest accuracy."),
+        (
+            [(2, 0.1, 0), (1, 0.2, 0)],
+            "cnn4, lr 0.1 has the highest accuracy, 55.33 %, but can't be told apart from cnn4, lr 0.2.",
+        ),
         ([(1, 0.1, 0), (1, 0.2, 0)], "Of 2 runs on 300 test images of pets, both runs have the same accuracy."),
         ([(1, lr, 0) for lr in (1, 2, 3)], "Of 3 runs on 300 test images of pets, all 3 runs have the same accuracy."),
-        ([(1, 0.1, 0), (2, 0.2, 0), (2, 0.3, 0)], "cnn4, lr 0.2 and cnn4, lr 0.3 share the highest accuracy."),
-        ([(1, 0.1, 0), (2, 0.2, 0), (1, 0.2, 1), (1, 0.3, 0)], "pets, cnn4, lr 0.2 has the highest mean accuracy."),
+        ([(1, 0.1, 0), (2, 0.2, 0), (2, 0.3, 0)], "cnn4, lr 0.2 and cnn4, lr 0.3 share the highest accuracy, 55.33 %."),
+        (
+            [(1, 0.1, 0), (2, 0.2, 0), (1, 0.2, 1), (1, 0.3, 0)],
+            "pets, cnn4, lr 0.2 has the highest mean accuracy, 53.50 %, but",
+        ),
         (
             [(2, 0.1, 0), (3, 0.1, 1), (6, 0.1, 2), (11, 0.2, 0), (2, 0.2, 1), (3, 0.2, 2)],
             "Of 6 runs on 300 test images of pets, both settings have the same mean accuracy.",
@@ -182,8 +188,52 @@ def test_the_highest_accuracy_may_be_shared_and_is_of_repeats_a_mean(tmp_path, r
     """Of predictions by their seed: 2 is right more often than 1 is, and 6 as often as 11."""
     right = {seed: make_scored(seed).correct.sum() for seed in (1, 2, 6, 11)}
     assert right[2] > right[1] and right[6] == right[11]
+    assert right[2] / 300 == pytest.approx(0.5533, abs=1e-4) and (right[1] + right[2]) / 600 == pytest.approx(0.535)
     made = [make(tmp_path, f"r{n}", make_scored(which), lr=lr, seed=s) for n, (which, lr, s) in enumerate(runs)]
     assert said in compared(tmp_path, *made).markdown.splitlines()[2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_headline_says_from_which_the_best_cannot_be_told_apart(tmp_path):
+    """A run that is right nearly always, one that differs from it in a single image, and two that guess."""
+    best = make_scored(seed=1, sharpness=9)
+    logits = best.logits.copy()
+    logits[np.flatnonzero(best.correct)[0]] = -logits[np.flatnonzero(best.correct)[0]]
+    second = dataclasses.replace(best, logits=logits)
+    scored = (best, second, make_scored(seed=2), make_scored(seed=3))
+    runs = [make(tmp_path, f"r{n}", one, model=f"m{n}") for n, one in enumerate(scored)]
+    first_line = compared(tmp_path, *runs).markdown.splitlines()[2]
+    assert first_line.endswith(
+        f"m0 has the highest accuracy, {100 * best.correct.mean():.2f} %, but can't be told apart from m1.**"
+    )
+    assert compared(tmp_path, runs[0], *runs[2:]).markdown.splitlines()[2].endswith(", by more than chance explains.**")
+    assert [pair["told_apart"] for pair in compared(tmp_path, *runs[:3]).summary["pairs"]] == [False, True, True]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_only_one_setting_gets_right_is_of_all_its_repeats(tmp_path):
+    """By a count over images."""
+    scored = [make_scored(seed) for seed in range(3)]
+    runs = [make(tmp_path, f"r{n}", one, seed=n, lr=(0.1, 0.1, 0.2)[n]) for n, one in enumerate(scored)]
+    page = compared(tmp_path, *runs).markdown
+    right = list(zip(*(one.correct.tolist() for one in scored), strict=True))
+    for name, wanted in (("cnn4, lr 0.1", (True, True, False)), ("cnn4, lr 0.2", (False, False, True))):
+        assert f"| only {name} | {right.count(wanted)} |" in page
+    assert f"| all | {right.count((True,) * 3)} |\n| none | {right.count((False,) * 3)} |" in page
+    assert "A setting with repeats is right where all its runs are" in page
+    assert f"| only r1 | {sum(b and not a for a, b, _ in right)} |" in compared(tmp_path, *runs[:2]).markdown
+
+
+def test_a_model_s_own_size_is_the_same_setting_when_it_is_asked_for():
+    runs = [
+        Run(Path(), Config.from_flat({"img_size": size, "seed": n}), PLAN, {}, LOG)
+        for n, size in enumerate((None, 32, 64))
+    ]
+    groups = group_runs(runs, "abc", [32, 32, 64])
+    assert [(group.members, group.settings) for group in groups] == [
+        ((0, 1), {"img_size": 32}),
+        ((2,), {"img_size": 64}),
+    ]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -228,7 +278,7 @@ def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
 def test_runs_that_are_not_all_of_one_study_are_of_none(tmp_path, three):
     save_record(tmp_path, StudyRecord("mine", {"sharp": "finished", "dull": "finished"}))
     found = compared(tmp_path, *three)
-    assert found.title == "cnn4 against resnet18_cifar against vit_small_cifar"
+    assert found.title == "cnn4, resnet18_cifar and vit_small_cifar"
     assert "study" not in found.summary
     (tmp_path / "other").mkdir()
     elsewhere = make(tmp_path / "other", "dull", make_scored(seed=2), model="resnet18_cifar")
@@ -276,7 +326,7 @@ def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
     header = next(line for line in lines if "latency (ms)" in line).split(" | ")
     row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 300 | 3.00")).split(" | ")
     assert row[header.index("latency (ms)")] == "3.00"
-    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "images at a time"
+    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "in batches of"
     assert row[-1] == "processor 0; processor 1 |"
     assert "Of several runs of one setting the means are given." in lines
 
@@ -377,7 +427,7 @@ def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(
 def test_names_of_groups():
     def groups(*settings):
         runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
-        return group_runs(runs, [f"run{n}" for n in range(len(runs))])
+        return group_runs(runs, [f"run{n}" for n in range(len(runs))], [None] * len(runs))
 
     assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
     found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
@@ -416,7 +466,7 @@ def test_a_seed_that_a_group_has_already_is_no_repeat(tmp_path):
             Run(Path(), Config.from_flat(each), PLAN, {"device": device}, LOG)
             for each, device in zip(settings, devices, strict=True)
         ]
-        return [(group.name, group.members) for group in group_runs(runs, "abcde")]
+        return [(group.name, group.members) for group in group_runs(runs, "abcde", [None] * 5)]
 
     assert groups(*["cpu"] * 5) == [("a", (0, 1)), ("c", (2, 4)), ("resnet18_cifar, lr 0.5", (3,))]
     assert groups("cpu", "gpu", "gpu", "cpu", "cpu") == [
@@ -430,7 +480,7 @@ def test_repeats_may_have_had_their_data_elsewhere():
         Run(Path(), Config.from_flat({"dataset": place, "seed": seed}), PLAN, {"data_fingerprint": mark}, LOG)
         for seed, (place, mark) in enumerate(places)
     ]
-    assert [group.members for group in group_runs(runs, "abc")] == [(0, 1), (2,)]
+    assert [group.members for group in group_runs(runs, "abc", [None] * 3)] == [(0, 1), (2,)]
 
 
 def test_a_shuffle_window_is_a_setting_of_what_was_streamed():
@@ -445,7 +495,7 @@ def test_a_shuffle_window_is_a_setting_of_what_was_streamed():
         Run(Path(), Config.from_flat({"data_mode": mode, "shuffle_window": window, "seed": seed}), PLAN, found, LOG)
         for seed, (mode, window, found) in enumerate(asked)
     ]
-    groups = group_runs(runs, "abcde")
+    groups = group_runs(runs, "abcde", [None] * 5)
     assert [group.members for group in groups] == [(0, 1, 2), (3,), (4,)]
     assert [group.settings for group in groups] == [{"shuffle_window": window} for window in (None, 100, 200)]
 

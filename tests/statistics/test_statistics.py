@@ -274,7 +274,8 @@ def said(difference, low, high, p_value, pairs=1, p_corrected=None):
         ((0.3, 0.1, 0.5, 0.004), "A is better than B by 0.3 points (95 % CI 0.1 to 0.5, p = 0.004)"),
         (
             (-0.3, -0.5, -0.1, 0.001, 6, 0.0043),
-            "B is better than A by 0.3 points (95 % CI 0.1 to 0.5, p = 0.0043, corrected for 6 pairs)",
+            "B is better than A by 0.3 points (95 % CI 0.1 to 0.5 of this pair alone; p = 0.0043, corrected"
+            " for 6 pairs)",
         ),
         ((0.1, -0.2, 0.4, 0.5), "A and B can't be told apart (difference 0.1 points, 95 % CI -0.2 to 0.4, p = 0.5)"),
         ((0, -0.2, 0.2, 1), "A and B can't be told apart (difference 0.0 points, 95 % CI -0.2 to 0.2, p = 1)"),
