@@ -98,8 +98,9 @@ def announce(written: Report, folder: Path, again: bool) -> None:
     """Say what the report found, and where it is."""
     metrics, scored = written.metrics, written.metrics["checkpoint"]
     how = "saved predictions" if again else f"checkpoint {scored['which']}, step {scored['step']}"
+    top5 = f"  top-5 {metrics['top5']:.2%}" if len(metrics["classes"]) > 5 else ""
     print(
-        f"test        top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
+        f"test        top-1 {metrics['top1']:.2%}{top5}  loss {metrics['loss']:.4f}"
         f"  ({metrics['num_samples']:,} images, {how})"
     )
     for warning in metrics["warnings"]:

@@ -142,7 +142,8 @@ def _markdown(block: Block, folder: Path) -> str:
     if isinstance(block, Code):
         return f"```sh\n{block.lines}\n```"
     if isinstance(block, Files):
-        return "; ".join(f"{plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
+        named = (f"{plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
+        return f"Beside this page: {'; '.join(named)}"
     rows = [[plain(cell) for cell in row] for row in block.rows]
     for number in block.strong:
         rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]

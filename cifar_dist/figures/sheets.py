@@ -109,7 +109,7 @@ def image_gallery(images: Sequence[np.ndarray], captions: Sequence[str], columns
         sheet = _Sheet(4, 1)
         sheet.text(2, 0.5, "no images", "#555555", va="center")
         return sheet.figure
-    columns = min(columns, len(images))
+    columns, captions = min(columns, len(images)), [_broken(caption) for caption in captions]
     lines = max(caption.count("\n") + 1 for caption in captions)
     across, down = _TILE + _GAP, _TILE + _LINE * lines + _GAP
     sheet = _Sheet(_GAP + columns * across, _GAP + -(-len(images) // columns) * down)
@@ -120,6 +120,12 @@ def image_gallery(images: Sequence[np.ndarray], captions: Sequence[str], columns
         kept = "\n".join(shortened(line, _MOST_LETTERS) for line in caption.split("\n"))
         sheet.text(left + _TILE / 2, top + _TILE + 0.03, kept)
     return sheet.figure
+
+
+def _broken(caption: str) -> str:
+    """A caption whose lines are broken before the arrow between two classes where they would be too long."""
+    lines = caption.split("\n")
+    return "\n".join(line.replace(" → ", "\n→ ") if len(line) > _MOST_LETTERS else line for line in lines)
 
 
 def cam_sheet(rows: Sequence[ClassRow]) -> Figure:

@@ -76,7 +76,7 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         (output / f"{NAME}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         _write_rows(summary["runs"], output / f"{NAME}.csv")
         pictures = comparison_figures.write(members, groups, output)
-        files = {"Table": output / f"{NAME}.csv", "All numbers": output / f"{NAME}.json"}
+        files = {"table": output / f"{NAME}.csv", "all numbers": output / f"{NAME}.json"}
         page = comparison_page(members, groups, pairs, pictures, files, study)
         page.write(output, NAME)
     except OSError as error:

@@ -97,9 +97,10 @@ def _warnings(members: Sequence[Member]) -> list[str]:
 def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
     """Accuracies of each run and means of repeats; then each run's other numbers."""
     rows: list[tuple[str, ...]] = []
+    further = [k for k in (3, 5) if k < len(members[0].scored.class_names)]
     for group in groups:
         if len(group.members) > 1:
-            mean = ("", "", mean_accuracy(members, group), *[""] * 4)
+            mean = ("", "", mean_accuracy(members, group), *[""] * (2 + len(further)))
             rows.append((group.name, f"mean of {len(group.members)} runs", *mean))
         for number in group.members:
             metrics, row = members[number].metrics, row_of(members[number], group.name)
@@ -110,13 +111,12 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
                     *(_percent_or_dash(row[f"{name}_top1"]) for name in ("train", "val")),
                     percent(metrics["top1"]),
                     interval(metrics["top1_interval"]),
-                    percent(metrics["top3"]),
-                    percent(metrics["top5"]),
+                    *(percent(metrics[f"top{k}"]) for k in further),
                     percent(metrics["error_rate"]),
                 )
             )
     strong = [number for number, row in enumerate(rows) if not row[2]]
-    header = ("settings", "run", "train", "val", "test", "95 % interval", "top-3", "top-5", "error")
+    header = ("settings", "run", "train", "val", "test", "95 % interval", *(f"top-{k}" for k in further), "error")
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"

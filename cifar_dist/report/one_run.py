@@ -195,9 +195,9 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
         return [Picture(pictures[name], sheets.CAPTIONS[name]) for name in names if name in pictures]
 
     files = {
-        "Counts": folder / "confusion_matrix.csv",
-        "Every prediction": folder / "predictions.parquet",
-        "All numbers": folder / "metrics.json",
+        "counts": folder / "confusion_matrix.csv",
+        "every prediction": folder / "predictions.parquet",
+        "all numbers": folder / "metrics.json",
     }
     return Page(
         f"{run.folder.resolve().name}: {run.config.model.model}{_data_words(run, scored)}",
@@ -274,7 +274,9 @@ def _uncalibrated(metrics: dict[str, Any]) -> list[Text]:
 
 def _names(scored: Scored, rows: list[int]) -> list[Text]:
     """Which images a gallery shows."""
-    return [Text(f"From left to right, line by line: {scored.names_of(rows)}.")] if rows else []
+    if not rows:
+        return []
+    return [Text(f"{'From left to right, line by line' if len(rows) > 1 else 'Shown'}: {scored.names_of(rows)}.")]
 
 
 def _map_words(found: Found) -> str:

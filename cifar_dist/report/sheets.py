@@ -29,6 +29,8 @@ CAPTIONS = {
     "rollout": "Attention rollout for the same images",
 }
 
+_EVEN = 0.8  # of its highest value, below which no other of a map is that is nearly one colour
+
 
 def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, Figure | None]:
     """Galleries of mistakes and suspected label errors, and a sheet for each kind of map."""
@@ -92,16 +94,18 @@ def mistake_words(scored: Scored, chosen: Chosen) -> str:
     """How many images are wrong, and how many labels look wrong or why this model cannot tell."""
     count, suspected, wrong = len(scored.labels), chosen.num_suspects, int((~scored.correct).sum())
     trust = mean_probability(scored.probabilities, scored.labels)
-    words = f"{wrong:,} of {count:,} images {'is' if wrong == 1 else 'are'} given another class than their label."
+    are = "is given another class than its label" if wrong == 1 else "are given other classes than their labels"
+    words = f"{wrong:,} of {count:,} images {are}."
     by = "by confident learning (Northcutt et al., 2021)"
     if not can_tell(suspected, count, trust):
         why = (
-            f"{by} it would suspect {suspected:,}, more than the tenth that the worst of well-known test sets have"
+            f"{by} {suspected:,} would be suspected, and even the worst of well-known test sets have no more than a"
+            " tenth"
             if suspected > MOST_SUSPECTED * count
-            else f"on average it gives a label a probability of only {trust:.2f}, and confident learning (Northcutt et"
-            " al., 2021), which compares with that, would take its doubts for wrong labels"
+            else f"on average it gives a label a probability of only {trust:.2f}, and {by}, which compares with that,"
+            " its doubts would be taken for wrong labels"
         )
-        return f"{words} Whether labels are wrong themselves this model is too unsure to tell: {why}."
+        return f"{words} This model is too unsure to tell which labels are wrong themselves: {why}."
     are = (
         "1 label is suspected to be wrong itself"
         if suspected == 1
@@ -120,6 +124,11 @@ def empty_maps(evidence: Evidence, sample_ids: Iterable[int]) -> int:
     return sum(map is not None and not map.any() for map in maps)
 
 
+def _is_even(map: np.ndarray | None) -> bool:
+    """Whether nothing in a map stands out."""
+    return map is not None and bool(map.min() > _EVEN * map.max())
+
+
 def map_words(evidence: Evidence, sample_ids: Sequence[int]) -> str:
     """How the maps of these images were made and how many show nothing, or why there are none."""
     missing = {"grad_cam": "There are no Grad-CAM maps", "rollout": "There is no attention rollout"}
@@ -132,6 +141,10 @@ def map_words(evidence: Evidence, sample_ids: Sequence[int]) -> str:
         if "rollout" in evidence.maps
         else ""
     )
+    even = sum(_is_even(evidence.map("rollout", sample_id)) for sample_id in sample_ids) if rollout else 0
+    if even:
+        rollout += f" {even} of the {len(sample_ids)} rollouts shown {'is' if even == 1 else 'are'} nearly even: the"
+        rollout += " class token attends to all patches alike."
     empty = empty_maps(evidence, sample_ids)
     are = f"{empty} of the {len(sample_ids)} Grad-CAM maps shown {'is' if empty == 1 else 'are'} empty"
     nothing = f" {are}, all black: nothing at this layer speaks for the class." if empty else ""

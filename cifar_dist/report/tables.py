@@ -85,8 +85,7 @@ def results(metrics: dict[str, Any]) -> Table:
         ("measure", "value", "95 % interval"),
         [
             ("top-1 accuracy", percent(metrics["top1"]), interval(metrics["top1_interval"])),
-            ("top-3 accuracy", percent(metrics["top3"]), ""),
-            ("top-5 accuracy", percent(metrics["top5"]), ""),
+            *((f"top-{k} accuracy", percent(metrics[f"top{k}"]), "") for k in (3, 5) if k < len(metrics["classes"])),
             ("top-1 error", percent(metrics["error_rate"]), ""),
             ("balanced accuracy", percent(metrics["balanced_accuracy"]), ""),
             ("macro F1", f"{metrics['macro_avg']['f1']:.4f}", f"{low:.4f} to {high:.4f}"),

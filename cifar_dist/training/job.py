@@ -70,7 +70,10 @@ def resume(job: Job, trained: Trained) -> TrainState:
     state = TrainState() if found is None else checkpoint.load(found, trained)
     lost = on_main(accelerator, lambda: note_resumption(run_dir, lost_work(run_dir, state)))
     if found is not None or lost["steps_redone"]:
-        say(accelerator, f"resumed     {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again")
+        again = f"; {lost['steps_redone']} steps, {lost['seconds_lost']} s, are to be done again"
+        place = f"at step {state.step} of {job.setup.plan.total_steps}{again * bool(lost['steps_redone'])}"
+        goes_on = state.goes_on(job.setup.plan, job.setup.config.run.patience)
+        say(accelerator, f"resumed     {place}" if goes_on else f"finished    {place}: nothing is left to train")
     return state
 
 

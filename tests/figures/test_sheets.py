@@ -51,6 +51,11 @@ def test_nothing_is_cut_off_or_covered(figure):
     assert_no_texts_overlap(figure)
 
 
+def test_a_caption_too_long_for_its_line_keeps_its_arrow():
+    figure = figures.image_gallery(IMAGES[:2], ["red apple → blue sky\n98 %", "cat → dog\n97 %"])
+    assert {"red apple\n→ blue sky\n98 %", "cat → dog\n97 %"} <= labels_in(figure)
+
+
 def test_gallery_shows_every_image_in_reading_order_over_its_caption():
     figure = figures.image_gallery(IMAGES, [f"image {number}" for number in range(11)], columns=4)
     rows = shown_in(figure)

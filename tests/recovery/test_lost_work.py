@@ -48,8 +48,10 @@ def test_a_run_accounts_for_what_it_does_twice(tmp_path):
     Ranks(lambda: run(*flags, "--max-steps", 4), 1).check()
     (tmp_path / "progress.json").write_text(json.dumps({"step": 9, "seconds": 1e6}))
     said = Ranks(lambda: run(*flags, "--max-steps", 6), 1).check().said[0]
-    assert "resumed     5 steps, " in said
-    [restart] = json.loads((tmp_path / "environment.json").read_text())["restarts"]
+    assert "resumed     at step 4 of 6; 5 steps, " in said
+    said = Ranks(lambda: run(*flags, "--max-steps", 6), 1).check().said[0]
+    assert "finished    at step 6 of 6: nothing is left to train" in said and "report      python evaluate.py" in said
+    restart = json.loads((tmp_path / "environment.json").read_text())["restarts"][0]
     assert (restart["resumed_at_step"], restart["steps_redone"]) == (4, 5)
 
 
@@ -57,6 +59,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_accounts_for_that_too
     flags = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--resume", "auto", "--run-dir", tmp_path]
     assert "resumed" not in Ranks(lambda: run(*flags, "--max-steps", 4), 1).check().said[0]
     shutil.rmtree(tmp_path / "checkpoints")
-    assert "resumed     4 steps, " in Ranks(lambda: run(*flags, "--max-steps", 4), 1).check().said[0]
+    assert "resumed     at step 0 of 4; 4 steps, " in Ranks(lambda: run(*flags, "--max-steps", 4), 1).check().said[0]
     [restart] = json.loads((tmp_path / "environment.json").read_text())["restarts"]
     assert (restart["resumed_at_step"], restart["steps_redone"]) == (0, 4)

@@ -352,6 +352,36 @@ def test_empty_maps_are_counted(run, count, said):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_rollouts_that_say_nothing_are_counted(run):
+    """As of a ViT that has hardly been trained: every patch counts, give or take a tenth."""
+    evidence = load_evidence(run / "report", ())
+    shape = evidence.maps["grad_cam"].shape
+    evidence.maps["rollout"] = np.random.default_rng(0).integers(230, 256, shape, dtype=np.uint8)
+    evidence.maps["rollout"][:, 0, 0] = 0  # in all of them one patch does not
+    evidence.save(run / "report")
+    write(run)
+    assert "nearly even" not in (run / "report" / "report.md").read_text()
+    evidence.maps["rollout"][:, 0, 0] = 255
+    evidence.save(run / "report")
+    write(run)
+    assert "12 of the 12 rollouts shown are nearly even" in (run / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_accuracies_that_are_1_whatever_is_predicted_are_not_shown(tmp_path):
+    """Top-3 of three classes."""
+    scored = make_scored()
+    three = dataclasses.replace(
+        scored, labels=scored.labels % 3, logits=scored.logits[:, :3], class_names=scored.class_names[:3]
+    )
+    folder = make_run(tmp_path / "run")
+    save_report(folder, three)
+    assert write(folder).metrics["top3"] == 1
+    page = (folder / "report" / "report.md").read_text()
+    assert "top-1 accuracy" in page and "top-3" not in page and "top-5" not in page
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("settings", "checkpoint", "log", "expected", "said"),
     [
@@ -451,7 +481,9 @@ def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(r
         label_issues(make_scored().probabilities, make_scored().labels)
     )
     assert "label_errors" not in report.pictures and "Images whose label may be wrong" not in page.read_text()
-    assert "this model is too unsure to tell: by confident learning" in page.read_text()
+    assert (
+        "This model is too unsure to tell which labels are wrong themselves: by confident learning" in page.read_text()
+    )
 
 
 def test_a_model_that_doubts_most_labels_suspects_none(tmp_path):
@@ -463,16 +495,16 @@ def test_a_model_that_doubts_most_labels_suspects_none(tmp_path):
     report, page = write(folder), (folder / "report" / "report.md").read_text()
     mean = np.take_along_axis(softmax(flat.logits), flat.labels[:, None], 1).mean()
     assert "label_errors" not in report.pictures
-    assert f"this model is too unsure to tell: on average it gives a label a probability of only {mean:.2f}" in page
+    assert f"wrong themselves: on average it gives a label a probability of only {mean:.2f}, and by" in page
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("mistakes", "said"),
     [
-        (0, "0 of 300 images are given another class than their label. 0 labels are suspected to be wrong themselves"),
-        (1, "1 of 300 images is given another class than their label. 1 label is suspected to be wrong itself"),
-        (2, "2 of 300 images are given another class than their label. 2 labels are suspected to be wrong themselves"),
+        (0, "0 of 300 images are given other classes than their labels. 0 labels are suspected to be wrong themselves"),
+        (1, "1 of 300 images is given another class than its label. 1 label is suspected to be wrong itself"),
+        (2, "2 of 300 images are given other classes than their labels. 2 labels are suspected to be wrong themselves"),
         (27, "as likely as it usually finds that class. The 24 most suspicious are shown. The less accurate"),
     ],
 )
