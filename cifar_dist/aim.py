@@ -63,8 +63,8 @@ def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
     if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)
         which = "last"
-    elif which not in ("best", "last") and run.folder.resolve() not in Path(which).resolve().parents:
-        raise UsageError(f"--checkpoint {which}: neither best nor last, nor a checkpoint's folder in {run.folder}.")
+    elif which not in ("best", "last"):
+        which = _named(run, which)
     own = run.config.data
     if other is not None and _have_moved(run, other):
         print(f"data        those of {run.folder} are read from {other}", flush=True)
@@ -72,6 +72,18 @@ def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
     fingerprint = _fingerprint(own, other)
     folder = report_folder(run.folder, wanted, other, fingerprint, tta)
     return Aim(which, own, other, fingerprint, tta, precision_of(run), folder)
+
+
+def _named(run: Run, which: str) -> str:
+    """The folder of a checkpoint that is named by its path, or as it is called in the run's folder."""
+    inside = run.folder / "checkpoints"
+    for place in (Path(which), inside / which, run.folder / which):
+        if run.folder.resolve() in place.resolve().parents and place.is_dir():
+            return str(place)
+    there = ", ".join(sorted(path.name for path in inside.glob("step-*")))
+    raise UsageError(
+        f"--checkpoint {which}: neither best nor last, nor one of {run.folder} ({there or 'none is there'})."
+    )
 
 
 def _have_moved(run: Run, place: str) -> bool:

@@ -21,43 +21,9 @@ import yaml
 
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
-from cifar_dist.errors import UsageError, did_you_mean
+from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import idle_flags
-
-OTHERS_NAMES = {  # what timm's train.py, Hugging Face's Trainer and common scripts call our settings
-    "learning_rate": "lr", "wd": "weight_decay", "optimizer": "opt", "lr_scheduler_type": "sched",
-    "max_grad_norm": "clip_grad", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
-    "batch": "batch_size", "model_ema": "model_ema_decay", "drop_rate": "drop", "drop_path_rate": "drop_path",
-    "warmup_steps": "warmup_epochs", "warmup_ratio": "warmup_epochs", "data_path": "dataset",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size", "grad_accum_steps": "micro_batch_size", "auto_augment": "aa",
-    "label_smoothing": "smoothing", "arch": "model", "model_name_or_path": "model", "data_dir": "dataset",
-    "initial_checkpoint": "init_weights", "input_size": "img_size", "image_size": "img_size", "amp": "precision",
-    "mixed_precision": "precision", "bf16": "precision", "fp16": "precision", "torchcompile": "compile",
-    "output_dir": "run_dir", "output": "run_dir", "log_interval": "log_every", "logging_steps": "log_every",
-}  # fmt: skip
-NO_SETTINGS = {
-    "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
-    "workers": " There are no loader workers to be set.",
-    "num_workers": " There are no loader workers to be set.",
-    "b": " Did you mean --batch-size, which is over all processes?",
-    "num_classes": " The number of classes comes from the data.",
-    "bce_loss": " The loss is cross-entropy.",
-    "jsd_loss": " The loss is cross-entropy.",
-    "aug_repeats": " Every image is seen once an epoch.",
-    "scale": " Random crops are --crop-padding's.",
-    "ratio": " Random crops are --crop-padding's.",
-    "grad_checkpointing": " A smaller --micro-batch-size takes less memory.",
-    "gradient_checkpointing": " A smaller --micro-batch-size takes less memory.",
-}
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
-    its letters; a word about what is no setting of ours."""
-    plain = name.lstrip("-").replace("-", "_").lower()
-    ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
-    return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
+from cifar_dist.other_flags import suggestion
 
 
 def path(text: str) -> Path:
@@ -74,7 +40,11 @@ class OneLineParser(argparse.ArgumentParser):
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            message += "." + suggestion(unknown.partition(" ")[0].partition("=")[0], list(self._option_string_actions))
+            name, known = unknown.partition(" ")[0].partition("=")[0], list(self._option_string_actions)
+            cure = suggestion(name, known) if name.startswith("-") else " Data are named by --dataset."
+            message += f".{cure}"
+        if message.startswith("argument --resume: invalid choice"):
+            message += "; to go on in a folder: --run-dir FOLDER --resume auto"
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
 
 

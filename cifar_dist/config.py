@@ -153,7 +153,7 @@ class AugmentConfig:
 
     crop_padding: int = option(4, "random crop after padding by this many pixels; 0 is off", type=non_negative_int)
     crop_mode: str = option("zeros", "what the crop's padding is", choices=("zeros", "reflect"))
-    hflip: float = option(0.5, "probability of a horizontal flip", type=closed_fraction)
+    hflip: float = option(0.5, "probability of a horizontal flip; 0 is off", type=closed_fraction)
     flip_mode: str = option(
         "random",
         "horizontal flip: at random every epoch, or at random in the first and the other way each epoch after",

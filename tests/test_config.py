@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
-from cifar_dist.command_line import NO_SETTINGS, OTHERS_NAMES, load_config, parse_command_line
+from cifar_dist.command_line import load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.evaluate_arguments import parse_arguments
+from cifar_dist.other_flags import NO_SETTINGS, OTHERS_NAMES
 from tests.conftest import ROOT
 
 
@@ -151,8 +152,13 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--num-classes", "10"], "comes from the data"),
         (["--model-ema"], "unrecognized arguments: --model-ema. Did you mean --model-ema-decay? (see --help)"),
         (["--scale", "0.08", "1"], "unrecognized arguments: --scale 0.08 1. Random crops are --crop-padding's."),
-        (["--gpus", "2"], "unrecognized arguments: --gpus 2. (see --help)"),
-        (["--local-rank", "2"], "unrecognized arguments: --local-rank 2. (see --help)"),
+        (["--gpus", "2"], "unrecognized arguments: --gpus 2. How many processes there are is the launcher's to say"),
+        (["--local-rank", "2"], "unrecognized arguments: --local-rank 2. Ranks come from the environment"),
+        (["--fold", "2"], "unrecognized arguments: --fold 2. (see --help)"),
+        (["--report_to", "wandb"], "unrecognized arguments: --report-to wandb. Did you mean --wandb? (see --help)"),
+        (["--do_train", "--do_eval"], "--do-train --do-eval. train.py trains and watches val; evaluate.py scores"),
+        (["--resume", "runs/a"], "'runs/a' (choose from 'never', 'auto'); to go on in a folder: --run-dir FOLDER"),
+        (["/data/cifar"], "unrecognized arguments: /data/cifar. Data are named by --dataset."),
         (["--Epoch", "3"], "Did you mean --epochs? (see --help)"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
         (["--mean", "0.5", "none", "0.5"], "--mean: expected 3 arguments, or none"),

@@ -177,6 +177,10 @@ def test_a_checkpoint_by_its_folder(digits_run, script, monkeypatch, capsys):
     assert load_predictions(digits_run / f"report-{first.name}").about.step == 20
     run_script(script, monkeypatch, digits_run, "--checkpoint", "last")
     assert load_predictions(digits_run / "report-last").about.step == 30
+    run_script(script, monkeypatch, digits_run, "--checkpoint", "step-00000030")  # as it is called there
+    folder = digits_run / "report-step-00000030"
+    assert load_predictions(folder).about.step == 30
+    assert "with checkpoint step-00000030 of step 30" in (folder / "report.md").read_text()
     assert not (digits_run / "report").exists()
 
 
@@ -509,10 +513,18 @@ def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypat
     (digits_run / "environment.json").write_text(json.dumps(facts | {"class_names": ["a", "b"]}))
     refused("does not fit the model of its config.yaml")
     (digits_run / "environment.json").write_text(json.dumps(facts))
-    refused("--checkpoint bset: neither best nor last, nor a checkpoint's folder in", "--checkpoint", "bset")
-    refused("is no sound checkpoint", "--checkpoint", digits_run / "checkpoints" / "step-00000099")
+    refused(r"--checkpoint bset: neither best nor last, nor one of .*run \(step-00000020\)", "--checkpoint", "bset")
+    refused("neither best nor last", "--checkpoint", digits_run / "checkpoints" / "step-00000099")
+    refused("is no sound checkpoint", "--checkpoint", digits_run / "checkpoints")
     other = make(digits_run.parent / "other")
-    refused("nor a checkpoint's folder in", "--checkpoint", other / "checkpoints" / "best")
+    refused("neither best nor last", "--checkpoint", other / "checkpoints" / "best")
+    (digits_run.parent / "empty").mkdir()
+    for place, said in (
+        (digits_run.parent, "holds some: other, run; name those"),
+        ("empty", r"config.yaml is missing"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run_script(script, monkeypatch, digits_run.parent / place)
     broken = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(Config()).items()}
     config = replace(open_run(digits_run).config)
     nans = {k: v * float("nan") if v.is_floating_point() else v for k, v in weights_of(config).items()}

@@ -261,9 +261,10 @@ def _checkpoint_words(run: Run, scored: Scored, selected_on: str) -> str:
     about, epoch = scored.about, scored.about.step / run.plan["steps_per_epoch"]
     last = ", the run's last step" if about.step == steps_trained(run) else ""
     place = f"of step {about.step:,} (epoch {epoch:.4g}{last})"
+    name = f"checkpoint {Path(about.checkpoint).name}"
     if selected_on != "none":
-        return f"checkpoint {about.checkpoint} {place}, selected on {selected_on}"
-    name = "the checkpoint" if about.checkpoint == "best" else f"checkpoint {about.checkpoint}"
+        return f"{name} {place}, selected on {selected_on}"
+    name = "the checkpoint" if about.checkpoint == "best" else name
     return f"{name} {place}, not selected by a score"
 
 

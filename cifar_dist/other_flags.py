@@ -1,0 +1,67 @@
+"""What timm's train.py, Hugging Face's Trainer and common scripts call our settings, and what we have no flag for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cifar_dist.errors import did_you_mean
+
+OTHERS_NAMES = {
+    "learning_rate": "lr", "base_lr": "lr", "lr_base": "lr", "wd": "weight_decay", "optimizer": "opt",
+    "lr_scheduler_type": "sched", "lr_scheduler": "sched", "scheduler": "sched", "eta_min": "min_lr",
+    "max_grad_norm": "clip_grad", "gradient_clip_val": "clip_grad", "num_epochs": "epochs",
+    "num_train_epochs": "epochs", "max_epochs": "epochs", "max_train_steps": "max_steps",
+    "warmup_steps": "warmup_epochs", "warmup_ratio": "warmup_epochs", "early_stopping_patience": "patience",
+    "bs": "batch_size", "batch": "batch_size", "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
+    "grad_accum_steps": "micro_batch_size", "accumulate_grad_batches": "micro_batch_size",
+    "arch": "model", "model_name": "model", "model_name_or_path": "model", "initial_checkpoint": "init_weights",
+    "finetune": "init_weights", "input_size": "img_size", "image_size": "img_size", "drop_rate": "drop",
+    "drop_path_rate": "drop_path", "model_ema": "model_ema_decay", "ema_decay": "model_ema_decay",
+    "data_path": "dataset", "data_dir": "dataset", "train_dir": "dataset", "dataset_name": "dataset",
+    "auto_augment": "aa", "randaugment": "aa", "label_smoothing": "smoothing", "label_smoothing_factor": "smoothing",
+    "random_erasing": "reprob", "amp": "precision", "mixed_precision": "precision", "bf16": "precision",
+    "fp16": "precision", "torchcompile": "compile", "torch_compile": "compile", "output_dir": "run_dir",
+    "output": "run_dir", "experiment": "run_dir", "resume_from_checkpoint": "resume", "checkpoint_hist": "keep_last",
+    "save_total_limit": "keep_last", "save_steps": "checkpoint_every", "recovery_interval": "checkpoint_every",
+    "log_interval": "log_every", "logging_steps": "log_every", "report_to": "wandb",
+    "project_name": "wandb_project",
+}  # fmt: skip
+_CROPS = " Random crops are --crop-padding's."
+_PROCESSES = (
+    " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N train.py …"
+)
+_MEMORY = " A smaller --micro-batch-size takes less memory."
+_LOSS = " The loss is cross-entropy."
+_PARTS = " train.py trains and watches val; evaluate.py scores test."
+_OPTIMIZER = " What has no flag is as timm's optimizer has it."
+NO_SETTINGS = {
+    "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
+    "gpus": _PROCESSES, "num_gpus": _PROCESSES, "devices": _PROCESSES, "num_processes": _PROCESSES,
+    "nproc_per_node": _PROCESSES, "local_rank": " Ranks come from the environment, as torchrun sets it.",
+    "workers": " There are no loader workers to be set.", "num_workers": " There are no loader workers to be set.",
+    "dataloader_num_workers": " There are no loader workers to be set.",
+    "b": " Did you mean --batch-size, which is over all processes?",
+    "num_classes": " The number of classes comes from the data.",
+    "bce_loss": _LOSS, "jsd_loss": _LOSS, "aug_repeats": " Every image is seen once an epoch.",
+    "scale": _CROPS, "ratio": _CROPS, "train_crop_mode": _CROPS,
+    "vflip": " Images are mirrored left to right alone: --hflip.",
+    "no_aug": " --crop-padding 0 --hflip 0 trains without augmentation.",
+    "grad_checkpointing": _MEMORY, "gradient_checkpointing": _MEMORY,
+    "do_train": _PARTS, "do_eval": _PARTS, "do_predict": _PARTS,
+    "validation_dir": " val is the set's own split, or --val-fraction of train.",
+    "max_train_samples": " All of train is used; --max-steps ends a trial early.",
+    "overwrite_output_dir": " A run's folder is never overwritten: name another --run-dir, or go on by --resume auto.",
+    "push_to_hub": " evaluate.py RUN_DIR --export DIR --push-to-hub NAME/REPO does that.",
+    "betas": _OPTIMIZER, "opt_betas": _OPTIMIZER, "opt_eps": _OPTIMIZER, "adam_beta1": _OPTIMIZER,
+    "adam_beta2": _OPTIMIZER, "adam_epsilon": _OPTIMIZER,
+    "nesterov": " --opt sgd has Nesterov's momentum, --opt momentum the plain one.",
+}  # fmt: skip
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
+    its letters; a word about what is no setting of ours."""
+    plain = name.lstrip("-").replace("-", "_").lower()
+    ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
+    return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
