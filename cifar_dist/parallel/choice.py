@@ -7,6 +7,18 @@ from cifar_dist.errors import UsageError
 from cifar_dist.memory import CONFIG_FILES, MIB, gain, refuses_average, usage
 from cifar_dist.plan import Plan, Sizes, memory_load, micro_batches
 
+_SMALL_BYTES = 2**30  # of weights, gradients and optimizer state, which any GPU in use has to spare
+
+
+def engine_lines(config: Config, sizes: Sizes) -> list[str]:
+    """The table of engines, where the model is so large that it matters."""
+    needs = usage("single", 1, memory_load(config, sizes))
+    state = needs.weights + needs.gradients + needs.optimizer
+    if state < _SMALL_BYTES:
+        held = f"weights, gradients and optimizer state take {state / MIB:,.0f} MiB"
+        return [f"engines     any will do: {held}, of which ZeRO and FSDP have nothing to save"]
+    return engine_table(config, sizes)
+
 
 def engine_table(config: Config, sizes: Sizes) -> list[str]:
     """What each engine would need on 1, 2, 4 and 8 processes, a line each: to choose one before queueing."""

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar_dist.command_line import CommandLine
-from cifar_dist.config import Config
+from cifar_dist.config import AugmentConfig, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.parallel import check_engine
-from cifar_dist.parallel.choice import engine_table, zero_gain
+from cifar_dist.parallel.choice import engine_lines, zero_gain
 from cifar_dist.plan import Plan, make_plan
 from cifar_dist.recovery import checkpoint
 from cifar_dist.run_folder import choose_run_dir, identity, recorded_data_mode
@@ -122,9 +122,21 @@ def settle(
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     check_engine(config, plan, model)
-    lines = plan.lines() + data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
-    say(accelerator, *lines, *command.notes, *(engine_table(config, sizes) if command.plan_only else []))
+    first, *further = plan.lines()
+    lines = [first, *image_lines(config, input_config(model, config.model)), *further]
+    lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
+    say(accelerator, *lines, *command.notes, *(engine_lines(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
+
+
+def image_lines(config: Config, inputs: InputConfig) -> list[str]:
+    """How images reach the model, as lines of the plan: their sizes, and every augmentation that is on."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (inputs.mean, inputs.std))
+    resized = f", resized to {inputs.img_size} px ({inputs.interpolation})"
+    size = f"{config.data.pixels} px{resized if inputs.img_size != config.data.pixels else ''}"
+    off = vars(AugmentConfig(crop_padding=0, hflip=0.0))
+    chosen = [f"{name} {value}".replace("_", " ") for name, value in vars(config.augment).items() if value != off[name]]
+    return [f"images      {size}, mean {mean}, std {std}", f"augment     {', '.join(chosen) or 'nothing'}"]
 
 
 def show_augmentation(path: Path, setup: Setup) -> None:

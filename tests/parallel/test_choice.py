@@ -4,7 +4,7 @@ import dataclasses
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.memory import MIB
-from cifar_dist.parallel.choice import engine_table, zero_gain
+from cifar_dist.parallel.choice import engine_lines, engine_table, zero_gain
 from cifar_dist.plan import make_plan
 from tests.test_plan import SIZES
 
@@ -37,6 +37,17 @@ def test_table_says_what_does_not_divide_and_leaves_out_what_is_refused():
     assert [row[0] for row in cells[2:-2]] == ["single", "ddp", "zero1", "zero2"]
     assert lines[-2] == "4 processes: --mixup and --cutmix pair images: the micro-batch of 9 must be even."
     assert lines[-1].startswith("8 processes: --batch-size 36 is global and does not divide over 8 processes;")
+
+
+def test_the_table_is_for_models_that_sharding_can_help():
+    """64 Mi parameters are 1,024 MiB of weights, gradients and AdamW's two moments."""
+    config = parse_command_line(["--batch-size", "64"]).config
+    small, large = (
+        dataclasses.replace(SIZES, num_parameters=count, num_trainable=count) for count in (60 * MIB, 64 * MIB)
+    )
+    assert engine_lines(config, large) == engine_table(config, large)
+    [line] = engine_lines(config, small)
+    assert line.startswith("engines     any will do: weights, gradients and optimizer state take 960 MiB")
 
 
 def test_gain_compares_with_ddp_on_as_many_processes():
