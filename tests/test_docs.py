@@ -4,19 +4,22 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.evaluate_arguments import parse_arguments
+from cifar_dist.study.file import load_study
 from tests.conftest import ROOT
 
 FOR_USERS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*FOR_USERS, ROOT / "CONTRIBUTING.md", *(ROOT / "slurm").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
 PAGES += sorted((ROOT / "benchmarks" / "results").rglob("*.md"))
-OTHERS = {  # flags of launchers and of W&B
+OTHERS = {  # flags of launchers and of the Hub's client
     "--num_processes", "--machine_rank", "--main_process_ip", "--main_process_port", "--rdzv_conf", "--cpu",
+    "--repo-type", "--local-dir",
 }  # fmt: skip
 
 
@@ -39,7 +42,7 @@ def commands(program: str) -> list[list[str]]:
     """What follows the program's name in the examples that leave nothing to be filled in."""
     text = "\n".join(page.read_text() for page in FOR_USERS)
     examples = re.findall(
-        rf"^    (?:python|accelerate|torchrun) .*?{re.escape(program)} ([^#…\n]*)(?:#.*)?$", text, re.M
+        rf"^    (?:python|accelerate|torchrun) [^#\n]*?{re.escape(program)} ([^#…\n]*)(?:#.*)?$", text, re.M
     )
     return [shlex.split(words) for words in examples]
 
@@ -52,6 +55,16 @@ def test_examples_are_command_lines(monkeypatch):
     for arguments in commands("evaluate.py"):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
         parse_arguments()
+
+
+def test_the_study_of_the_docs_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "studies.md").read_text()
+    example = re.search(r"^    recipes:.*?\n\n", text, re.M | re.S)[0].replace("recipes/demo", f"{ROOT}/recipes/demo")
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(example))
+    runs = load_study(tmp_path / "mine.yaml").runs
+    assert [run.name for run in runs] == [f"{name}_seed{n}" for name in ("cnn4", "resnet18", "vit") for n in (0, 1)]
+    assert {run.config.run.epochs for run in runs} == {5} and {run.config.data.dataset for run in runs} == {"digits"}
 
 
 def test_flags_that_are_named_exist():

@@ -236,7 +236,7 @@ def _open_hub(name: str) -> Local:
         reason = first_line(error)
         raise UsageError(
             f"--dataset {name}: the Hub cannot be reached ({reason}) and {repo} is not in its cache; use `digits`, "
-            f"which needs no download, or a local path: {LOCAL_FORMS}."
+            f"which needs no download, or a local path: {LOCAL_FORMS} (docs/data.md says where to get them)."
         ) from None
     return Local(open_local(Path(folder)).tables, Path(folder).name)
 
