@@ -24,12 +24,10 @@ if __name__ == "evaluate":  # `import evaluate` found this script first: hand ov
     sys.modules["evaluate"] = importlib.util.module_from_spec(library)
     library.loader.exec_module(sys.modules["evaluate"])
 else:
-    from cifar_dist.distributed import threads
     from cifar_dist.distributed.ending import run_main
     from cifar_dist.evaluate_arguments import parse_arguments
 
     if __name__ == "__main__":
-        threads.sleep_soon()
         arguments = run_main(parse_arguments)  # --help and wrong flags are answered at once
 
     from accelerate import Accelerator

@@ -6,12 +6,10 @@ accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 
 from __future__ import annotations
 
-from cifar_dist.distributed import threads
 from cifar_dist.recovery import stop_request
 
 if __name__ == "__main__":
     stop_request.listen()  # before the seconds of importing, in which a signal may come too
-    threads.sleep_soon()
 
 from cifar_dist.command_line import CommandLine, parse_command_line
 from cifar_dist.distributed.ending import run_main

@@ -1,10 +1,10 @@
-"""How fast train.py trains alone, and two of it at once, by how long threads spin before they sleep.
+"""How fast train.py trains alone, and two of it at once on the same cores, by what is said to their threads.
 
     python -m benchmarks.shared_cores [--repeats 3] [--json FILE]
 
-Each row is a training of its own on digits, with as many threads as there are cores; of two at once the sum is given.
-Images/s by the log, without its first record. GNU OpenMP by itself spins 300,000 times, train.py lets it 1,000 times.
-The machine should have nothing else to do.
+Each number is of a training of its own on digits, or the sum of two; images/s by the log, without its first record.
+Threads that wait for each other spin 300,000 times before they sleep, if nobody says otherwise. The machine should have
+nothing else to do.
 """
 
 import argparse
@@ -20,19 +20,22 @@ from pathlib import Path
 from benchmarks.machine import facts
 
 ROOT = Path(__file__).parent.parent
-SPINS = ("300000", "1000", "0")
+WAYS = {
+    "as it is": {}, "1,000 spins": {"GOMP_SPINCOUNT": "1000"}, "no spins": {"GOMP_SPINCOUNT": "0"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}  # fmt: skip
 CASES = {  # pixels, batch, precision, steps
     "cnn4": (32, 64, "fp32", 120), "resnet18_cifar": (32, 64, "bf16", 16), "vit_tiny_patch16_224": (224, 16, "bf16", 16)
 }  # fmt: skip
 
 
-def images_per_second(model: str, spins: str) -> float:
+def images_per_second(model: str, said: dict[str, str]) -> float:
     """Of a training of this model: the median of its log."""
     pixels, batch, precision, steps = CASES[model]
     flags = f"--dataset digits --model {model} --img-size {pixels} --batch-size {batch} --precision {precision}"
     flags += f" --epochs 20 --max-steps {steps} --log-every {steps // 4} --val-fraction 0 --wandb disabled"
     flags += "" if model.startswith("vit") else " --channels-last"
-    environment = os.environ | {"GOMP_SPINCOUNT": spins}
+    environment = os.environ | said
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *flags.split(), "--run-dir", f"{folder}/run"]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -50,11 +53,11 @@ def main() -> None:
     rows: dict[str, dict[str, list[float]]] = {}
     for model in CASES:
         for _ in range(args.repeats):
-            for spins in SPINS:
+            for way, said in WAYS.items():
                 for count, label in ((1, "alone"), (2, "two at once")):
                     with ThreadPoolExecutor() as both:
-                        total = sum(both.map(lambda _: images_per_second(model, spins), range(count)))  # noqa: B023
-                    rows.setdefault(f"{model}, {label}", {}).setdefault(spins, []).append(round(total, 1))
+                        total = sum(both.map(lambda _: images_per_second(model, said), range(count)))  # noqa: B023
+                    rows.setdefault(f"{model}, {label}", {}).setdefault(way, []).append(round(total, 1))
         for label in ("alone", "two at once"):
             found = rows[f"{model}, {label}"]
             shown = "   ".join(f"{name} {statistics.median(rates):,.0f}" for name, rates in found.items())
