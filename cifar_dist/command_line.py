@@ -80,7 +80,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
         return
     extra: dict[str, Any] = {"nargs": "+"} if meta["nargs"] else {}  # so many, or none
     if meta["choices"] is None:
-        word = meta["nargs"] and ("R", "G B")
+        word = {0: None, 2: ("LOW", "HIGH"), 3: ("R", "G B")}[meta["nargs"]]
         extra["metavar"] = word or setting.name.upper()
     kind = expanduser if meta["type"] is str else meta["type"]  # a shell leaves the ~ of a recipe, or after =
     if setting.default is None:

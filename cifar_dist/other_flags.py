@@ -27,7 +27,7 @@ OTHERS_NAMES = {
     "log_interval": "log_every", "logging_steps": "log_every", "report_to": "wandb",
     "project_name": "wandb_project",
 }  # fmt: skip
-_CROPS = " Random crops are --crop-padding's."
+_CROPS = " Random crops are --crop-padding's, or --scale's, whose ratios go from 3/4 to 4/3."
 _PROCESSES = (
     " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N train.py …"
 )
@@ -44,7 +44,7 @@ NO_SETTINGS = {
     "b": " Did you mean --batch-size, which is over all processes?",
     "num_classes": " The number of classes comes from the data.",
     "bce_loss": _LOSS, "jsd_loss": _LOSS, "aug_repeats": " Every image is seen once an epoch.",
-    "scale": _CROPS, "ratio": _CROPS, "train_crop_mode": _CROPS,
+    "ratio": _CROPS, "train_crop_mode": _CROPS,
     "vflip": " Images are mirrored left to right alone: --hflip.",
     "no_aug": " --crop-padding 0 --hflip 0 trains without augmentation.",
     "grad_checkpointing": _MEMORY, "gradient_checkpointing": _MEMORY,

@@ -238,9 +238,15 @@ def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
 
 def _refuse_augmentation(config: Config) -> None:
     augment, size = config.augment, config.data.pixels
+    if augment.scale is not None:
+        low, high = augment.scale
+        if low > high:
+            raise UsageError(f"--scale {low:g} {high:g}: the smaller share of the area comes first.")
+        if augment.crop_padding:
+            raise UsageError("--scale crops in place of --crop-padding; add --crop-padding 0.")
     if augment.crop_padding >= size:
         raise UsageError(f"--crop-padding {augment.crop_padding} must be less than the images' --data-size {size}.")
-    if augment.cutout > size:
+    if augment.scale is None and augment.cutout > size:
         raise UsageError(
             f"--cutout {augment.cutout} is larger than the images' --data-size {size}; lower it (0 is off)."
         )

@@ -10,7 +10,18 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "policy_string", "ordering", "memory", "page", "explain", "figures", "metrics", "statistics"},
+    {
+        "errors",
+        "argument_types",
+        "policy_string",
+        "ordering",
+        "memory",
+        "page",
+        "explain",
+        "figures",
+        "metrics",
+        "statistics",
+    },
     {"config", "durable", "distributed", "idle_flags", "other_flags"},
     {"command_line", "plan", "models", "optim", "data"},
     {"parallel", "tracking", "evaluate_arguments"},

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cifar_dist.config import RunConfig, seconds_of
+from cifar_dist.argument_types import seconds_of
+from cifar_dist.config import RunConfig
 from cifar_dist.recovery.stop_request import STARTED
 
 _FIRST_RESERVE = 0.05, 60.0  # until a checkpoint was timed: this share of the limit, this many seconds at most

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from cifar_dist.argument_types import positive_int
 from cifar_dist.command_line import OneLineParser
-from cifar_dist.config import positive_int
 from cifar_dist.distributed.ending import FAILURE_FILE, FAILURE_STATUS
 from cifar_dist.errors import UsageError
 from cifar_dist.recovery.stop_request import SIGNALS

@@ -33,7 +33,7 @@ from cifar_dist.training.stream_batches import make_batches
 
 OFF: dict[str, Any] = {
     **dict.fromkeys(("crop_padding", "hflip", "color_jitter", "cutout", "reprob", "mixup", "cutmix"), 0),
-    "aa": None,
+    **dict.fromkeys(("aa", "scale")),
 }
 LARGEST_SHARE = 4  # features may take one in so many bytes of the device
 _SAME = 1e-4  # of the largest feature

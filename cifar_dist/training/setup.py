@@ -135,7 +135,11 @@ def image_lines(config: Config, inputs: InputConfig) -> list[str]:
     resized = f", resized to {inputs.img_size} px ({inputs.interpolation})"
     size = f"{config.data.pixels} px{resized if inputs.img_size != config.data.pixels else ''}"
     off = vars(AugmentConfig(crop_padding=0, hflip=0.0))
-    chosen = [f"{name} {value}".replace("_", " ") for name, value in vars(config.augment).items() if value != off[name]]
+    chosen = []
+    for name, value in vars(config.augment).items():
+        if value != off[name]:
+            words = " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
+            chosen.append(f"{name.replace('_', ' ')} {words}")
     return [f"images      {size}, mean {mean}, std {std}", f"augment     {', '.join(chosen) or 'nothing'}"]
 
 

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from cifar_dist.config import RunConfig, duration, seconds_of, steps_or_duration
+from cifar_dist.argument_types import duration, seconds_of, steps_or_duration
+from cifar_dist.config import RunConfig
 from cifar_dist.recovery import pace
 
 

@@ -13,6 +13,7 @@ JITTER_ORDER, JITTER_BRIGHTNESS, JITTER_CONTRAST, JITTER_COLOUR = range(5, 9)
 MIX_APPLY, MIX_SWITCH, MIX_LAM, MIX_Y, MIX_X = range(9, 14)
 ERASE_APPLY, ERASE_TOP, ERASE_LEFT, ERASE_COLOUR = range(14, 18)  # the last takes 3, one a channel
 ERASE_AREA, ERASE_ASPECT = 20, 30  # 10 each, one an attempt
+BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT = 40, 50, 60, 61  # the first two take 10, one an attempt
 POLICY_OP, POLICY_APPLY, POLICY_LEVEL, POLICY_SIGN, POLICY_FILTER = range(64, 69)
 POLICY_STRIDE = 5  # from one layer to the next
 ERASE_PIXELS = 2**20  # 3 S**2, one a number of the image

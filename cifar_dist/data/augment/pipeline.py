@@ -11,6 +11,7 @@ from cifar_dist.data.augment.erasing import Erasing, cutout_
 from cifar_dist.data.augment.geometry import crop_and_flip
 from cifar_dist.data.augment.policy import ColourJitter, RandAugment, TrivialAugment
 from cifar_dist.data.augment.preprocess import Preprocess
+from cifar_dist.data.augment.resized_crop import ResizedCrop
 from cifar_dist.policy_string import parse_policy
 
 
@@ -30,6 +31,7 @@ class Augment:
     ) -> None:
         self._augment, self._seed = augment, seed
         self._preprocess = Preprocess(input, device, dtype)
+        self._resized_crop = None if augment.scale is None else ResizedCrop(augment.scale, input, seed)
         self._draws = torch.arange(CUTOUT_X + 1, device=device)[:, None]
         self._policies: list[tuple[RandAugment | TrivialAugment | ColourJitter, Tensor]] = []
         if augment.aa is not None:
@@ -49,7 +51,10 @@ class Augment:
         `ids` may lie on the host or with the images; policies and erasing choose on the host and so are faster for
         ids that are there.
         """
-        choice, size = self._augment, images.shape[1]
+        choice = self._augment
+        if self._resized_crop is not None:
+            images = self._resized_crop(images, ids.cpu(), epoch)
+        size = images.shape[1]
         there = ids.to(images.device, non_blocking=True)
         u = uniform(self._seed, epoch, there, self._draws)
 
