@@ -54,10 +54,10 @@ class ResizedCrop:
         batch, size, new = len(images), images.shape[1], self._size
         top, left, height, width = self.boxes(ids, epoch, size).to(images.device, non_blocking=True).T
         down, across = self._filters(top, height, size), self._filters(left, width, size)
-        rows = torch.bmm(down, images.view(batch, size, -1).to(torch.float32))  # (B,T,S x 3)
-        columns = rows.view(batch, new, size, 3).transpose(1, 2).reshape(batch, size, -1)
-        made = torch.bmm(across, columns).view(batch, new, new, 3).transpose(1, 2)
-        return made.round().clamp_(0, 255).to(torch.uint8).contiguous()
+        rows = torch.matmul(down[:, None], images.permute(0, 3, 1, 2).to(torch.float32))  # (B,3,T,S)
+        made = torch.bmm(rows.view(batch, 3 * new, size), across.mT)
+        pixels = made.round_().clamp_(0, 255).to(torch.uint8)
+        return pixels.view(batch, 3, new, new).permute(0, 2, 3, 1).contiguous()
 
     def _filters(self, start: Tensor, length: Tensor, size: int) -> Tensor:
         """float32 (B,T,S): PIL's antialiased filter along one side, of `length` (B,) pixels from `start` (B,) on."""
@@ -71,8 +71,8 @@ class ResizedCrop:
 
 def _kernel(x: Tensor, interpolation: str) -> Tensor:
     """How much a pixel counts that is `x` pixels away: a triangle, or Keys' cubic with a = -1/2."""
-    x = x.abs()
+    x = x.abs_()
     if interpolation == "bilinear":
-        return (1 - x).clamp_(min=0)
+        return x.neg_().add_(1).clamp_(min=0)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
