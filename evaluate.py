@@ -128,7 +128,7 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
 
 def comparison_folder(aims: list[Aim], arguments: argparse.Namespace) -> Path:
     """Where the comparison goes: beside the runs, and called like the reports that it compares."""
-    name = "comparison" + aims[0].folder.name.removeprefix("report")
+    name = "comparison" + max((aim.folder.name for aim in aims), key=len).removeprefix("report")
     return arguments.output or arguments.run_dirs[0].resolve().parent / name
 
 

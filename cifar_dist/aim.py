@@ -21,7 +21,7 @@ class Aim:
     """What a run is to be scored on, and how.
 
     Attributes:
-        which: the checkpoint: best, last, or its folder.
+        which: the checkpoint: best, last, or what its folder is called.
         own: the run's data, where they are now.
         other: another set, as ``--data`` names it; None for the run's own test split.
         fingerprint: of the data as they are now; None where the run's own are not at hand.
@@ -70,16 +70,16 @@ def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
         print(f"data        those of {run.folder} are read from {other}", flush=True)
         own, other = run.data_at(other), None
     fingerprint = _fingerprint(own, other)
-    folder = report_folder(run.folder, wanted, other, fingerprint, tta)
+    folder = report_folder(run.folder, "best" if wanted == "best" else which, other, fingerprint, tta)
     return Aim(which, own, other, fingerprint, tta, precision_of(run), folder)
 
 
 def _named(run: Run, which: str) -> str:
-    """The folder of a checkpoint that is named by its path, or as it is called in the run's folder."""
+    """What a checkpoint's folder is called that is named so, or by its path."""
     inside = run.folder / "checkpoints"
     for place in (Path(which), inside / which, run.folder / which):
         if run.folder.resolve() in place.resolve().parents and place.is_dir():
-            return str(place)
+            return place.resolve().name
     there = ", ".join(sorted(path.name for path in inside.glob("step-*")))
     raise UsageError(
         f"--checkpoint {which}: neither best nor last, nor one of {run.folder} ({there or 'none is there'})."

@@ -41,8 +41,8 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             name, known = unknown.partition(" ")[0].partition("=")[0], list(self._option_string_actions)
-            cure = suggestion(name, known) if name.startswith("-") else " Data are named by --dataset."
-            message += f".{cure}"
+            stray = " Data are named by --dataset." if "/" in name and "--dataset" in known else ""
+            message += f".{suggestion(name, known) if name.startswith('-') else stray}"
         if message.startswith("argument --resume: invalid choice"):
             message += "; to go on in a folder: --run-dir FOLDER --resume auto"
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")
     parser.add_argument("--push-to-hub", metavar="NAME/REPO", help="with --export: upload the folder to the Hub")
     parser.add_argument("--wandb-report", action="store_true", help="of several runs: make a W&B report too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     several, plain = len(arguments.run_dirs) > 1, arguments.data is None and arguments.tta == "none"
     for flag, ok, cure in (
         ("--export", not several, "give one RUN_DIR"),

@@ -20,6 +20,11 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], Any]]] = {
 }
 
 
+def does_something(name: str, settings: Settings) -> bool:
+    """Whether all is there that a setting needs to have an effect."""
+    return name not in NEEDS or bool(NEEDS[name][1](settings))
+
+
 def idle_flags(given: Settings, settings: Settings) -> list[str]:
     """What to say of the settings that were given on the command line and do nothing.
 
@@ -32,8 +37,7 @@ def idle_flags(given: Settings, settings: Settings) -> list[str]:
     """
     said = []
     for name, value in given.items():
-        need, is_met = NEEDS.get(name, ("", bool))
-        if need and not is_met(settings):
+        if not does_something(name, settings):
             shown = f"{value:g}" if isinstance(value, float) else value
-            said.append(f"note        --{name.replace('_', '-')} {shown} does nothing without {need}")
+            said.append(f"note        --{name.replace('_', '-')} {shown} does nothing without {NEEDS[name][0]}")
     return said

@@ -28,13 +28,11 @@ OTHERS_NAMES = {
     "project_name": "wandb_project",
 }  # fmt: skip
 _CROPS = " Random crops are --crop-padding's, or --scale's, whose ratios go from 3/4 to 4/3."
-_PROCESSES = (
-    " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N train.py …"
-)
+_PROCESSES = " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N …"
 _MEMORY = " A smaller --micro-batch-size takes less memory."
 _LOSS = " The loss is cross-entropy."
 _PARTS = " train.py trains and watches val; evaluate.py scores test."
-_OPTIMIZER = " What has no flag is as timm's optimizer has it."
+_OPTIMIZER = " The optimizer's other numbers are timm's."
 NO_SETTINGS = {
     "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
     "gpus": _PROCESSES, "num_gpus": _PROCESSES, "devices": _PROCESSES, "num_processes": _PROCESSES,

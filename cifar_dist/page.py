@@ -118,7 +118,7 @@ class Page:
 
 def _numeric_columns(table: Table) -> set[int]:
     """Columns, but the first, with nothing in them but numbers, which are read best from their right end."""
-    number = re.compile(r"[-+±]?[\d.,]+( ?[%a-zA-Z×/]+)?( ± [\d.]+)?|–|< 0.001|")
+    number = re.compile(r"[-+±]?[\d.,:]+( ?[%a-zA-Z×/]+)?( ± [\d.]+)?|–|< 0.001|")
     columns = range(1, len(table.header))
     return {k for k in columns if table.rows and all(number.fullmatch(row[k]) for row in table.rows)}
 
@@ -142,8 +142,8 @@ def _markdown(block: Block, folder: Path) -> str:
     if isinstance(block, Code):
         return f"```sh\n{block.lines}\n```"
     if isinstance(block, Files):
-        named = (f"{plain(w)}: [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
-        return f"Beside this page: {'; '.join(named)}"
+        named = (f"{plain(w)} in [{p.name}]({p.relative_to(folder).as_posix()})" for w, p in block.paths.items())
+        return f"Beside this page: {', '.join(named)}."
     rows = [[plain(cell) for cell in row] for row in block.rows]
     for number in block.strong:
         rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]

@@ -80,8 +80,10 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UsageError(f"RUN_DIR {folder}: no such folder; name the --run-dir of a finished run.")
     missing = [n for n in ("config.yaml", "plan.json", "environment.json", "log.jsonl") if not (folder / n).is_file()]
-    if missing and (inside := sorted(each.parent.name for each in folder.glob("*/config.yaml"))):
-        raise UsageError(f"RUN_DIR {folder} is no run folder, but holds some: {', '.join(inside)}; name those.")
+    if missing and (inside := sorted(each.parent for each in folder.glob("*/config.yaml"))):
+        raise UsageError(
+            f"RUN_DIR {folder} is no run folder, but holds {len(inside)}, such as {inside[0]}; name those."
+        )
     if missing:
         raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
     plan, environment = (read_json(folder / name) for name in ("plan.json", "environment.json"))

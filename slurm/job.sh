@@ -103,6 +103,7 @@ run_dir_of() {
         esac
         shift
     done
+    case $found in \~/*) found=$HOME${found#\~} ;; esac # as train.py reads what no shell has expanded
     printf '%s' "$found"
 }
 

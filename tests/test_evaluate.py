@@ -520,7 +520,7 @@ def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypat
     refused("neither best nor last", "--checkpoint", other / "checkpoints" / "best")
     (digits_run.parent / "empty").mkdir()
     for place, said in (
-        (digits_run.parent, "holds some: other, run; name those"),
+        (digits_run.parent, "holds 2, such as .*other; name those"),
         ("empty", r"config.yaml is missing"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -148,7 +148,7 @@ def run_main(main: Callable[[], T]) -> T:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else leaving would write to it once more
         leave(
             FAILURE_STATUS,
-            "what read the output has gone; a run goes on from its last checkpoint with --resume auto.",
+            "what read the output has gone (train.py goes on from its last checkpoint with --resume auto).",
         )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

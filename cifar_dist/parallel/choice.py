@@ -7,6 +7,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.memory import CONFIG_FILES, MIB, gain, refuses_average, usage
 from cifar_dist.plan import Plan, Sizes, memory_load, micro_batches
 
+_PROCESSES = (1, 2, 4, 8)
 _SMALL_BYTES = 2**30  # of weights, gradients and optimizer state, which any GPU in use has to spare
 
 
@@ -14,10 +15,20 @@ def engine_lines(config: Config, sizes: Sizes) -> list[str]:
     """The table of engines, where the model is so large that it matters."""
     needs = usage("single", 1, memory_load(config, sizes))
     state = needs.weights + needs.gradients + needs.optimizer
-    if state < _SMALL_BYTES:
-        held = f"weights, gradients and optimizer state take {state / MIB:,.0f} MiB"
-        return [f"engines     any will do: {held}, of which ZeRO and FSDP have nothing to save"]
-    return engine_table(config, sizes)
+    if state >= _SMALL_BYTES:
+        return engine_table(config, sizes)
+    fits = f"{state / MIB:,.0f} MiB of weights, gradients and optimizer state fit any GPU"
+    refused = [why for count in _PROCESSES if (why := _refusal(config, count))]
+    return [f"engines     no need for ZeRO or FSDP: {fits}", *refused]
+
+
+def _refusal(config: Config, num_processes: int) -> str:
+    """Why the batch does not go on so many processes, or nothing."""
+    try:
+        micro_batches(config, num_processes)
+    except UsageError as error:
+        return f"{num_processes} processes: {error}"
+    return ""
 
 
 def engine_table(config: Config, sizes: Sizes) -> list[str]:
@@ -37,12 +48,11 @@ def engine_table(config: Config, sizes: Sizes) -> list[str]:
     )
     rows: list[tuple[str, ...]] = [header]
     refused = []
-    for num_processes in (1, 2, 4, 8):
-        try:
-            micro, accumulation = micro_batches(config, num_processes)
-        except UsageError as error:
-            refused.append(f"{num_processes} processes: {error}")
+    for num_processes in _PROCESSES:
+        if why := _refusal(config, num_processes):
+            refused.append(why)
             continue
+        micro, accumulation = micro_batches(config, num_processes)
         for engine in ("single",) if num_processes == 1 else list(CONFIG_FILES)[1:]:
             if config.optim.model_ema_decay is not None and refuses_average(engine, config.run.precision):
                 continue

@@ -263,7 +263,7 @@ def find(root: Path, which: str) -> Stored:
         UsageError: there is none, or it is damaged.
     """
     if which not in ("last", "best"):
-        return _verified(Path(which).resolve())  # a link such as last/ has no step in its name
+        return _verified((root / which).resolve())  # a link such as last/ has no step in its name
     last, wrong = choose(root)
     if last is None:
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in sorted(wrong.items()))

@@ -224,16 +224,17 @@ def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | T
         inference.append((group.name, *cells, sizes, devices))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
-        _known(("settings", *_TRAINING), training),
-        _known(("settings", *_INFERENCE, "in batches of", "inference on"), inference),
+        *_known(("settings", *_TRAINING), training),
+        *_known(("settings", *_INFERENCE, "batch size", "inference on"), inference),
         *repeats,
     ]
 
 
-def _known(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """A table without the columns in which nothing is known."""
+def _known(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[Table]:
+    """A table without the columns in which nothing is known; none if that is all but the first."""
     kept = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
-    return Table([header[column] for column in kept], [tuple(row[column] for column in kept) for row in rows])
+    table = Table([header[column] for column in kept], [tuple(row[column] for column in kept) for row in rows])
+    return [table] if len(kept) > 1 else []
 
 
 def _each(values: Iterable[Any]) -> str:

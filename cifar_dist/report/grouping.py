@@ -109,11 +109,21 @@ def _name(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
 
 
 def grid_axes(groups: Sequence[Group]) -> tuple[str, str] | None:
-    """The two settings of a grid, such as batch size and epochs, if these alone tell the groups apart."""
-    if len(groups) < 3 or len(groups[0].settings) != 2:
+    """The two settings of a grid, such as batch size and epochs, if these alone tell the groups apart.
+
+    A size of images that every model has for itself is none of them.
+    """
+    names = [name for name in groups[0].settings if name != "img_size" or not _follows_model(groups)]
+    if len(groups) < 3 or len(names) != 2:
         return None
     if len({repr(group.settings) for group in groups}) < len(groups):
         return None
-    rows, columns = groups[0].settings
+    rows, columns = names
     values = {name: {repr(group.settings[name]) for group in groups} for name in (rows, columns)}
     return (rows, columns) if all(len(found) > 1 for found in values.values()) else None
+
+
+def _follows_model(groups: Sequence[Group]) -> bool:
+    """Whether there is one size of images for each model."""
+    found = {(group.settings.get("model"), group.settings["img_size"]) for group in groups}
+    return len(found) == len({model for model, _ in found})

@@ -59,10 +59,8 @@ def quantity(value: float) -> str:
 
 
 def taken(seconds: float) -> str:
-    """How long something took, in a unit that shows it."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """How long something took: hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def parameters(count: int) -> str:
@@ -192,7 +190,7 @@ def _training(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if training["peak_memory_bytes"] is not None:
         rows.append(("memory, training", f"{training['peak_memory_bytes'] / MIB:,.0f} MiB", "the most of one process"))
     if training["seconds"] is not None:
-        rows.append(("training time", str(timedelta(seconds=round(training["seconds"]))), "by the log"))
+        rows.append(("training time", taken(training["seconds"]), "by the log"))
     if training["images_per_second"] is not None:
         rows.append(("training speed", f"{training['images_per_second']:,.0f} images/s", "median of the log"))
     if training["mfu"] is not None:
@@ -226,7 +224,7 @@ def environment(run: Run, scored: Scored) -> Table:
 def interruptions(restarts: Sequence[dict[str, Any]]) -> str:
     """How often the run was started again, and what had to be done twice."""
     steps, seconds = (sum(start.get(name, 0) for start in restarts) for name in ("steps_redone", "seconds_lost"))
-    again = f" ({steps:,} steps done again, {timedelta(seconds=round(seconds))} lost)" if restarts else ""
+    again = f" ({steps:,} steps done again, {taken(seconds)} lost)" if restarts else ""
     return f"{len(restarts)}{again}"
 
 

@@ -12,6 +12,7 @@ from cifar_dist.command_line import CommandLine
 from cifar_dist.config import AugmentConfig, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
+from cifar_dist.idle_flags import does_something
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.sync_bn import synchronise
@@ -137,7 +138,7 @@ def image_lines(config: Config, inputs: InputConfig) -> list[str]:
     off = vars(AugmentConfig(crop_padding=0, hflip=0.0))
     chosen = []
     for name, value in vars(config.augment).items():
-        if value != off[name]:
+        if value != off[name] and does_something(name, config.flat()):
             words = " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
             chosen.append(f"{name.replace('_', ' ')} {words}")
     return [f"images      {size}, mean {mean}, std {std}", f"augment     {', '.join(chosen) or 'nothing'}"]

@@ -47,7 +47,9 @@ def test_the_table_is_for_models_that_sharding_can_help():
     )
     assert engine_lines(config, large) == engine_table(config, large)
     [line] = engine_lines(config, small)
-    assert line.startswith("engines     any will do: weights, gradients and optimizer state take 960 MiB")
+    assert line == "engines     no need for ZeRO or FSDP: 960 MiB of weights, gradients and optimizer state fit any GPU"
+    odd = parse_command_line(["--batch-size", "36"]).config
+    assert engine_lines(odd, small)[1:] == [engine_table(odd, large)[-1]]
 
 
 def test_gain_compares_with_ddp_on_as_many_processes():

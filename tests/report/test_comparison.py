@@ -236,6 +236,18 @@ def test_a_model_s_own_size_is_the_same_setting_when_it_is_asked_for():
     ]
 
 
+def test_a_grid_is_of_settings_and_not_of_what_a_model_brings():
+    def axes(*settings, sizes):
+        runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
+        return grid_axes(group_runs(runs, [f"run{n}" for n in range(len(runs))], sizes))
+
+    assert axes({"model": "a"}, {"model": "b"}, {"model": "c"}, sizes=[32, 32, 160]) is None
+    both = [{"model": model, "lr": lr} for model in "ab" for lr in (0.1, 0.2)]
+    assert axes(*both, sizes=[32, 32, 160, 160]) == ("model", "lr")
+    sized = [{"model": model, "img_size": size} for model in "ab" for size in (32, 64)]
+    assert axes(*sized, sizes=[32, 64, 32, 64]) == ("model", "img_size")
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_class_that_all_settings_get_right_alike_has_no_best(tmp_path):
     """Two of three share the best of "dog"; of all others all have the same."""
@@ -326,7 +338,7 @@ def test_costs_of_repeats_are_means_of_those_that_were_measured(tmp_path):
     header = next(line for line in lines if "latency (ms)" in line).split(" | ")
     row = next(line for line in lines if line.startswith("| cnn4, lr 0.001 | 300 | 3.00")).split(" | ")
     assert row[header.index("latency (ms)")] == "3.00"
-    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "in batches of"
+    assert row[header.index("images/s") + 1] == "64" and header[header.index("images/s") + 1] == "batch size"
     assert row[-1] == "processor 0; processor 1 |"
     assert "Of several runs of one setting the means are given." in lines
 

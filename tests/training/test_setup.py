@@ -11,6 +11,13 @@ from cifar_dist.training.setup import image_lines
     ("flags", "size", "images", "augment"),
     [
         ("", 32, "32 px, mean 0.5 0.4 0.3333, std 1 2 3", "crop padding 4, hflip 0.5"),
+        (
+            "--crop-padding 0 --hflip 0 --crop-mode reflect --remode pixel --mixup-prob 0.5",
+            32,
+            "32 px, mean",
+            "  nothing",
+        ),
+        ("--scale 0.08 1 --crop-padding 0", 48, "32 px, resized to 48 px", "scale 0.08 1, hflip 0.5"),
         ("--crop-padding 0 --hflip 0", 32, "32 px, mean", "nothing"),
         ("--data-size 64 --mixup 0.2", 224, "64 px, resized to 224 px (bicubic), mean", "hflip 0.5, mixup 0.2"),
         ("--crop-mode reflect --aa rand-m9", 16, "32 px, resized to 16 px", "crop mode reflect, hflip 0.5, aa rand-m9"),

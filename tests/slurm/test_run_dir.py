@@ -1,0 +1,20 @@
+"""The folder that a job script reads from a training's arguments is the one that train.py takes."""
+
+import subprocess
+
+import pytest
+
+from cifar_dist.command_line import parse_command_line
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--run-dir=~/x"], ["--run-dir", "~/x"], ["--run_dir=/a/~/x"], ["--run-dir", "a b", "--lr=1"], ["--run-dir=~x"]],
+    ids=" ".join,
+)
+def test_the_folder_is_the_one_that_train_py_takes(arguments, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = f'source {ROOT}/slurm/job.sh && run_dir_of "$@"'
+    done = subprocess.run(["bash", "-c", script, "bash", *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == parse_command_line(arguments).config.run.run_dir
