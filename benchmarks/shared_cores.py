@@ -20,10 +20,7 @@ from pathlib import Path
 from benchmarks.machine import facts
 
 ROOT = Path(__file__).parent.parent
-WAYS = {
-    "as it is": {}, "1,000 spins": {"GOMP_SPINCOUNT": "1000"}, "no spins": {"GOMP_SPINCOUNT": "0"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
-}  # fmt: skip
+WAYS = {"as it is": {}, "1,000 spins": {"GOMP_SPINCOUNT": "1000"}, "one thread": {"OMP_NUM_THREADS": "1"}}
 CASES = {  # pixels, batch, precision, steps
     "cnn4": (32, 64, "fp32", 120), "resnet18_cifar": (32, 64, "bf16", 16), "vit_tiny_patch16_224": (224, 16, "bf16", 16)
 }  # fmt: skip
