@@ -59,7 +59,7 @@ def _measured_peak(device: torch.device, precision: str, seconds: float = 1.0) -
     """The best of square matrix products, and on a CPU of 3 x 3 convolutions, tried for so many seconds.
 
     Of both, as a library may not use all that a processor has: in fp32 MKL multiplies matrices on an AMD with AVX-512
-    at less than half the speed at which oneDNN convolves.
+    at less than half the speed at which oneDNN convolves (benchmarks/results/speed/products.txt).
     """
     make = partial(torch.ones, device=device, dtype=DTYPES[precision])
     tries: list[tuple[float, Callable[[], object]]] = []
