@@ -127,7 +127,10 @@ def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Names
 
 
 def comparison_folder(aims: list[Aim], arguments: argparse.Namespace) -> Path:
-    """Where the comparison goes: beside the runs, and called like the reports that it compares."""
+    """Where the comparison goes: beside the runs, and called like the reports that it compares.
+
+    A set that is another one for some runs only, since the others' own have moved there, is in its name.
+    """
     name = "comparison" + max((aim.folder.name for aim in aims), key=len).removeprefix("report")
     return arguments.output or arguments.run_dirs[0].resolve().parent / name
 

@@ -151,6 +151,9 @@ class AugmentConfig:
     smoothing: float = option(0.0, "label smoothing", type=fraction)
 
 
+NO_AUGMENTATION = AugmentConfig(crop_padding=0, hflip=0.0)
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """optimization"""

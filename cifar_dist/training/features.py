@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cifar_dist.config import AugmentConfig, Config
+from cifar_dist.config import NO_AUGMENTATION, AugmentConfig, Config
 from cifar_dist.data import TrainingData
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
@@ -31,10 +31,7 @@ from cifar_dist.training.batches import Batches, Part, ResidentBatches
 from cifar_dist.training.engine import Evaluator, Stopped
 from cifar_dist.training.stream_batches import make_batches
 
-OFF: dict[str, Any] = {
-    **dict.fromkeys(("crop_padding", "hflip", "color_jitter", "cutout", "reprob", "mixup", "cutmix"), 0),
-    **dict.fromkeys(("aa", "scale")),
-}
+CHANGING = ("crop_padding", "scale", "hflip", "aa", "color_jitter", "cutout", "reprob", "mixup", "cutmix")
 LARGEST_SHARE = 4  # features may take one in so many bytes of the device
 _SAME = 1e-4  # of the largest feature
 
@@ -112,7 +109,8 @@ def _refused_by_settings(config: Config, data: TrainingData, engine: str) -> str
 
 def changes(augment: AugmentConfig) -> list[str]:
     """Flags of the augmentations that are on, so that an image differs from one epoch to the next."""
-    return [f"--{name.replace('_', '-')}" for name, off in OFF.items() if getattr(augment, name) != off]
+    on = [name for name in CHANGING if getattr(augment, name) != getattr(NO_AUGMENTATION, name)]
+    return [f"--{name.replace('_', '-')}" for name in on]
 
 
 class Backbone(nn.Module):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar_dist.command_line import CommandLine
-from cifar_dist.config import AugmentConfig, Config, InputConfig
+from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
 from cifar_dist.idle_flags import does_something
@@ -135,10 +135,9 @@ def image_lines(config: Config, inputs: InputConfig) -> list[str]:
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (inputs.mean, inputs.std))
     resized = f", resized to {inputs.img_size} px ({inputs.interpolation})"
     size = f"{config.data.pixels} px{resized if inputs.img_size != config.data.pixels else ''}"
-    off = vars(AugmentConfig(crop_padding=0, hflip=0.0))
-    chosen = []
+    chosen, settings = [], config.flat()
     for name, value in vars(config.augment).items():
-        if value != off[name] and does_something(name, config.flat()):
+        if value != getattr(NO_AUGMENTATION, name) and does_something(name, settings):
             words = " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
             chosen.append(f"{name.replace('_', ' ')} {words}")
     return [f"images      {size}, mean {mean}, std {std}", f"augment     {', '.join(chosen) or 'nothing'}"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from cifar_dist.command_line import parse_command_line
-from cifar_dist.config import AugmentConfig, ModelConfig
+from cifar_dist.config import NO_AUGMENTATION, AugmentConfig, ModelConfig
 from cifar_dist.data import load_training_data
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.ending import run_main
@@ -236,8 +236,10 @@ def test_nothing_is_said_where_nothing_is_frozen(monkeypatch):
 def test_every_augmentation_is_known_to_the_decision():
     modifiers = {"crop_mode", "flip_mode", "remode", "mixup_prob", "mixup_switch_prob"}
     of_the_loss = {"smoothing"}
-    assert {field.name for field in dataclasses.fields(AugmentConfig)} == set(features.OFF) | modifiers | of_the_loss
-    assert changes(AugmentConfig(**features.OFF, smoothing=0.1)) == []
+    assert {field.name for field in dataclasses.fields(AugmentConfig)} == set(
+        features.CHANGING
+    ) | modifiers | of_the_loss
+    assert changes(dataclasses.replace(NO_AUGMENTATION, smoothing=0.1)) == []
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class Augment:
     def __call__(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """Images uint8 (B,S,S,3) of the samples `ids` (B,) in `epoch` to `dtype` (B,3,T,T).
 
-        `ids` may lie on the host or with the images; policies and erasing choose on the host and so are faster for
-        ids that are there.
+        `ids` may lie on the host or with the images; resized crops, policies and erasing choose on the host and so are
+        faster for ids that are there.
         """
         choice = self._augment
         if self._resized_crop is not None:
