@@ -7,7 +7,6 @@ stretched to `--data-size` squares with PIL's bilinear filter, so nothing is cut
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -28,7 +27,6 @@ from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError
 
 _FORMAT = 2
-_CHUNK_ROWS = 1024
 _LARGEST_UNASKED = 1.5  # times --data-size: the shorter side of an image that nobody has to be asked about
 
 
@@ -167,17 +165,17 @@ def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -
 
     labels: list[int] = []
     expected = source.num_rows(split)
-    progress = tqdm(source.rows(split), f"decoding {split} once", expected, leave=False, disable=None, unit=" images")
-    stream = iter(progress)
+    rows = source.rows(split, lambda image: (picture_size(image), to_pixels(image, config.pixels)))
     with (folder / "images.u8").open("wb") as file:
-        for rows in iter(lambda: list(itertools.islice(stream, _CHUNK_ROWS)), []):
+        for (size, pixels), label in tqdm(
+            rows, f"decoding {split} once", expected, leave=False, disable=None, unit=" images"
+        ):
             if not labels:
-                first = picture_size(rows[0][0])
                 if split == "train":
-                    check_size(first, config)
-                (folder / "first.json").write_text(json.dumps(first))
-            file.write(np.stack([to_pixels(image, config.pixels) for image, _ in rows]).tobytes())
-            labels.extend(label for _, label in rows)
+                    check_size(size, config)
+                (folder / "first.json").write_text(json.dumps(size))
+            file.write(pixels.tobytes())
+            labels.append(label)
     if not labels:
         raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
     if expected is not None and len(labels) != expected:

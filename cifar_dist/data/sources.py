@@ -8,8 +8,10 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from cifar_dist.config import DataConfig
 from cifar_dist.data.local import IMAGE_FORMS, LOCAL_FORMS, Local, open_local
 from cifar_dist.data.splits import stratified_split
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
+from cifar_dist.distributed.group import own_cores
 from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
 _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
+_ROWS_AT_A_TIME = 256  # that wait to be decoded, or are
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
 
@@ -69,12 +73,26 @@ class Source:
         """What a message about a row starts with: the data set, the row and its file."""
         return f"--dataset {self.name}: row {row} of {split}{self.tables[split].file_of(row)}"
 
-    def rows(self, split: str) -> Iterator[tuple[Image.Image | np.ndarray, int]]:
-        """Stream a split in its own order as (RGB image, or uint8 (H,W,3)), label in 0..K-1.
+    def rows(self, split: str, kept: Callable[[Image.Image | np.ndarray], Any] = lambda image: image) -> Iterator[Any]:
+        """Stream a split in its own order as (what is `kept` of the image, label in 0..K-1), decoded on all cores.
+
+        An image is in RGB, or uint8 (H,W,3). Large ones need not be held until their turn comes: `kept` is called as
+        soon as one is decoded, in its thread.
 
         Raises:
             UsageError: a row cannot be read, an image is damaged or no 8-bit one, or a label is no class.
         """
+
+        def decoded(number: int, value: Any, label: int) -> tuple[Any, int]:
+            return kept(decode_image(value, partial(self.place, split, number))), label
+
+        rows = self._labelled_rows(split)
+        with ThreadPoolExecutor(own_cores()) as pool:
+            for some in iter(lambda: list(islice(rows, _ROWS_AT_A_TIME)), []):
+                yield from pool.map(decoded, *zip(*some, strict=True))
+
+    def _labelled_rows(self, split: str) -> Iterator[tuple[int, Any, int]]:
+        """Number, image (still encoded) and label of each row."""
         for number, row in enumerate(self._raw_rows(split)):
             label = row[self.columns.label]
             if label is None or not 0 <= label < len(self.class_names):
@@ -82,7 +100,7 @@ class Source:
                     f"{self.place(split, number)} has the label {label}, which is outside"
                     f" 0..{len(self.class_names) - 1}; every row needs a class (-1 marks rows without label)."
                 )
-            yield decode_image(row[self.columns.image], partial(self.place, split, number)), int(label)
+            yield number, row[self.columns.image], int(label)
 
     def _raw_rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Rows whose images are still encoded, so that one that fails to decode can be named."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_dist.data import resident
+from cifar_dist.data import resident, sources
 from cifar_dist.data.resident import load_resident
 from cifar_dist.data.sources import Source, open_source
 from cifar_dist.errors import UsageError
@@ -31,13 +31,15 @@ def test_images_labels_and_ids_are_the_sources(image_folder, config):
     assert loaded.labels.tolist() == list(labels) and loaded.ids.tolist() == list(range(8)) and len(loaded) == 8
 
 
-def test_more_rows_than_a_chunk(config, monkeypatch):
+def test_rows_decoded_in_threads_keep_their_order(config, monkeypatch):
     settings = config("digits")
     source = open_source(settings)
-    monkeypatch.setattr(resident, "_CHUNK_ROWS", 100)
+    monkeypatch.setattr(sources, "_ROWS_AT_A_TIME", 100)  # of 360
+    monkeypatch.setattr(sources, "own_cores", lambda: 3)
     loaded = load_resident(source, "test", settings)
-    expected = np.stack([image for image, _ in source.rows("test")])
-    assert np.array_equal(loaded.images.numpy(), expected)
+    expected = list(source.tables["test"].stream)
+    assert np.array_equal(loaded.images.numpy(), np.stack([row["image"] for row in expected]))
+    assert loaded.labels.tolist() == [row["label"] for row in expected]
 
 
 @pytest.mark.parametrize("size", [16, 48])
@@ -138,11 +140,11 @@ raise SystemExit(3 if failed else 0)
 def test_several_processes_decode_once(image_folder, config, tmp_path):
     settings = config(image_folder)
     patch = f"""
-def rows(self, split):
+def rows(self, split, kept):
     with open({str(tmp_path / "log")!r}, "a") as log:
         log.write(split + "\\n")
     time.sleep(1)
-    yield from plain(self, split)
+    yield from plain(self, split, kept)
 """
     assert run_decoders(settings, patch, 3) == 0
     assert (tmp_path / "log").read_text() == "train\n"
@@ -151,9 +153,8 @@ def rows(self, split):
 def test_killed_in_the_middle_leaves_no_entry(image_folder, config):
     settings = config(image_folder)
     patch = """
-resident._CHUNK_ROWS = 2
-def rows(self, split):
-    for number, row in enumerate(plain(self, split)):
+def rows(self, split, kept):
+    for number, row in enumerate(plain(self, split, kept)):
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         yield row

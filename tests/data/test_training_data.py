@@ -19,7 +19,7 @@ def decoded(monkeypatch):
     """The splits that were decoded, in order."""
     seen = []
     plain = Source.rows
-    monkeypatch.setattr(Source, "rows", lambda self, split: (seen.append(split), plain(self, split))[1])
+    monkeypatch.setattr(Source, "rows", lambda self, split, kept: (seen.append(split), plain(self, split, kept))[1])
     return seen
 
 
