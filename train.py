@@ -85,7 +85,8 @@ def train(job: Job) -> None:
                     progress.say(decline(job, trained, state, batches, verdict))
                 else:
                     trained.average()
-                progress.stepped(state, None if verdict.bad else share, lr)
+                if not verdict.lost:
+                    progress.stepped(state, None if verdict.bad else share, lr)
 
             stopped, saves, best = verdict.stop, verdict.save or pace.saves_at(state.step), False
             evaluates = state.owes_evaluation(plan) and not stopped

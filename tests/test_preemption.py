@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 import train
+from cifar_dist.data.stream import StreamSet
 from cifar_dist.recovery import checkpoint, saver
 from cifar_dist.training.engine import Evaluator
+from cifar_dist.training.stream_batches import StreamBatches
 from tests.conftest import ROOT
 from tests.ranks import Ranks
 from tests.test_same_training import run
@@ -106,6 +109,36 @@ def test_an_evaluation_is_broken_off_and_made_up_for(whole, tmp_path):
         r for r in records(expected) if "val/top1" in r
     ]
     assert_same_state(tmp_path / "run", expected)
+
+
+def test_a_stream_that_hangs_is_not_waited_for_by_a_run_that_is_to_stop(tmp_path):
+    flags = [*SHORT, "--data-mode", "stream"]
+    Ranks(lambda: run(*flags, "--run-dir", tmp_path / "whole"), 2).check()
+
+    def work():
+        read, wait, waits = StreamSet.read, StreamBatches._wait, threading.Event()
+
+        def hangs(self, wanted, seed, epoch, stop=None):
+            if epoch == 1 and os.environ["RANK"] == "1":
+                waits.wait()
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait()
+            yield from read(self, wanted, seed, epoch, stop)
+
+        def noted(self):
+            if self._next > STEPS_PER_EPOCH:
+                waits.set()
+            return wait(self)
+
+        StreamSet.read, StreamBatches._wait = hangs, noted
+        return run(*flags, "--run-dir", tmp_path / "run")
+
+    found = Ranks(work, 2).check()
+    assert "stopping    without a step whose data do not come" in found.said[0]
+    assert (tmp_path / "run" / "REQUEUE").read_text() == "SIGTERM\n"
+    assert step_of(tmp_path / "run") == STEPS_PER_EPOCH
+    Ranks(lambda: run(*flags, "--run-dir", tmp_path / "run"), 2).check()
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_time_limit_ends_a_run_with_a_checkpoint(tmp_path):

@@ -61,7 +61,8 @@ class Batches:
     """From a step to this process's micro-batches; where rows come from is for subclasses to say.
 
     Attributes:
-        lost: why no further rows can be had, or None. Batches are empty then: all their weights are 0.
+        lost: why no further rows can be had, "" if they were not waited for any longer since the run is to stop, or
+            None. Batches are empty then: all their weights are 0.
 
     Args:
         data: the training set.

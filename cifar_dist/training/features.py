@@ -209,7 +209,7 @@ def make_feed(
         plan: the run's plan.
         trained: with the weights that training begins or goes on with.
         keeps: whether features are to be computed once; see `decide`.
-        stop: whether this process was asked to stop; if so meanwhile, the run goes on with images.
+        stop: whether this process was asked to stop; if so while features are computed, the run goes on with images.
     """
     parallel = trained.parallel
     device, precision = parallel.accelerator.device, config.run.precision
@@ -231,7 +231,7 @@ def make_feed(
             evaluator = replace(evaluator, preprocess=nn.Identity())
             return Feed(batches, val, evaluator, time.perf_counter() - began)
     val = None if data.val is None else data.val.to(device)
-    return Feed(make_batches(data.train, config, plan, inputs, parallel), val, evaluator)
+    return Feed(make_batches(data.train, config, plan, inputs, parallel, stop), val, evaluator)
 
 
 def _laid_out(evaluator: Evaluator, config: Config) -> Evaluator:

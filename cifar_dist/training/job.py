@@ -78,15 +78,17 @@ def resume(job: Job, trained: Trained) -> TrainState:
 
 
 def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, verdict: Verdict) -> str:
-    """What follows from a step that was refused: a word about a skipped one, or the end.
+    """What follows from a step that was refused: a word about one that is skipped or not made, or the end.
 
     Raises:
         Diverged: it was not finite, and may not be skipped; the last good state is saved.
         UsageError: there were no data for it; the last good state is saved.
     """
     if verdict.lost:
+        if not (reason := first_failure(job.setup.accelerator, batches.lost or "")):
+            return "stopping    without a step whose data do not come"
         job.save_at_once(trained, state)
-        raise UsageError(first_failure(job.setup.accelerator, batches.lost or ""))
+        raise UsageError(reason)
     lr = max(group["lr"] for group in trained.parallel.optimizer.param_groups)
     notice = on_main(
         job.setup.accelerator, lambda: note_bad_step(job.run_dir, state.step, lr, batches.sample_ids(state.step))

@@ -6,8 +6,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from cifar_dist.training.batches import Batches, Part, ResidentBatches
 
 _STEPS_AHEAD = 3
 _CLOSE_SECONDS = 5.0
+_ASK_EVERY_SECONDS = 1.0  # whether to stop, while waiting for rows
+_PATIENCE_SECONDS = 5.0  # with rows that do not come, once asked to stop
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,24 @@ class _Step:
 
 
 class StreamBatches(Batches):
-    """Batches of a stream, from any step on."""
+    """Batches of a stream, from any step on.
 
-    def __init__(self, data: StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
+    Args:
+        stop: whether this process was asked to stop; rows that do not come are then given up, and `lost` is "".
+        others: see `Batches`.
+    """
+
+    def __init__(
+        self,
+        data: StreamSet,
+        config: Config,
+        plan: Plan,
+        input: InputConfig,
+        parallel: Replicated,
+        stop: Callable[[], bool] = bool,
+    ):
         super().__init__(data, config, plan, input, parallel)
+        self._asked_to_stop = stop
         self._data, self._allowed = data, config.data.skip_corrupt
         self._queue: queue.Queue[_Step | Exception] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
@@ -82,19 +99,29 @@ class StreamBatches(Batches):
             self._start(step)
         self._next = step + 1
         began = time.perf_counter()
-        found: _Step | Exception | None = None if self.lost else self._queue.get()
+        found = None if self.lost is not None else self._wait()
         self._waited += time.perf_counter() - began
         if isinstance(found, UsageError):
             self.lost = str(found)
         elif isinstance(found, Exception):
             raise found
-        if self.lost:
+        if self.lost is not None:
             rows, weights = self._own(step)
             images = np.stack([self._blank] * len(rows))
             return _Step(step, rows, self._data.all_labels[rows], images, np.zeros_like(weights))
         assert isinstance(found, _Step)
         assert found.step == step
         return found
+
+    def _wait(self) -> _Step | Exception | None:
+        """What is read next, or None, with `lost` set, if that takes long after this process was asked to stop."""
+        patience = _PATIENCE_SECONDS
+        while patience > 0:
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=_ASK_EVERY_SECONDS)
+            patience -= _ASK_EVERY_SECONDS * self._asked_to_stop()
+        self.lost = ""
+        return None
 
     def _start(self, step: int) -> None:
         """Read ahead from `step` on."""
@@ -204,9 +231,14 @@ def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
 
 
 def make_batches(
-    data: ResidentSet | StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated
+    data: ResidentSet | StreamSet,
+    config: Config,
+    plan: Plan,
+    input: InputConfig,
+    parallel: Replicated,
+    stop: Callable[[], bool] = bool,
 ) -> Batches:
-    """Batches of `data`, however it is held; see `Batches`."""
+    """Batches of `data`, however it is held; see `Batches` and `StreamBatches`."""
     if isinstance(data, StreamSet):
-        return StreamBatches(data, config, plan, input, parallel)
+        return StreamBatches(data, config, plan, input, parallel, stop)
     return ResidentBatches(data, config, plan, input, parallel)
