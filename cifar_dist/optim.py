@@ -70,7 +70,7 @@ def state_per_parameter(config: OptimConfig) -> int:
 def is_elementwise(config: OptimConfig) -> bool:
     """Whether the optimizer treats each number of a matrix alone, so that two halves of it are updated as the whole."""
     draws = torch.Generator().manual_seed(0)
-    weights, *gradients = torch.randn(3, 256, 160, generator=draws, dtype=torch.float64)
+    weights, *gradients = torch.randn(4, 256, 160, generator=draws, dtype=torch.float64)
     along = (gradients[0] * weights).sum(1, keepdim=True) / weights.square().sum(1, keepdim=True)
     gradients[0] -= along * weights  # across the weights, which AdamP looks for; the second, against the first
     changes = []

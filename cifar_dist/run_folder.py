@@ -67,15 +67,19 @@ def choose_run_dir(config: Config) -> Path:
             raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
         if not (run_dir / "config.yaml").is_file():
             raise UsageError(f"--resume auto: {run_dir} is no run folder (config.yaml is missing).")
-        changed = changed_settings(config)
-        if Path(config.data.dataset).exists():  # data may have moved; `create_run_dir` compares them
-            changed = [change for change in changed if not change.startswith("--dataset ")]
-        if changed:
-            raise UsageError(
-                f"--resume auto: the run in {run_dir} has other settings ({'; '.join(changed)}); give those,"
-                " or another --run-dir."
-            )
+        _refuse_changes(config)
     return run_dir
+
+
+def _refuse_changes(config: Config) -> None:
+    changed = changed_settings(config)
+    if Path(config.data.dataset).exists():  # data may have moved; `create_run_dir` compares them
+        changed = [change for change in changed if not change.startswith("--dataset ")]
+    if changed:
+        raise UsageError(
+            f"--resume auto: the run in {config.run.run_dir} has other settings ({'; '.join(changed)}); give those,"
+            " or another --run-dir."
+        )
 
 
 def changed_settings(config: Config) -> list[str]:
@@ -144,6 +148,8 @@ def create_run_dir(lock: FileLock, config: Config, plan: Plan, facts: dict[str, 
         run_dir.mkdir(parents=True, exist_ok=True)
         fsync(run_dir.parent)
         lock.acquire()
+        if config.run.resume == "auto":
+            _refuse_changes(config)  # once more: another training may have begun here, and ended, in the meantime
         sweep(run_dir / "checkpoints")  # what a killed save has left takes room
         _refuse_small_disk(run_dir, config, plan)
         _write_identity(run_dir, config, plan, facts)

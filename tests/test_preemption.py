@@ -14,6 +14,7 @@ import torch
 import train
 from cifar_dist.data.stream import StreamSet
 from cifar_dist.recovery import checkpoint, saver
+from cifar_dist.recovery.stop_request import StopRequest
 from cifar_dist.training.engine import Evaluator
 from cifar_dist.training.stream_batches import StreamBatches
 from tests.conftest import ROOT
@@ -85,6 +86,48 @@ def test_a_signal_anywhere_in_a_step_ends_in_a_checkpoint_of_it(whole, tmp_path,
     assert [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r] == [
         r["train/loss"] for r in records(expected) if "train/loss" in r
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_run_whose_output_nobody_reads_any_more_ends_in_a_checkpoint(tmp_path, number):
+    """As after Ctrl-C with ``| tee``, which dies of it too, or when a terminal is closed."""
+
+    def work():
+        step, calls = train.train_step, []
+
+        def cut_off(*arguments):
+            calls.append(0)
+            if len(calls) == 3:
+                reads, writes = os.pipe()
+                os.close(reads)
+                os.dup2(writes, 1)
+                os.dup2(writes, 2)
+                os.kill(os.getpid(), number)
+            return step(*arguments)
+
+        train.train_step = cut_off
+        return run(*SHORT, "--run-dir", tmp_path / "run")
+
+    assert Ranks(work, 1).statuses == [0]
+    assert (tmp_path / "run" / "REQUEUE").read_text() == f"{number.name}\n"
+    assert step_of(tmp_path / "run") == 3
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
+    code = (
+        "import os, signal; from cifar_dist.recovery import stop_request; from cifar_dist.study.runner import Signals;"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop_request.listen(); os.kill(os.getpid(), signal.SIGHUP);"
+        "assert not stop_request.StopRequest().reason; study = Signals(); study.listen();"
+        "os.kill(os.getpid(), signal.SIGHUP); assert not study.first"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_the_reason_to_stop_is_the_first_one_that_was_given():
+    """A time limit's reserve shrinks once a checkpoint has been timed."""
+    told = iter(["", "--time-limit 4h", ""])
+    request = StopRequest(lambda: next(told))
+    assert [request.reason for _ in range(3)] == ["", "--time-limit 4h", "--time-limit 4h"]
 
 
 def test_an_evaluation_is_broken_off_and_made_up_for(whole, tmp_path):

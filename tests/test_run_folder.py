@@ -95,6 +95,18 @@ def test_of_two_runs_that_chose_one_folder_only_the_first_gets_it(tmp_path, stil
     first.release()
 
 
+def test_settings_are_compared_again_once_the_folder_is_locked(tmp_path):
+    """Another training may have begun and ended while this one decoded its data."""
+    (tmp_path / "run").mkdir()
+    settings = config(tmp_path / "run", "auto", seed=5)
+    assert choose_run_dir(settings) == tmp_path / "run"
+    prepare(config(tmp_path / "run"))
+    plan = make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1)
+    with pytest.raises(UsageError, match=r"other settings \(--seed 0 -> 5\)"):
+        create_run_dir(run_lock(tmp_path / "run"), settings, plan, FACTS)
+    assert load_config(tmp_path / "run" / "config.yaml").run.seed == 0
+
+
 def test_a_start_into_a_live_run_changes_nothing(tmp_path):
     settings = config(tmp_path / "run", "auto")
     plan = make_plan(settings, Sizes(1280, 0, None, 2, 0, 0, 0, 0), 1)

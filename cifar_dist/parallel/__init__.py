@@ -40,6 +40,11 @@ def check_engine(config: Config, plan: Plan, model: torch.nn.Module) -> None:
             f"--opt {config.optim.opt} looks at whole matrices, which ZeRO cuts up: the training would be another;"
             f" {elsewhere}, or take --opt adamw."
         )
+    if config.optim.opt.startswith("kron") and plan.num_processes > 1:
+        raise UsageError(
+            f"--opt {config.optim.opt} draws random numbers, others in each process, whose weights would drift apart;"
+            " train with one process, or take another."
+        )
     single = next((name for name, parameter in model.named_parameters() if not parameter.dim()), "")
     if single and engine not in ("single", "ddp"):
         raise UsageError(

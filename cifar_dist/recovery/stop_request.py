@@ -9,18 +9,23 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: of a terminal that is closed
 STARTED = time.monotonic()  # nearly the start of the process: what a time limit counts from
 
 _noted: str | None = None
 
 
 def listen() -> None:
-    """Note SIGTERM, SIGINT and SIGUSR1 from now on instead of dying of them; a SIGINT after any of them means now."""
+    """Note these signals from now on instead of dying of them; a SIGINT after any of them means now.
+
+    A SIGHUP that is ignored, as nohup has it, stays ignored.
+    """
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
 
 
 def ignore() -> None:
@@ -38,7 +43,8 @@ def _note(number: int, _: FrameType | None) -> None:
         _noted = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
             again = "; once more stops at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{_noted}: stops after this step, with a checkpoint{again}\n".encode())
+            with suppress(OSError):  # what read the output may have died of the same Ctrl-C
+                os.write(2, f"\n{_noted}: stops after this step, with a checkpoint{again}\n".encode())
 
 
 class StopRequest:
@@ -51,6 +57,7 @@ class StopRequest:
     def __init__(self, time_is_up: Callable[[], str] = str):
         self._time_is_up = time_is_up
         self._before: dict[signal.Signals, object] = {}
+        self._reason = ""
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -65,5 +72,6 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """The first signal's name, or what `time_is_up` says; empty while the run may go on."""
-        return _noted or self._time_is_up()
+        """The first signal's name, or what `time_is_up` said first; empty while the run may go on."""
+        self._reason = self._reason or _noted or self._time_is_up()
+        return self._reason

@@ -102,7 +102,17 @@ def _measured(path: Path) -> dict[str, Any] | None:
                 size += len(block)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    """What to say of a file that may be sound: a file server that hiccups must not cost a checkpoint."""
+    return UsageError(
+        f"{path} cannot be read now ({error.strerror}); start again when it can, or move its folder elsewhere to go on"
+        " from the checkpoint before."
+    )
 
 
 def begin(root: Path, step: int) -> Path:
@@ -185,7 +195,7 @@ def read_manifest(folder: Path) -> Stored:
 
     Raises:
         Damaged: it is missing or not what was written.
-        UsageError: it is of another version of the format.
+        UsageError: it is of another version of the format, or cannot be read now.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
@@ -202,8 +212,10 @@ def read_manifest(folder: Path) -> Stored:
         return Stored(folder, digest=digest, **{name: manifest[name] for name in _FACTS})
     except FileNotFoundError:
         raise Damaged(f"{_MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{_MANIFEST} cannot be read ({error})") from None
+    except OSError as error:
+        raise _unreadable(folder / _MANIFEST, error) from None
 
 
 def _manifests(root: Path) -> tuple[list[Stored], dict[Path, str]]:

@@ -40,13 +40,14 @@ class Signals:
     waiting: list[int] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Note signals from now on; a closed terminal counts as SIGTERM."""
-        for number in (*SIGNALS, signal.SIGHUP):
-            signal.signal(number, self._note)
+        """Note signals from now on; a SIGHUP that is ignored, as nohup has it, stays ignored."""
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name
-        self.waiting.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        self.waiting.append(number)
 
     def run(self, command: Sequence[str], failure_file: Path | None = None) -> int:
         """Run a command to its end, handing on what comes; its exit status, negative for the signal it died of.

@@ -10,6 +10,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,10 +53,11 @@ class Tracker(Silent):
         config: the merged configuration, shown in W&B.
         plan: its steps scale the progress bar and turn steps into epochs.
         first_step: records after this step are dropped from `log.jsonl`, since they will come again.
+        judged_step: so are evaluations after this one, which may be earlier.
     """
 
-    def __init__(self, run_dir: Path, config: Config, plan: Plan, first_step: int):
-        _forget_after(run_dir / "log.jsonl", first_step)
+    def __init__(self, run_dir: Path, config: Config, plan: Plan, first_step: int, judged_step: int):
+        _forget_after(run_dir / "log.jsonl", first_step, judged_step)
         self._file: TextIO = (run_dir / "log.jsonl").open("a", encoding="utf-8")
         self._plan, self._selected_on = plan, config.data.select_on
         self._bar = None
@@ -66,15 +69,17 @@ class Tracker(Silent):
 
     def say(self, text: str) -> None:
         """Print a line for people, above the progress bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with _whoever_reads():
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
 
     def advance(self, step: int) -> None:
         """Move a terminal's progress bar to `step`; it redraws itself a few times a second at most."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with _whoever_reads():
+                self._bar.update(step - self._bar.n)
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """Record training means at `step` and show where the run is: on a terminal's bar, else as a line."""
@@ -86,7 +91,8 @@ class Tracker(Silent):
             "images/s": f"{values['images_per_second']:,.0f}",
         }
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            with _whoever_reads():
+                self._bar.set_postfix(shown)
             return
         steps_left = self._plan.total_steps - step
         seconds_left = (time.perf_counter() - self._began) / (step - self._first_step) * steps_left
@@ -125,9 +131,23 @@ class Tracker(Silent):
             if line := self._mirror.close():
                 self.say(line)
         finally:
-            if self._bar is not None:
-                self._bar.close()
+            with _whoever_reads():
+                if self._bar is not None:
+                    self._bar.close()
             self._file.close()
+
+
+@contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Go on where the terminal was closed, or what read the output has gone: it may have died of the same Ctrl-C."""
+    try:
+        yield
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # else it would fail again when the program ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _clock(seconds: float) -> str:
@@ -135,15 +155,19 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _forget_after(log: Path, step: int) -> None:
-    """Drop records later than `step` and a torn last line; a resumed run writes them again."""
+def _forget_after(log: Path, step: int, judged: int) -> None:
+    """Drop training's records later than `step`, evaluations later than `judged`, and torn lines.
+
+    A resumed run writes them again.
+    """
     if not log.exists():
         return
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= (judged if "val/loss" in record else step):
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     replace_text(log, "".join(kept))

@@ -34,7 +34,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._meter = Meter(accelerator, plan.num_train / plan.steps_per_epoch)
         self._heartbeat = Heartbeat(run_dir, writes=speaks)
         self._began = time.perf_counter() - state.seconds - feed.seconds
-        self._tracker = Tracker(run_dir, setup.config, plan, state.step) if speaks else Silent()
+        self._tracker = Tracker(run_dir, setup.config, plan, state.step, state.judged_step) if speaks else Silent()
         self.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
 
     def __exit__(self, *_: object) -> None:

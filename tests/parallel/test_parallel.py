@@ -63,7 +63,7 @@ def test_deepspeed_does_what_the_recipe_says_or_the_run_ends():
         zero._read_back(engine, numbers)
 
 
-WHOLE_MATRICES = ("muon", "adamuon", "lamb", "lars", "adafactor", "adamp", "cadamw", "csgdw")
+WHOLE_MATRICES = ("muon", "adamuon", "lamb", "lars", "adafactor", "adamp", "cadamw", "csgdw", "cadopt")
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
@@ -97,6 +97,16 @@ def test_a_parameter_that_is_one_number_cannot_be_cut_up(engine):
     config = Config.from_flat({"model": "dm_nfnet_f0"})
     with pytest.raises(UsageError, match=r"--model dm_nfnet_f0: .* one number \(stages\.0\.0\.skipinit_gain\)"):
         check_engine(config, SimpleNamespace(engine=engine, has_batch_norm=False), model)
+
+
+@pytest.mark.parametrize("opt", ["kron", "kronw", "kronc"])
+def test_an_optimizer_that_draws_is_for_one_process(opt):
+    """timm's Kron draws from the process's own generator, of which each has another."""
+    assert opt in list_optimizers()
+    config, model = Config.from_flat({"opt": opt}), torch.nn.Linear(2, 2)
+    check_engine(config, SimpleNamespace(engine="single", has_batch_norm=False, num_processes=1), model)
+    with pytest.raises(UsageError, match=f"--opt {opt} draws random numbers"):
+        check_engine(config, SimpleNamespace(engine="ddp", has_batch_norm=False, num_processes=2), model)
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -153,6 +154,28 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_taken(tmp_p
         save(tmp_path, whole, TrainState(step=step), best=False)
     assert checkpoint.find(tmp_path, "last").step == 4
     assert len(list(root.glob("damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_costs_no_checkpoint(tmp_path, accelerator, monkeypatch, file, number):
+    """As on a file server that hiccups: the newest one is neither set aside nor passed over."""
+    whole = trained(accelerator, steps=1)
+    for step in (1, 2):
+        save(tmp_path, whole, TrainState(step=step), best=True)
+    newest, plain = tmp_path / "checkpoints" / "step-00000002", Path.open
+
+    def fails(self, *arguments, **settings):
+        if self == newest / file:
+            raise OSError(number, os.strerror(number))
+        return plain(self, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(UsageError, match=rf"{file} cannot be read now \(.*\); start again when it can"):
+        resume(tmp_path, whole)
+    monkeypatch.undo()
+    assert newest.is_dir()
+    assert resume(tmp_path, whole).step == 2
 
 
 def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path, accelerator):

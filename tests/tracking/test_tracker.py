@@ -26,9 +26,10 @@ def records(run_dir):
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-def tracker(run_dir, first_step=0, wandb="disabled"):
-    settings = config(run_dir, wandb=wandb)
-    return Tracker(run_dir, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), first_step)
+def tracker(run_dir, first_step=0, judged_step=0, settings=None, wandb="disabled"):
+    settings = settings or config(run_dir, wandb=wandb)
+    plan = make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1)
+    return Tracker(run_dir, settings, plan, first_step, judged_step)
 
 
 TRAINING = {"train/loss": 1.5, "train/top1": 0.5, "images_per_second": 100.0, "lr": 0.1, "seconds": 1.0}
@@ -63,7 +64,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
 def test_selecting_on_test_is_said_everywhere(tmp_path, capsys):
     settings = config(tmp_path, wandb="disabled")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, select_on="test"))
-    voice = Tracker(tmp_path, settings, make_plan(settings, Sizes(1280, 0, None, 10, 0, 0, 0, 0), 1), 0)
+    voice = tracker(tmp_path, settings=settings)
     voice.evaluation(10, {"loss": 1.0, "top1": 0.5}, best=False)
     voice.close()
     assert records(tmp_path)[0]["selected_on"] == "test"
@@ -75,12 +76,25 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     for step in (10, 20, 30):
         voice.training(step, TRAINING)
     voice.close()
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 40, "trai')  # torn by a kill
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n12\n{"step": 40, "trai')  # torn by a kill, or a power cut
     voice = tracker(tmp_path, first_step=20)
     voice.training(30, TRAINING)
     voice.close()
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("judged, evaluations", [(10, [10]), (20, [10, 20])])
+def test_an_evaluation_that_a_resumed_run_owes_is_logged_once(tmp_path, judged, evaluations):
+    """Logged at an epoch's end, it is in no checkpoint if the run was killed before the next one was there."""
+    voice = tracker(tmp_path)
+    for step in (10, 20):
+        voice.training(step, TRAINING)
+        voice.evaluation(step, {"loss": 1.0, "top1": 0.5}, best=True)
+    voice.close()
+    tracker(tmp_path, first_step=20, judged_step=judged).close()
+    assert [record["step"] for record in records(tmp_path) if "val/loss" in record] == evaluations
+    assert [record["step"] for record in records(tmp_path) if "lr" in record] == [10, 20]
 
 
 def written(run_dir, wandb):
