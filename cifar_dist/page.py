@@ -131,7 +131,8 @@ def _data_address(path: Path) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown leaves as it is, in a table too."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(text.split()))
+    joined = re.sub(r"([\\`*~<>|\[\]]|&(?=#?\w+;))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", lambda found: r"\_" * len(found[0]), joined)  # not within words
 
 
 def _markdown(block: Block, folder: Path) -> str:

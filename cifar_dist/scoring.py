@@ -169,10 +169,10 @@ def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evid
     """Pixels of the images that a report shows, with Grad-CAM and attention rollout of what was predicted for some."""
     chosen = choose(scored)
     explained, shown = torch.tensor(chosen.explained), torch.tensor(chosen.shown)
-    found = Evidence(scored.ids[shown], test.images[shown].cpu().numpy(), scored.ids[explained])
+    found = Evidence(scored.ids[chosen.shown], test.images[shown].cpu().numpy(), scored.ids[chosen.explained])
     device = subject.accelerator.device
     images = Preprocess(subject.input, device, torch.float32)(test.images[explained].to(device))
-    classes = torch.from_numpy(scored.predicted[explained]).to(device)
+    classes = torch.from_numpy(scored.predicted[chosen.explained]).to(device)
     model, layer = subject.model, ""
     methods: dict[str, Callable[[], torch.Tensor | None]] = {
         "grad_cam": lambda: grad_cam(model, images, classes),
@@ -201,7 +201,7 @@ def measure_cost(subject: Subject) -> dict[str, Any]:
     parameters, trained = count_parameters(subject.model)
     flops = count_flops(subject.model, subject.input.img_size)
     speed = measure_speed(subject.model, subject.input, subject.accelerator.device, subject.aim.precision)
-    peak = device_peak(subject.accelerator.device, subject.run.config.run.precision)
+    peak = device_peak(subject.accelerator.device, subject.aim.precision)
     return {
         "parameters": parameters,
         "trained_parameters": trained,

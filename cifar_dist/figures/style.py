@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +24,12 @@ TRAIN, EVALUATION, OTHER = "#0072B2", "#D55E00", "#000000"
 RIGHT, WRONG = TRAIN, EVALUATION
 _SETTINGS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000"]
 _MARKERS = ["o", "s", "^", "D", "v"]
+_FONTS = [  # the first has no Chinese, Japanese, Korean; of the others those that are installed help out
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "PingFang SC",
+    "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
+]  # fmt: skip
 STYLE: dict[Any, Any] = {
+    "font.family": [name for name in _FONTS if name in font_manager.get_font_names()],
     "font.size": 10,
     "text.parse_math": False,  # a $ in a name is a $
     "axes.spines.top": False,
@@ -99,10 +105,15 @@ def save(figure: Figure, path: Path) -> None:
 def save_all(drawn: Mapping[str, Figure | None], folder: Path) -> dict[str, Path]:
     """Write the figures there are into a folder, each as its name, those with photographs as JPEG too, for pages.
 
+    Files of those that there are not are removed.
+
     Returns:
         Their PNG files by name.
     """
     found = {name: figure for name, figure in drawn.items() if figure is not None}
+    for name in drawn.keys() - found.keys():
+        for suffix in (".png", ".svg", ".jpg"):  # of an earlier time
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
     for name, figure in found.items():
         path = folder / f"{name}.png"
         save(figure, path)

@@ -133,6 +133,8 @@ def _check_classes(pair: tuple[Run, Run], a: Sequence[str], b: Sequence[str]) ->
 def _check_comparable(members: Sequence[Member]) -> None:
     """Refuse runs that were scored on other images, or otherwise, than the first."""
     first = members[0].scored
+    if len(first.ids) < 2:
+        raise UsageError(f"{first.about.dataset} has a single image to compare runs on; take a set with more.")
     for member in members[1:]:
         other, both = member.scored, f"{members[0].run.folder} and {member.run.folder}"
         _check_classes((members[0].run, member.run), first.class_names, other.class_names)

@@ -117,7 +117,8 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
     temperature = None if val is None or val.correct.all() else calibration.fit_temperature(val.logits, val.labels)
     if temperature is None or not LOWEST < temperature < HIGHEST:  # with hardly a mistake in val, any small one fits
         missing = "there is no val split at hand" if val is None else "every image of val is right"
-        reason = missing if temperature is None else _out_of_bounds(temperature)
+        bounds = f"not between {LOWEST:g} and {HIGHEST:g}: it follows a few images, or logits of an unusual scale"
+        reason = missing if temperature is None else f"the best on val, {temperature:.3g}, is {bounds}"
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None, "unfitted": reason}
     after = compute_metrics(cooled(scored, temperature), of_confidence_alone=True)
     return {
@@ -127,12 +128,6 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
         "after": {"ece": after["ece"], "brier": after["brier"], "nll": after["loss"]},
         "unfitted": None,
     }
-
-
-def _out_of_bounds(temperature: float) -> str:
-    """Why a fitted temperature is not used."""
-    why = "there is hardly a mistake in val" if temperature < 1 else "on val the model is hardly better than guessing"
-    return f"the best on val, {temperature:.3g}, is not between {LOWEST:g} and {HIGHEST:g}, as {why}"
 
 
 def cooled(scored: Scored, temperature: float) -> Scored:

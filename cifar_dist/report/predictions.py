@@ -77,10 +77,10 @@ class Scored:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """float32 (N, K): softmax of the logits."""
-        exponents = self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True)
-        weights = np.exp(exponents)
-        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        """float64 (N, K): softmax of the logits."""
+        from scipy.special import softmax
+
+        return softmax(self.logits.astype(np.float64), axis=1)
 
     @cached_property
     def predicted(self) -> np.ndarray:

@@ -29,6 +29,7 @@ CAPTIONS = {
     "rollout": "Attention rollout for the same images",
 }
 
+METHODS = ("grad_cam", "rollout")
 _EVEN = 0.8  # of its highest value, below which no other of a map is that is nearly one colour
 
 
@@ -38,7 +39,8 @@ def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, F
         "mistakes": _gallery(scored, evidence, chosen.mistakes),
         "label_errors": _gallery(scored, evidence, chosen.suspects, doubted),
     }
-    return sheets | {method: _sheet(scored, chosen, evidence, method) for method in evidence.maps}
+    explained = {name: _sheet(scored, chosen, evidence, name) if name in evidence.maps else None for name in METHODS}
+    return sheets | explained
 
 
 def _gallery(

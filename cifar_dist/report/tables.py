@@ -108,7 +108,8 @@ def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
         rows.append((watched, percent(evaluation["top1"]), f"{evaluation['loss']:.4f}", how))
     elif run.series("val/top1")[0]:
         rows.append((watched, "–", "–", "not at the checkpoint's step"))
-    how = "afterwards, each image once" + (", over several views, unlike the others" if about.tta != "none" else "")
+    unlike = "train" if evaluation and evaluation["measured"] == "afterwards" else "the others"
+    how = "afterwards, each image once" + (f", over several views, unlike {unlike}" if about.tta != "none" else "")
     rows.append((f"test{of_other}", percent(metrics["top1"]), f"{metrics['loss']:.4f}", how))
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
 

@@ -33,9 +33,8 @@ def bootstrap_macro_f1(
     """Percentile bootstrap interval of macro-F1 over images (Efron 1979).
 
     Macro-F1 depends on the images through the confusion matrix alone. So N images drawn with replacement are one
-    multinomial draw of N counts over the matrix's cells. It is the mean over the classes that occur among the labels.
-    What would be 0/0 is 0, as in the report, also for a class that a resample misses: where classes have only a few
-    images the interval lies low.
+    multinomial draw of N counts over the matrix's cells. It is the mean over the classes that occur among the labels,
+    of a resample over those that occur in it.
 
     Args:
         labels: int (N,).
@@ -56,7 +55,7 @@ def bootstrap_macro_f1(
     random, total, values = np.random.default_rng(seed), counts.sum(), []
     for first in range(0, resamples, RESAMPLES_AT_ONCE):
         drawn = random.multinomial(total, counts / total, min(RESAMPLES_AT_ONCE, resamples - first)).astype(float)
-        hits, named = drawn @ (in_row * in_column), drawn @ (in_row + in_column)
-        values.append((2 * hits / np.maximum(named, 1)).mean(axis=1))
+        hits, named, there = drawn @ (in_row * in_column), drawn @ (in_row + in_column), drawn @ in_row > 0
+        values.append((2 * hits / np.maximum(named, 1)).sum(axis=1) / there.sum(axis=1))
     low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -6,6 +6,7 @@ import numpy as np
 
 MOST_SUSPECTED = 0.1  # of the images; of ten test sets that were checked by people the worst had 10.1 % label errors
 LEAST_TRUST = 0.5
+ROUNDING = 1e-9  # by which the mean of equal probabilities may lie above them
 
 
 def can_tell(suspected: int, count: int, trust: float) -> bool:
@@ -51,7 +52,7 @@ def label_issues(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     own, counts = scores[rows, given], np.bincount(given, minlength=classes)
     sums = np.bincount(given, weights=own, minlength=classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
-    confident = np.where(scores >= thresholds, scores, -np.inf)
+    confident = np.where(scores >= thresholds * (1 - ROUNDING), scores, -np.inf)
     suspected = (confident.max(axis=1) > -np.inf) & (confident.argmax(axis=1) != given)
     others = scores.copy()
     others[rows, given] = -np.inf

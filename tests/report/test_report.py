@@ -26,6 +26,7 @@ from sklearn.metrics import (
 from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.errors import UsageError
+from cifar_dist.page import plain
 from cifar_dist.report import report_folder, write_report
 from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.predictions import Scored, load_predictions, save_predictions
@@ -186,18 +187,17 @@ def test_temperature_is_fitted_on_val_alone(run):
     assert found["after"]["nll"] == pytest.approx(log_loss(make_scored().labels, scaled), rel=1e-5)
 
 
+UNUSUAL = "is not between 0.05 and 20: it follows a few images, or logits of an unusual scale"
+
+
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("wrong", "surely", "reason"),
     [
         (None, 1, "there is no val split at hand"),
         (0, 1, "every image of val is right"),
-        (1, 1e-15, "the best on val, 0.01, is not between 0.05 and 20, as there is hardly a mistake in val"),
-        (
-            290,
-            1,
-            "the best on val, 100, is not between 0.05 and 20, as on val the model is hardly better than guessing",
-        ),
+        (1, 1e-15, f"the best on val, 0.01, {UNUSUAL}"),
+        (290, 1, f"the best on val, 100, {UNUSUAL}"),
         (100, 1, None),
     ],
 )
@@ -288,6 +288,29 @@ def test_the_learning_rate_is_drawn_at_every_step_of_the_schedule_up_to_the_last
     assert list(drawn["schedule"].steps) == list(range(1, 21))
     assert drawn["schedule"].values == pytest.approx(rates)
     assert (drawn["logged"].steps, drawn["logged"].values) == ([5, 10, 20], [1e-3] * 3)
+
+
+def test_pictures_of_an_earlier_report_are_not_left_beside_a_new_one(tmp_path):
+    folder, perfect = make_run(tmp_path / "run"), make_scored(sharpness=100)
+    for scored, there in ((SHARP, True), (perfect, False)):
+        save_report(folder, scored)
+        write(folder)
+        for name in ("mistakes.jpg", "label_errors.png", "confusions.svg", "confusions.png"):
+            assert (folder / "report" / name).exists() == there
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("resnet18_cifar, vit_b", "resnet18_cifar, vit_b"),
+        ("_cat_", r"\_cat\_"),
+        ("__background__", r"\_\_background\_\_"),
+        ("~~no~~ `x` *y* <b> a|b [c]", r"\~\~no\~\~ \`x\` \*y\* \<b\> a\|b \[c\]"),
+        ("black & white &lt; &#65;", r"black & white \&lt; \&#65;"),
+    ],
+)
+def test_names_are_no_markdown(text, expected):
+    assert plain(text) == expected
 
 
 def test_the_html_page_needs_nothing_beside_it(written):
