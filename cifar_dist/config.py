@@ -160,7 +160,9 @@ class OptimConfig:
 
     opt: str = option("adamw", "any optimizer of timm: adamw, adam, momentum (SGD), sgd (Nesterov), lamb, …")
     lr: float = option(1e-3, "peak learning rate for the global batch", type=positive)
-    weight_decay: float = option(0.05, "weight decay; not applied to biases and norms", type=non_negative)
+    weight_decay: float = option(
+        0.05, "weight decay; not applied to what has one dimension: biases, norms", type=non_negative
+    )
     momentum: float = option(0.9, "momentum, where the optimizer has one", type=fraction)
     layer_decay: float | None = option(
         None, "learning-rate factor from one layer to the one below", type=positive_fraction

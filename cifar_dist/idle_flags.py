@@ -16,6 +16,7 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], Any]]] = {
     "warmup_lr": ("--warmup-epochs", lambda s: s["warmup_epochs"]),
     "decay_epochs": ("--sched step", lambda s: s["sched"] == "step"),
     "decay_rate": ("--sched step", lambda s: s["sched"] == "step"),
+    "layer_decay": ("--freeze none", lambda s: s["freeze"] == "none"),
     "min_delta": ("--patience", lambda s: s["patience"]),
 }
 

@@ -16,8 +16,8 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # for both CPUs 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `config` names over the model's trainable parameters.
 
-    Biases and norms get no weight decay; with ``layer_decay`` each layer's groups carry an
-    ``lr_scale`` (timm's ``param_groups_layer_decay``).
+    Parameters of one dimension (biases, norms) get no weight decay, nor do those that the model names; with
+    ``layer_decay`` each layer's groups carry an ``lr_scale`` (timm's ``param_groups_layer_decay``).
 
     Raises:
         UsageError: timm knows no such optimizer, or it needs a package or device that is not there.

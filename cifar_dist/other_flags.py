@@ -31,6 +31,8 @@ _CROPS = " Random crops are --crop-padding's, or --scale's, whose ratios go from
 _PROCESSES = " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N …"
 _MEMORY = " A smaller --micro-batch-size takes less memory."
 _LOSS = " The loss is cross-entropy."
+_TEST = " Test is a folder, or a split, of its own: docs/data.md shows how to set one apart."
+_WEIGHTS = " Every image counts the same; the report has balanced accuracy and macro F1."
 _PARTS = " train.py trains and watches val; evaluate.py scores test."
 _OPTIMIZER = " The optimizer's other numbers are timm's."
 NO_SETTINGS = {
@@ -53,6 +55,8 @@ NO_SETTINGS = {
     "push_to_hub": " evaluate.py RUN_DIR --export DIR --push-to-hub NAME/REPO does that.",
     "betas": _OPTIMIZER, "opt_betas": _OPTIMIZER, "opt_eps": _OPTIMIZER, "adam_beta1": _OPTIMIZER,
     "adam_beta2": _OPTIMIZER, "adam_epsilon": _OPTIMIZER,
+    "test_fraction": _TEST, "test_size": _TEST, "test_split": _TEST,
+    "class_weights": _WEIGHTS, "class_weight": _WEIGHTS, "weighted_sampler": _WEIGHTS, "balanced_sampling": _WEIGHTS,
     "nesterov": " --opt sgd has Nesterov's momentum, --opt momentum the plain one.",
 }  # fmt: skip
 

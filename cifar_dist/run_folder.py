@@ -78,7 +78,7 @@ def _refuse_changes(config: Config) -> None:
     if changed:
         raise UsageError(
             f"--resume auto: the run in {config.run.run_dir} has other settings ({'; '.join(changed)}); give those,"
-            " or another --run-dir."
+            f" or another --run-dir, which may begin with its weights (--init-weights {config.run.run_dir})."
         )
 
 

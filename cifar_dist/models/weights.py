@@ -110,8 +110,21 @@ def _load(file: Path, found: State, arguments: dict[str, Any]) -> nn.Module:
         raise UsageError(_misfit(file, arguments, found, expected) or refusal) from error
     if notes:
         raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
+    _refuse_other_numbers(file, found, source.state_dict())
     del cast(Any, source).pretrained_cfg["state_dict"]  # timm's copy, which would live as long as the model
     return source
+
+
+def _refuse_other_numbers(file: Path, found: State, loaded: State) -> None:
+    """Refuse quantised weights, which would be taken for numbers of their size, and such as are not finite."""
+    for key, tensor in loaded.items():
+        if tensor.is_floating_point() and key in found and not found[key].is_floating_point():
+            raise UsageError(
+                f"--init-weights {file}: {key} holds {str(found[key].dtype).removeprefix('torch.')}, as quantised"
+                " weights do; give those of which they were made."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"--init-weights {file}: {key} is not finite, as of a run that diverged; take others.")
 
 
 def _within(found: State, arguments: dict[str, Any]) -> dict[str, State]:
@@ -182,7 +195,7 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
     if not names:
         return int(arguments["num_classes"])
     for name in (names[0], names[0].split(".")[0]):
-        if isinstance(weight := found.get(f"{name}.weight"), torch.Tensor):
+        if isinstance(weight := found.get(f"{name}.weight"), torch.Tensor) and weight.dim():
             return int(weight.shape[0])
     return 0
 
@@ -191,6 +204,8 @@ def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> n
     """`source` itself if it has as many classes as asked for, else a new model with all of it but the head."""
     had, wanted = cast(Any, source).num_classes, arguments["num_classes"]
     if had == wanted:
+        if is_first_process():
+            print(f"{what}: loaded, with the head of {had} classes.", flush=True)
         return source
     model = create(arguments)
     head = _head_names(arguments)

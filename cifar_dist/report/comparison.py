@@ -63,9 +63,10 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
         for name, run, folder in zip(names_of([run.folder for run in runs]), runs, folders, strict=True)
     ]
     _check_comparable(members)
-    groups = group_runs(runs, [member.name for member in members], [member.img_size for member in members])
-    pairs = _pairs(members, groups)
     study = record_of([run.folder for run in runs])
+    sizes = [member.img_size for member in members]
+    groups = group_runs(runs, [member.name for member in members], sizes, study is not None)
+    pairs = _pairs(members, groups)
     make_room(output)
     try:
         if (output / f"{NAME}.json").exists():

@@ -15,7 +15,7 @@ from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.headline import headline, highest, mean_accuracy, title
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import interval, percent, quantity, shown, taken
+from cifar_dist.report.tables import interval, percent, quantity, shown, taken, while_training
 from cifar_dist.study.record import StudyRecord
 
 MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
@@ -100,7 +100,7 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
     further = [k for k in (3, 5) if k < len(members[0].scored.class_names)]
     for group in groups:
         if len(group.members) > 1:
-            mean = ("", "", mean_accuracy(members, group), *[""] * (2 + len(further)))
+            mean = (mean_accuracy(members, group), *[""] * (4 + len(further)))
             rows.append((group.name, f"mean of {len(group.members)} runs", *mean))
         for number in group.members:
             metrics, row = members[number].metrics, row_of(members[number], group.name)
@@ -108,20 +108,26 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
                 (
                     group.name,
                     members[number].name,
-                    *(_percent_or_dash(row[f"{name}_top1"]) for name in ("train", "val")),
                     percent(metrics["top1"]),
                     interval(metrics["top1_interval"]),
                     *(percent(metrics[f"top{k}"]) for k in further),
                     percent(metrics["error_rate"]),
+                    *(_percent_or_dash(row[f"{name}_top1"]) for name in ("train", "val")),
                 )
             )
-    strong = [number for number, row in enumerate(rows) if not row[2]]
-    header = ("settings", "run", "train", "val", "test", "95 % interval", *(f"top-{k}" for k in further), "error")
+    strong = [number for number, row in enumerate(rows) if not row[3]]
+    header = ("settings", "run", "test", "95 % interval", *(f"top-{k}" for k in further), "error", "train", "val")
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
+        f" Train, and the train loss below, are taken {_while_training(members)}."
     )
     return [Table(header, rows, strong), Text(explained), _other_numbers(members)]
+
+
+def _while_training(members: Sequence[Member]) -> str:
+    found = {while_training(member.run.config) for member in members}
+    return found.pop() if len(found) == 1 else "while training, on what each run makes of its images and labels"
 
 
 def _other_numbers(members: Sequence[Member]) -> Table:
@@ -163,10 +169,16 @@ def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text |
     names = groups[0].settings
     twice = len({repr(group.settings) for group in groups}) < len(groups)
     again = "Runs with the same settings and the same seed are no repeats; they are compared with each other."
-    if not names:
-        return [Text(f"All settings are the same. {again}")] if twice else []
     rows = [(name.replace("_", " "), *(shown(group.settings[name]) for group in groups)) for name in names]
+    for name, label in (("num_processes", "processes"), ("device", "trained on")):
+        found = [_each(members[number].run.environment.get(name) for number in group.members) for group in groups]
+        rows += [(label, *found)] if len(set(found)) > 1 else []
+    if not rows:
+        return [Text(f"All settings are the same. {again}")] if twice else []
     unequal = ", but not all runs were trained to their end" if any(was_cut(member.run) for member in members) else ""
+    own = "mean", "std", "interpolation"
+    if "model" in names and any(getattr(member.run.config.model, name) is None for member in members for name in own):
+        unequal = f" (mean, std and interpolation are each model's own where they were not set){unequal}"
     words = f"All other settings are the same{unequal}."
     words += " What is compared is a model as it was trained, not an architecture alone."
     if len(members) == len(groups):
@@ -256,6 +268,9 @@ def _only(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Te
     always = np.stack([correct[list(numbers)].all(axis=0) for numbers in sides.values()])
     ever = np.stack([correct[list(numbers)].any(axis=0) for numbers in sides.values()])
     rows = [(f"only {name}", f"{(always[row] & (ever.sum(axis=0) == 1)).sum():,}") for row, name in enumerate(sides)]
-    rows += [("all", f"{correct.all(axis=0).sum():,}"), ("none", f"{(~correct).all(axis=0).sum():,}")]
+    every, none = correct.all(axis=0).sum(), (~correct).all(axis=0).sum()
+    some = correct.shape[1] - every - none - (always & (ever.sum(axis=0) == 1)).sum()
+    rows += [("several, or only some repeats", f"{some:,}")] * bool(some)
+    rows += [("all", f"{every:,}"), ("none", f"{none:,}")]
     words = "A setting with repeats is right where all its runs are, and wrong where none is."
     return [Table(("right", "images"), rows), *[Text(words)] * (1 < len(groups) < len(members))]

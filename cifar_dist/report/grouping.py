@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cifar_dist.report.endings import was_cut
@@ -14,6 +16,7 @@ from cifar_dist.run_record import Run
 _ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
 
 MOST_NAMED = 4  # settings in a name
+LONGEST = 60  # characters of a name by settings, above which the runs' own are taken if they are shorter
 _MACHINE = ("device", "num_processes")
 
 
@@ -32,20 +35,24 @@ class Group:
     settings: dict[str, Any]
 
 
-def group_runs(runs: Sequence[Run], names: Sequence[str], img_sizes: Sequence[int | None]) -> list[Group]:
+def group_runs(
+    runs: Sequence[Run], names: Sequence[str], img_sizes: Sequence[int | None], of_study: bool = False
+) -> list[Group]:
     """Put runs that differ in their seed alone together, in the order in which they were given.
 
     ``--max-steps`` is a setting where it cut the training, a shuffle window where it shuffled, and data are the same
     wherever they lie. Runs with the same settings and the same seed are no repeats: then those of one device and number
     of processes go together, and further ones open groups of their own. A group is named by its model and by the
     settings in which the groups of that model differ, of many by those that it shares with the fewest; groups that
-    would have one name take the names of their first runs.
+    would have one name take the names of their first runs. Where such names are long, or the runs are a study's, all
+    are named by what people have called their runs, if that is shorter.
 
     Args:
         runs: what was trained.
         names: what each is called, all different.
         img_sizes: pixels that each model sees a side. Where all are known they count, and not whether they were asked
             for.
+        of_study: whether they are a study's.
     """
     datasets: dict[Any, str] = {}
     kept = [_settings(run, datasets) for run in runs]
@@ -66,7 +73,19 @@ def group_runs(runs: Sequence[Run], names: Sequence[str], img_sizes: Sequence[in
     for settings, numbers in zip(first, members.values(), strict=True):
         name = _name(settings, [other for other in first if other["model"] == settings["model"]])
         groups.append(Group(name, tuple(numbers), {key: settings[key] for key in differing}))
-    return _told_apart(groups, names)
+    groups = _told_apart(groups, names)
+    called = [_called([names[number] for number in group.members]) for group in groups]
+    lengths = [len(group.name) for group in groups]
+    usable = all(called) and len(set(called)) == len(called) and sum(map(len, called)) < sum(lengths)
+    if usable and (of_study or max(lengths) > LONGEST):
+        return [replace(group, name=name) for group, name in zip(groups, called, strict=True)]
+    return groups
+
+
+def _called(names: Sequence[str]) -> str:
+    """What people have called these repeats, without their seeds; empty if that is not one name, or a default one."""
+    found = {re.sub(r"_seed\d+$", "", name) for name in names}
+    return found.pop() if len(found) == 1 and not re.search(r"-\d{8}-\d{6}$", "".join(found)) else ""
 
 
 def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:
@@ -104,6 +123,7 @@ def _name(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
     for key in named:
         if key in rarest:
             name, value = key.replace("_", " "), settings[key]
+            value = Path(value).name if key == "init_weights" and value else value
             words.append(name if value is True else f"{name} {shown(value)}")
     return ", ".join([*words, "…"] if len(named) > MOST_NAMED else words)
 

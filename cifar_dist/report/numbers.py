@@ -155,11 +155,12 @@ def _cost_of(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     cpu = cpu_name(environment.get("processor", ""), environment.get("cpu_threads", 0))
     here = cost["inference"]["device"] in (environment.get("device"), cpu)
     whole = run.config.model.freeze == "none"  # a frozen backbone has no backward pass, or is computed once
+    share = mfu(flops, rate, processes, peak) if rate and here and whole else None
     training = {
         "images_per_second": rate,
         "peak_memory_bytes": max(memory) if memory else None,
         "seconds": seconds[-1] if seconds else None,
-        "mfu": mfu(flops, rate, processes, peak) if rate and here and whole else None,
+        "mfu": share if share is None or share <= 1 else None,  # else the peak was measured on a busy machine
         "num_processes": processes,
     }
     counted = {"gflops": flops.forward / 1e9, "gmacs": flops.macs / 1e9}

@@ -205,6 +205,8 @@ def settings(config: Config) -> Table:
     values, defaults = config.flat(), Config().flat()
     others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
     names = [*SHOWN_SETTINGS, *(name for name in others if name not in SHOWN_SETTINGS)]
+    if values["init_weights"] is not None:
+        names.remove("pretrained")
     return Table(("setting", "value"), [(name, shown(values[name])) for name in names if values[name] is not None])
 
 

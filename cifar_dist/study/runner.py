@@ -190,20 +190,20 @@ def refuse_what_is_in_the_way(study: Study, found: Sequence[Standing]) -> None:
 def train_all(study: Study, signals: Signals) -> list[StudyRun]:
     """Train what is not finished, until asked to stop; the runs that failed."""
     failed = []
-    for run in study.runs:
+    for number, run in enumerate(study.runs, 1):
         if signals.first:
             break
         before = standing_of(run)  # as it is now: those before took hours
         if not before.is_due:
             say(run, "finished before" if before.finished else "is running elsewhere, and left to that")
-        elif not train(run, before, signals):
+        elif not train(run, f"run {number} of {len(study.runs)} begins ({before})", signals):
             failed.append(run)
     return failed
 
 
-def train(run: StudyRun, before: Standing, signals: Signals) -> bool:
-    """Train a run, and note its failure beside its folder; whether it did not fail."""
-    say(run, f"begins ({before})")
+def train(run: StudyRun, begins: str, signals: Signals) -> bool:
+    """Train a run, saying that it `begins`, and note its failure beside its folder; whether it did not fail."""
+    say(run, begins)
     forget_failure(run.folder)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reason"

@@ -96,8 +96,10 @@ def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
 
 
 def _no_room(micro: int) -> UsageError:
+    if micro == 1:
+        return UsageError("a step with a single image does not fit into memory; take a smaller --model or --img-size.")
     return UsageError(
-        f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {max(micro // 2, 1)},"
+        f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {micro // 2},"
         " or --auto-micro-batch (the batch stays what it is), and go on with --resume auto."
     )
 

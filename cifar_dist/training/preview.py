@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,14 +48,14 @@ class _Seen:
 
 
 def write_preview(path: Path, config: Config, plan: Plan, data: TrainingData, input: InputConfig) -> None:
-    """Write the first 8 training images, each beside what the model sees of it in the first 7 epochs.
+    """Write 8 training images, of as many classes, each beside what the model sees of it in the first 7 epochs.
 
     Raises:
         UsageError: the file cannot be written, or train is a stream.
     """
     if not isinstance(data.train, ResidentSet):
         raise UsageError(f"--preview-augment {path} looks at resident images; add --data-mode resident for it.")
-    rows = range(min(_IMAGES, len(data.train)))
+    rows = _first_of_each(data.train.labels)[:_IMAGES]
     tile = input.img_size * -(-_TILE // input.img_size)
     width, height = _GAP + (1 + _EPOCHS) * (tile + _GAP), _LINE + _GAP + len(rows) * (tile + _CAPTION + _GAP)
     sheet = Image.new("RGB", (width, height), "white")
@@ -68,15 +69,25 @@ def write_preview(path: Path, config: Config, plan: Plan, data: TrainingData, in
 
     for column, title in enumerate(["original", *(f"epoch {epoch}" for epoch in range(_EPOCHS))]):
         draw.text((_GAP + column * (tile + _GAP), 0), title, "black")
-    for row in rows:
-        place(row, 0, data.train.images[row], data.class_names[int(data.train.labels[row])])
+    for line, row in enumerate(rows):
+        place(line, 0, data.train.images[row], data.class_names[int(data.train.labels[row])])
         for epoch in range(_EPOCHS):
             seen = _as_seen(config, plan, data, input, (epoch, row))
-            place(row, 1 + epoch, _denormalised(seen.image, input), _caption(seen.target, data.class_names))
+            place(line, 1 + epoch, _denormalised(seen.image, input), _caption(seen.target, data.class_names))
     try:
         sheet.save(path, "PNG")
     except OSError as error:
         raise UsageError(f"--preview-augment {path}: cannot be written ({error.strerror or error}).") from None
+
+
+def _first_of_each(labels: Tensor) -> list[int]:
+    """All rows: the first of each class, then the second, and so on."""
+    before = Counter[int]()
+    turns = []
+    for row, label in enumerate(labels.tolist()):
+        turns.append((before[label], row))
+        before[label] += 1
+    return [row for _, row in sorted(turns)]
 
 
 def _as_seen(config: Config, plan: Plan, data: TrainingData, input: InputConfig, where: tuple[int, int]) -> _Seen:

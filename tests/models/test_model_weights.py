@@ -56,8 +56,30 @@ def test_saved_weights_come_back(cnn4_file, capsys):
     torch.manual_seed(0)
     original = build_model(ModelConfig(model="cnn4"), 10)
     assert torch.equal(_logits(_from(cnn4_file)), _logits(original))
+    assert capsys.readouterr().out == f"--init-weights {cnn4_file}: loaded, with the head of 10 classes.\n"
     assert torch.equal(_logits(_from(cnn4_file.parent)), _logits(original))  # a checkpoint folder
-    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensor: (tensor * 100).to(torch.int8), "features.0.weight holds int8, as quantised weights do"),
+        (lambda tensor: tensor * torch.nan, "features.0.weight is not finite, as of a run that diverged"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(cnn4_file, tmp_path, spoil, said):
+    state = load_file(cnn4_file)
+    first = next(name for name in state if name.endswith("weight"))
+    save_file({**state, first: spoil(state[first])}, tmp_path / "spoilt.safetensors")
+    with pytest.raises(UsageError, match=said.replace("features.0.weight", first)):
+        _from(tmp_path / "spoilt.safetensors")
+
+
+def test_a_head_that_is_one_number_is_refused(tmp_path):
+    state = build_model(ModelConfig(model="test_vit"), 10).state_dict()
+    torch.save({**state, "head.weight": torch.tensor(1.0)}, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=r"not weights of test_vit: .*\(head.weight"):
+        build_model(ModelConfig(model="test_vit", init_weights=str(tmp_path / "odd.pth")), 10)
 
 
 def test_of_a_runs_folder_the_moving_average_of_the_best_is_taken(cnn4_file, tmp_path):

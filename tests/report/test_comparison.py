@@ -21,7 +21,7 @@ from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import grid_axes, group_runs
 from cifar_dist.run_record import Run, open_run
 from cifar_dist.study.record import StudyRecord, save_record
-from tests.made_up import COST, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
+from tests.made_up import COST, ENVIRONMENT, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_seeds_are_repeats_of_one_setting(tmp_path):
     assert len(found.verdicts) == 1
     assert "is better than" in found.verdicts[0]
     mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
-    assert f"| **mean of 3 runs** |  |  | **{mean:.2f} % ± {std:.2f}** |" in found.markdown
+    assert f"| **mean of 3 runs** | **{mean:.2f} % ± {std:.2f}** |" in found.markdown
     assert "± is the sample standard deviation (n - 1) over the n runs" in found.markdown
     assert "± is" not in compared(tmp_path, runs[0], runs[3]).markdown
 
@@ -147,8 +147,8 @@ def test_what_was_scored_on_test_while_training_is_never_called_val(tmp_path, mo
     with (tmp_path / "out" / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["val_top1"] for row in rows] == ["0.5" if split == "v" else "" for split in splits]
-    for number, split in enumerate(splits):
-        assert f" | r{number} | 40.00 % | {'50.00 %' if split == 'v' else '–'} | " in markdown
+    for split in splits:
+        assert f" | 40.00 % | {'50.00 %' if split == 'v' else '–'} |\n" in markdown
     ((curves, split),) = drawn
     assert split == solid
     assert [curve.label.endswith(" (on test)") for curve in curves] == [splits == "vt" and s == "t" for s in splits]
@@ -211,6 +211,19 @@ def test_the_headline_says_from_which_the_best_cannot_be_told_apart(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_processes_are_told_where_they_differ_and_a_models_own_input_is_no_setting(tmp_path):
+    one, two, other = (
+        make(tmp_path, name, lr=rate, model=model, environment={**ENVIRONMENT, "num_processes": processes})
+        for name, rate, model, processes in (("a", 0.1, "cnn4", 1), ("b", 0.2, "cnn4", 2), ("c", 0.2, "test_vit", 2))
+    )
+    page = compared(tmp_path, one, two).markdown
+    assert "| processes | 1 | 2 |" in page and "All other settings are the same. What" in page
+    page = compared(tmp_path, two, other).markdown
+    assert "| processes |" not in page
+    assert "are the same (mean, std and interpolation are each model's own where they were not set). What" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_what_only_one_setting_gets_right_is_of_all_its_repeats(tmp_path):
     """By a count over images."""
     scored = [make_scored(seed) for seed in range(3)]
@@ -219,7 +232,11 @@ def test_what_only_one_setting_gets_right_is_of_all_its_repeats(tmp_path):
     right = list(zip(*(one.correct.tolist() for one in scored), strict=True))
     for name, wanted in (("cnn4, lr 0.1", (True, True, False)), ("cnn4, lr 0.2", (False, False, True))):
         assert f"| only {name} | {right.count(wanted)} |" in page
-    assert f"| all | {right.count((True,) * 3)} |\n| none | {right.count((False,) * 3)} |" in page
+    others = sum(right.count((first, not first, last)) for first in (True, False) for last in (True, False))
+    assert (
+        f"| several, or only some repeats | {others} |\n| all | {right.count((True,) * 3)} |\n"
+        f"| none | {right.count((False,) * 3)} |"
+    ) in page
     assert "A setting with repeats is right where all its runs are" in page
     assert f"| only r1 | {sum(b and not a for a, b, _ in right)} |" in compared(tmp_path, *runs[:2]).markdown
 
@@ -276,7 +293,7 @@ def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     record = StudyRecord("mine", {"sharp": "finished", "dull": "finished", "blunt": "new", "bad": failed})
     save_record(tmp_path, record)
     found = compared(tmp_path, *three[:2])
-    assert found.title == "Study mine: cnn4 against resnet18_cifar"
+    assert found.title == "Study mine: sharp against dull"  # as people have called them
     assert found.summary["study"] == {"name": "mine", "missing": {"blunt": "new", "bad": failed}}
     assert "**2 of the 4 runs of this study are missing.**" in found.markdown
     assert "| blunt | new |\n| bad | failed with status 2: --lr \\| is bad. |" in found.markdown
@@ -437,9 +454,9 @@ def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(
 
 
 def test_names_of_groups():
-    def groups(*settings):
+    def groups(*settings, called="cnn4-digits-20260101-12000"):
         runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
-        return group_runs(runs, [f"run{n}" for n in range(len(runs))], [None] * len(runs))
+        return group_runs(runs, [f"{called}{n}" for n in range(len(runs))], [None] * len(runs))
 
     assert [g.name for g in groups({"model": "a", "seed": 1}, {"model": "b", "lr": 0.5})] == ["a", "b"]
     found = groups({"model": "a", "lr": 0.1}, {"model": "a", "lr": 0.2}, {"model": "b", "epochs": 3})
@@ -461,6 +478,10 @@ def test_names_of_groups():
     names = [g.name for g in groups({**plain, "val_fraction": 0.0, "epochs": 7}, plain, other)]
     assert "val fraction 0" in names[0] and "epochs 7" in names[0] and names[0].endswith(", …")
     assert "val fraction" not in names[2]
+    # very long names give way to the runs' own
+    long = [{**plain, "init_weights": "/private/a/weights.pth", "smoothing": 0.1}, plain, {**plain, "lr": 0.5}]
+    assert groups(*long, called="run")[0].name == "resnet18_cifar, init weights weights.pth, smoothing 0.1"
+    assert [g.name for g in groups(other, *long, called="run")] == ["run0", "run1", "run2", "run3"]
     # where it ran and what it was called are no settings
     assert len(groups({"run_dir": "x", "micro_batch_size": 8}, {"run_dir": "y", "seed": 1})) == 1
     assert grid_axes(groups({"lr": 0.1, "epochs": 1}, {"lr": 0.2, "epochs": 1}, {"lr": 0.1, "epochs": 2})) == (

@@ -161,12 +161,21 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("device", "settings"), [("another processor", {}), (None, {"freeze": "backbone"})])
-def test_mfu_is_left_out_where_the_machine_was_another_or_a_step_is_no_three_passes(tmp_path, device, settings):
+@pytest.mark.parametrize(
+    ("device", "settings", "peak", "expected"),
+    [
+        (None, {}, 2.5e11, pytest.approx(0.96)),  # 3 passes of 4 GFLOPs for 20 images a second
+        (None, {}, 2.3e11, None),
+        ("another processor", {}, 2.5e11, None),
+        (None, {"freeze": "backbone"}, 2.5e11, None),
+    ],
+)
+def test_mfu_is_left_out_where_it_cannot_be_told(tmp_path, device, settings, peak, expected):
+    """The machine was another, or busy while its peak was measured, or a step is no three passes."""
     folder = make_run(tmp_path / "run", **settings)
-    inference = COST["inference"]
-    save_report(folder, cost={**COST, "inference": {**inference, "device": device or inference["device"]}})
-    assert write(folder).metrics["cost"]["training"]["mfu"] is None
+    inference = {**COST["inference"], "device": device or COST["inference"]["device"]}
+    save_report(folder, cost={**COST, "inference": inference, "peak": {"flops_per_second": peak, "source": "measured"}})
+    assert write(folder).metrics["cost"]["training"]["mfu"] == expected
 
 
 @pytest.mark.usefixtures("no_pictures")
