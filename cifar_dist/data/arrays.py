@@ -39,9 +39,11 @@ def load_arrays(files: tuple[Path, Path], size: int, class_names: Sequence[str])
         UsageError: a file is damaged, or of another shape or type; nothing in it is unpickled.
     """
     try:
-        images, labels = (np.load(path, allow_pickle=False) for path in files)
-    except (OSError, ValueError, EOFError) as error:
+        images, labels = (np.array(np.lib.format.open_memmap(path, mode="r")) for path in files)
+    except Exception as error:  # a damaged file fails in many ways
         raise UsageError(f"--data {files[0].parent}: the arrays cannot be read ({first_line(error)}).") from None
+    if labels.dtype.kind not in "iu":
+        raise UsageError(f"--data {files[1]}: labels must be whole numbers, these are {labels.dtype}.")
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or labels.shape != images.shape[:1]:
         raise UsageError(
             f"--data {files[0]}: uint8 {(*images.shape[:1], size, size, 3)} with as many labels is needed, it is"

@@ -75,7 +75,8 @@ def find_layout(path: Path) -> tuple[Path, Layout] | None:
         return next(((path, layout) for layout in LAYOUTS if layout.meta in names), None)
     for layout in LAYOUTS:
         for folder in (path, path / layout.folder):
-            if any((folder / name).is_file() for name in layout.files):
+            here = sum((folder / name).is_file() for name in layout.files)
+            if here > 1 or (here and folder.name == layout.folder):
                 return folder, layout
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 import warnings
@@ -20,20 +19,22 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cifar_dist.config import DataConfig
-from cifar_dist.data.local import IMAGE_FORMS, LOCAL_FORMS, Local, open_local
-from cifar_dist.data.splits import stratified_split
+from cifar_dist.data.digits import open_digits
+from cifar_dist.data.image_folder import IMAGE_FORMS
+from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
 from cifar_dist.distributed.group import own_cores
 from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    pass
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
 _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _ROWS_AT_A_TIME = 256  # that wait to be decoded, or are
+_MOST_DAMAGED = 20  # images that are named at once
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
 
@@ -80,16 +81,29 @@ class Source:
         soon as one is decoded, in its thread.
 
         Raises:
-            UsageError: a row cannot be read, an image is damaged or no 8-bit one, or a label is no class.
+            UsageError: a row cannot be read, images are damaged or no 8-bit ones (all are looked at, and several named),
+                or a label is no class.
         """
 
-        def decoded(number: int, value: Any, label: int) -> tuple[Any, int]:
-            return kept(decode_image(value, partial(self.place, split, number))), label
+        def decoded(number: int, value: Any, label: int) -> tuple[Any, int] | UsageError:
+            try:
+                return kept(decode_image(value, partial(self.place, split, number))), label
+            except UsageError as error:
+                return error
 
-        rows = self._labelled_rows(split)
+        rows, damaged = self._labelled_rows(split), list[str]()
         with ThreadPoolExecutor(own_cores()) as pool:
             for some in iter(lambda: list(islice(rows, _ROWS_AT_A_TIME)), []):
-                yield from pool.map(decoded, *zip(*some, strict=True))
+                for found in pool.map(decoded, *zip(*some, strict=True)):
+                    if isinstance(found, UsageError):
+                        damaged.append(str(found))
+                    elif not damaged:
+                        yield found
+                if len(damaged) >= _MOST_DAMAGED:
+                    break
+        if damaged:
+            more = " There may be more." if len(damaged) >= _MOST_DAMAGED else ""
+            raise UsageError(" ".join(damaged[:_MOST_DAMAGED]) + more)
 
     def _labelled_rows(self, split: str) -> Iterator[tuple[int, Any, int]]:
         """Number, image (still encoded) and label of each row."""
@@ -183,7 +197,7 @@ def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
     try:
         name, found = _open_named(config.dataset, splits)
     except OSError as error:
-        raise _unwritable_cache(config.dataset, error) or error from None
+        raise _unwritable_cache(config.dataset, error) or _unreadable(config.dataset, error) or error from None
     for split, table in found.tables.items():
         if table.num_rows == 0:
             raise UsageError(f"--dataset {config.dataset}: the {split} split is empty; it needs images.")
@@ -195,7 +209,7 @@ def _open_named(dataset: str, splits: Sequence[str]) -> tuple[str, Local]:
     if dataset in HUB_IDS:
         return dataset, _open_hub(dataset)
     if dataset == "digits":
-        return dataset, _open_digits()
+        return dataset, open_digits()
     if not dataset:
         raise UsageError(f"--dataset is empty; name one of {', '.join(NAMES)}, or a local path: {LOCAL_FORMS}.")
     path = _local_path(dataset)
@@ -213,6 +227,14 @@ def _unwritable_cache(dataset: str, error: OSError) -> UsageError | None:
     return UsageError(
         f"--dataset {dataset}: Hugging Face's cache {cache} cannot be written ({error.strerror}); set HF_HOME to a"
         " folder of yours."
+    )
+
+
+def _unreadable(dataset: str, error: OSError) -> UsageError | None:
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return None
+    return UsageError(
+        f"--dataset {dataset}: {error.filename} cannot be read ({error.strerror}); give yourself access to it."
     )
 
 
@@ -257,41 +279,3 @@ def _open_hub(name: str) -> Local:
             f"which needs no download, or a local path: {LOCAL_FORMS} (docs/data.md says where to get them)."
         ) from None
     return Local(open_local(Path(folder)).tables, Path(folder).name)
-
-
-_DIGITS_SIDE = 32
-_DIGITS_TEST_FRACTION = 0.2
-_DIGITS_SPLIT_SEED = 0
-
-
-def _open_digits() -> Local:
-    """1,797 handwritten digits of scikit-learn (UCI, 1998), 8 x 8 and 17 greys, drawn at 32 x 32; a fifth is test."""
-    from datasets import Array3D, ClassLabel, Features, IterableDataset
-
-    features = Features(
-        {
-            "image": Array3D((_DIGITS_SIDE, _DIGITS_SIDE, 3), "uint8"),
-            "label": ClassLabel(names=[str(digit) for digit in range(10)]),
-        }
-    )
-    num_test = round(1797 * _DIGITS_TEST_FRACTION)
-    sizes = {"train": 1797 - num_test, "test": num_test}
-
-    def table(split: str) -> Table:
-        stream: IterableDataset = IterableDataset.from_generator(
-            _digit_rows, features=features, gen_kwargs={"part": SPLITS.index(split)}
-        )
-        return Table(stream, sizes[split])
-
-    return Local({split: table(split) for split in SPLITS}, hashlib.sha256(b"digits-1").hexdigest())
-
-
-def _digit_rows(part: int) -> Iterator[dict[str, Any]]:
-    from sklearn.datasets import load_digits
-
-    greys, labels = load_digits(return_X_y=True)
-    for row in stratified_split(labels, _DIGITS_TEST_FRACTION, _DIGITS_SPLIT_SEED)[part]:
-        small = Image.fromarray((greys[row].reshape(8, 8) * (255 / 16)).astype(np.float32))
-        large = small.resize((_DIGITS_SIDE, _DIGITS_SIDE), Image.Resampling.BICUBIC)
-        grey = np.asarray(large).clip(0, 255).round().astype(np.uint8)
-        yield {"image": np.repeat(grey[:, :, None], 3, axis=2), "label": int(labels[row])}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.config import DataConfig
@@ -58,6 +59,37 @@ class Columns:
     class_names: tuple[str, ...]
 
 
+def find_splits(path: Path, present: Iterable[str], splits: Sequence[str]) -> dict[str, str]:
+    """What `splits` are called among those that are `present`, without val if there is none.
+
+    Raises:
+        UsageError: one is missing, or several could be val.
+    """
+    present = list(present)
+    own_val = [name for name in VAL_NAMES if name in present]
+    needed = [split for split in splits if split != "val"]
+    for split in needed:
+        if split not in present:
+            rename = f"rename {own_val[0]} to test (val is then cut from train), or " if own_val else ""
+            cure = f": {rename}set images of train apart as test" if split == "test" and "train" in present else ""
+            raise UsageError(
+                f"--dataset {path}: no {split} split (splits: {', '.join(present) or 'none'}; {contents(path)}); "
+                f"it needs {' and '.join(needed)}{cure}."
+            )
+    found = {split: split for split in needed}
+    if "val" not in splits or not own_val:
+        return found
+    if len(own_val) > 1:
+        raise UsageError(f"--dataset {path}: {' and '.join(own_val)} are both for validation; keep one of them.")
+    return found | {"val": own_val[0]}
+
+
+def contents(path: Path) -> str:
+    """What lies in a folder, for a message."""
+    names = sorted(file.name for file in path.iterdir())
+    return f"the folder holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "an empty folder"
+
+
 def choose_columns(tables: Mapping[str, Table], config: DataConfig) -> Columns:
     """The only image column and the class-label column with the most classes, unless flags name others.
 
@@ -94,6 +126,12 @@ def _check_like_train(split: str, table: Table, train: Columns, config: DataConf
         if column not in features:
             raise UsageError(
                 f"--dataset {config.dataset}: {split} lacks the column {column!r} of train; it has {_listed(features)}."
+            )
+    for column, fits, what in ((train.image, _is_image, "images"), (train.label, _is_label, "labels")):
+        if not fits(features[column]):
+            raise UsageError(
+                f"--dataset {config.dataset}: the column {column!r} of {split} does not hold {what}, as train's does;"
+                f" it has {_listed(features)}."
             )
     label = features[train.label]
     if not isinstance(label, ClassLabel) or list(train.class_names) == label.names:
@@ -157,11 +195,17 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
     try:
-        parts = list(map(_rows_and_largest, train.column(label).with_format("arrow").iter(65536)))
+        parts = list(map(_rows_and_range, train.column(label).with_format("arrow").iter(65536)))
     except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
         reason = first_line(error)
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
-    rows, largest = sum(part[0] for part in parts), max((part[1] for part in parts), default=-1)
+    rows, smallest = sum(part[0] for part in parts), min((part[1] for part in parts), default=0)
+    largest = max((part[2] for part in parts), default=-1)
+    if smallest > 0:
+        raise UsageError(
+            f"--dataset {config.dataset}: the numbers of the column {label!r} begin with {smallest}; number the classes"
+            " from 0 on, or name another column with --label-column."
+        )
     if largest >= max(rows, _MOST_CLASSES):
         raise UsageError(
             f"--dataset {config.dataset}: the column {label!r} goes up to {largest:,} in {rows:,} rows, so it holds no"
@@ -170,12 +214,13 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     return tuple(str(number) for number in range(largest + 1))
 
 
-def _rows_and_largest(labels: pa.Table) -> tuple[int, int]:
+def _rows_and_range(labels: pa.Table) -> tuple[int, int, int]:
     import pyarrow.compute
 
     if labels.column(0).null_count:
         raise ValueError("a label is missing")
-    return labels.num_rows, pyarrow.compute.max(labels.column(0)).as_py()
+    found = pyarrow.compute.min_max(labels.column(0)).as_py()
+    return labels.num_rows, found["min"], found["max"]
 
 
 def _listed(features: dict[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import shutil
@@ -5,19 +6,22 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from huggingface_hub import HfApi
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from cifar_dist.data.local import IMAGE_FORMS
+from cifar_dist.data import sources
+from cifar_dist.data.image_folder import IMAGE_FORMS
 from cifar_dist.data.sources import open_source
 from cifar_dist.errors import UsageError
 from tests.data.fakes import pixels
@@ -419,3 +423,110 @@ def test_silent_hub_is_given_up_quickly(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "use `digits`" in done.stderr and done.stderr.count("\n") == 1
     assert time.monotonic() - start < 20  # 15 of them at most in the Hub's client, the rest imports
+
+
+def refusal(dataset, config, split="train", **settings):
+    with pytest.raises(UsageError) as refused:
+        list(open_source(config(dataset, **settings)).rows(split))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_damaged_images_are_named_all_at_once(image_folder, config, monkeypatch):
+    for file in ("cat/1.png", "cat/3.png", "dog/0.png"):
+        (image_folder / "train" / file).write_bytes(b"no image")
+    said = refusal(image_folder, config)
+    assert said.count("cannot be decoded") == 3
+    for row in (1, 3, 4):
+        assert f"row {row} of train" in said
+    monkeypatch.setattr(sources, "_MOST_DAMAGED", 2)
+    said = refusal(image_folder, config)
+    assert said.count("cannot be decoded") == 2 and said.endswith(" There may be more.")
+
+
+def test_images_beside_the_folders_of_classes_are_not_left_out_silently(image_folder, config):
+    (image_folder / "train" / "cat" / "0.png").rename(image_folder / "train" / "x.png")
+    said = refusal(image_folder, config)
+    assert "train has images beside its folders of classes (x.png, 1 in all); sort them into these" in said
+
+
+def test_what_programs_leave_behind_is_no_data_and_a_class_may_begin_with_underscores(image_folder, config):
+    for split in ("train", "test"):
+        (image_folder / split / "dog").rename(image_folder / split / "__dog__")
+        (image_folder / split / "__MACOSX").mkdir()
+        (image_folder / split / "cat" / "._0.png").write_bytes(b"macOS's")
+    source = open_source(config(image_folder))
+    assert source.class_names == ("__dog__", "cat")
+    assert len(list(source.rows("train"))) == 8
+
+
+@pytest.mark.parametrize("name", ["meta", "train/labels.parquet", "train.parquet"])
+def test_a_table_or_another_file_beside_images_does_not_hide_them(image_folder, config, name):
+    pq.write_table(pa.table({"x": [1]}), image_folder / name)
+    assert len(list(open_source(config(image_folder)).rows("train"))) == 8
+
+
+def test_near_misses_are_told(image_folder, config, tmp_path):
+    (tmp_path / "above").mkdir()
+    image_folder.rename(tmp_path / "above" / "pets")
+    assert f"({tmp_path}/above/pets looks like one: give that)" in refusal(tmp_path / "above", config)
+    folder = tmp_path / "above" / "pets"
+    assert "(2 folders with images: set some apart as test, docs/data.md shows how)" in refusal(
+        folder / "train", config
+    )
+    for split in ("train", "test"):
+        (folder / split).rename(folder / split.title())
+    assert "(write Test and Train in small letters)" in refusal(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("label", [0.7, 1.2], "the column 'label' of test does not hold labels, as train's does"),
+        ("label", ["cat", "dog"], "the column 'label' of test does not hold labels, as train's does"),
+        ("image", [b"1", b"2"], "the column 'image' of test does not hold images, as train's does"),
+    ],
+)
+def test_a_column_of_test_that_is_of_another_type_is_refused(image_folder, config, tmp_path, column, values, said):
+    files = sorted((image_folder / "train").glob("*/0.png"))
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "label": [0, 1]}
+    (tmp_path / "set").mkdir()
+    for split, table in (("train", rows), ("test", rows | {column: values})):
+        pq.write_table(pa.table(table), tmp_path / "set" / f"{split}.parquet")
+    assert said in refusal(tmp_path / "set", config)
+
+
+def test_labels_that_do_not_begin_with_0_and_columns_that_differ_are_refused(image_folder, config, tmp_path):
+    files = sorted((image_folder / "train").glob("*/0.png"))
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "label": [1, 2]}
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table(rows), tmp_path / "set" / f"{split}-0.parquet")
+    assert "the numbers of the column 'label' begin with 1; number the classes from 0" in refusal(
+        tmp_path / "set", config
+    )
+    pq.write_table(pa.table({"image": rows["image"], "kind": [0, 1]}), tmp_path / "set/train-1.parquet")
+    said = refusal(tmp_path / "set", config)
+    assert "train-0.parquet and train-1.parquet have other columns, or of other types; make them alike" in said
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_a_set_that_was_saved_with_a_format_is_read_without_it(image_folder, config, tmp_path, kind):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    files = sorted((image_folder / "train").glob("*/0.png"))
+    table = Dataset.from_dict({"image": [str(file) for file in files], "label": [0, 1]}, features=features)
+    DatasetDict(train=table.with_format(kind, columns=["label"]), test=table).save_to_disk(tmp_path / "saved")
+    assert [label for _, label in open_source(config(tmp_path / "saved")).rows("train")] == [0, 1]
+
+
+def test_a_folder_without_permission_is_one_line(image_folder, config, monkeypatch):
+    plain = Path.iterdir
+
+    def closed(self):
+        if self.name == "cat":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return plain(self)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    said = refusal(image_folder, config)
+    assert said.endswith("train/cat cannot be read (Permission denied); give yourself access to it.")

@@ -435,7 +435,7 @@ def test_a_shard_that_has_grown_is_not_read_as_if_it_had_not(tmp_path, monkeypat
 def test_labels_are_read_again_when_the_number_of_shards_changes(tmp_path, monkeypatch, capsys):
     folder = write_images(tmp_path / "set", 3, 40)
     with monkeypatch.context() as patch:
-        patch.setattr("cifar_dist.data.local._IMAGES_A_SHARD", 1000)
+        patch.setattr("cifar_dist.data.image_folder.IMAGES_A_SHARD", 1000)
         assert list(load_training_data(config_of(folder).data, GIB).train.shard_rows) == [120]
     assert capsys.readouterr().err == ""
     assert list(load_training_data(config_of(folder).data, GIB).train.shard_rows) == [16] * 7 + [8]
