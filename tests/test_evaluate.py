@@ -325,7 +325,7 @@ def test_a_pair_of_numpy_files_is_scored(digits_run, script, monkeypatch, tmp_pa
     np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
     for name, array, said in (
         ("v6_labels.npy", np.linspace(0, 1, 7), "labels must be whole numbers, these are float64"),
-        ("v6_labels.npy", np.array(["7"] * 7), "labels must be whole numbers, these are <U1"),
+        ("v6_labels.npy", np.array(["seven"] * 7), "labels must be whole numbers, these are <U5"),
         ("v6_labels.npy", np.full(7, 10), "labels must be numbers from 0 to 9"),
         ("v6_data.npy", np.zeros((7, 28, 28, 3), np.uint8), "is needed, it is"),
         ("v6_data.npy", np.array([{}], dtype=object), "cannot be read"),

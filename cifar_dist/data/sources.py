@@ -81,8 +81,8 @@ class Source:
         soon as one is decoded, in its thread.
 
         Raises:
-            UsageError: a row cannot be read, images are damaged or no 8-bit ones (all are looked at, and several named),
-                or a label is no class.
+            UsageError: a row cannot be read, images are damaged or no 8-bit ones (all are looked at, several named), or
+                a label is no class.
         """
 
         def decoded(number: int, value: Any, label: int) -> tuple[Any, int] | UsageError:
