@@ -154,6 +154,11 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--ratio", "0.75", "1.3"], "unrecognized arguments: --ratio 0.75 1.3. Random crops are --crop-padding's, or"),
         (["--scale", "0.5"], "--scale: expected 2 arguments"),
         (["--scale", "0", "1"], "--scale: 0 is outside (0, 1]"),
+        (["--seed", "4294967296"], "--seed: 4294967296 is outside"),
+        (["--crop-padding", "-1"], "--crop-padding: -1 is outside"),
+        (["--mixup", "-0.5"], "--mixup: -0.5 is outside"),
+        (["--hflip", "1.5"], "--hflip: 1.5 is outside"),
+        (["--hflip", "-0.5"], "--hflip: -0.5 is outside"),
         (["--gpus", "2"], "unrecognized arguments: --gpus 2. How many processes there are is the launcher's to say"),
         (["--local-rank", "2"], "unrecognized arguments: --local-rank 2. Ranks come from the environment"),
         (["--fold", "2"], "unrecognized arguments: --fold 2. (see --help)"),
@@ -229,3 +234,9 @@ def test_other_ranks_say_nothing(capsys, monkeypatch):
         parse_command_line(["--lr", "-1"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+def test_bounds_that_belong_to_their_range():
+    flags = "--seed 4294967295 --hflip 1 --mixup 0 --cutout 0 --crop-padding 0 --scale 1 1"
+    config = parse_command_line(flags.split()).config
+    assert (config.run.seed, config.augment.hflip, config.augment.scale) == (2**32 - 1, 1.0, (1.0, 1.0))

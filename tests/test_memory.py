@@ -33,6 +33,7 @@ BUCKET = 4 * 10_000_000
 )
 def test_fp32_counted_by_hand(engine, processes, weights, gradients, optimizer, buckets):
     assert usage(engine, processes, ADAMW) == Usage(weights, gradients, optimizer, buckets, data=77)
+    assert ("buckets" in str(usage(engine, processes, ADAMW))) == (buckets > 0)
 
 
 def test_bf16_is_held_as_fp32_and_fp16_as_halves_under_zero_only():

@@ -167,6 +167,7 @@ def test_every_epoch_ends_with_a_record():
     found = dataclasses.replace(found, steps_per_epoch=10)
     assert epoch != 10
     assert [step for step in range(1, 26) if found.logs_at(step, 4)] == [4, 8, 10, 12, 16, 20, 25]
+    assert [step for step in range(1, 26) if found.logs_at(step, 3)] == [3, 6, 10, 12, 15, 18, 20, 21, 25]
     assert [step for step in range(1, 26) if found.logs_at(step, 50)] == [10, 20, 25]
 
 
@@ -227,3 +228,38 @@ def test_contradictions_are_refused(argv, processes, said):
     with pytest.raises(UsageError) as error:
         plan(*argv, processes=processes)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--scale 0.3 0.3 --crop-padding 0", "--cutout 32", "--batch-size 45000", "--warmup-epochs 0.5",
+        "--warmup-epochs 1 --no-sched-on-updates", "--warmup-epochs 2 --no-sched-on-updates",
+        "--lr 1e-3 --min-lr 1e-3", "--lr 1e-3 --warmup-lr 1e-3 --warmup-epochs 1", "--patience 2",
+    ],
+)  # fmt: skip
+def test_what_goes_together_is_planned(flags):
+    plan(*flags.split())
+
+
+def test_patience_needs_val():
+    with pytest.raises(UsageError, match="needs a val split"):
+        plan("--patience", "2", sizes=dataclasses.replace(SIZES, num_val=0))
+
+
+def test_a_test_split_that_is_not_counted_is_not_named():
+    assert plan(sizes=dataclasses.replace(SIZES, num_test=None)).lines()[0].endswith("val 5,000; 10 classes")
+
+
+def test_rates_at_the_start_and_after_warmup_counted_by_hand():
+    """45,000 images in batches of 450 are 100 steps an epoch."""
+    found = plan("--lr", "0.1", "--warmup-lr", "0.02", "--warmup-epochs", "2", "--batch-size", "450", "--epochs", "6")
+    assert found.warmup_steps == 200
+    assert (found.lr_first, found.lr_after_warmup) == pytest.approx((0.02, 0.1))
+
+
+def test_two_micro_batches_hold_gradients_under_fsdp2():
+    """A process of four keeps all of 900 gradients in fp32 between its two."""
+    found = plan("--batch-size", "64", "--micro-batch-size", "8", processes=4, engine="fsdp2")
+    assert found.grad_accum_steps == 2
+    assert found.memory.gradients == 4 * SIZES.num_trainable

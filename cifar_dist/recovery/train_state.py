@@ -73,7 +73,7 @@ class TrainState:
     def owes_evaluation(self, plan: Plan) -> bool:
         """Whether an epoch, or the run, ends here and has not been evaluated yet."""
         ends = self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps
-        return self.step > 0 and ends and self.judged_step != self.step
+        return ends and self.judged_step != self.step
 
     def goes_on(self, plan: Plan, patience: int | None) -> bool:
         """Whether there is something left to do; early stopping ends a run after `patience` epochs without a gain."""

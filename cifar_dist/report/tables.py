@@ -10,6 +10,7 @@ from typing import Any
 
 from cifar_dist.config import Config
 from cifar_dist.memory import MIB
+from cifar_dist.metrics.calibration import BINS
 from cifar_dist.page import Table
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.predictions import About, Scored
@@ -143,7 +144,7 @@ def calibration(metrics: dict[str, Any]) -> Table:
     if numbers["after"]:
         scaled = (f"{numbers['after'][name]:.4f}" for name in ("ece", "brier", "nll"))
         rows.append(("temperature fitted on val", f"{numbers['temperature']:.3f}", *scaled))
-    return Table(("confidences", "temperature", "ECE (15 bins)", "Brier score", "NLL (nats)"), rows)
+    return Table(("confidences", "temperature", f"ECE ({BINS} bins)", "Brier score", "NLL (nats)"), rows)
 
 
 def cost(metrics: dict[str, Any]) -> Table:

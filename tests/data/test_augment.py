@@ -12,6 +12,8 @@ from torchvision.transforms import InterpolationMode
 
 from cifar_dist.config import AugmentConfig, InputConfig
 from cifar_dist.data.augment import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, Augment, Preprocess, View, draws, uniform
+from cifar_dist.data.augment.policy import AFFINE_OPS, OPS, RandAugment, TrivialAugment
+from cifar_dist.policy_string import parse_policy
 
 PLAIN = InputConfig(32, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26), "bilinear")
 GREYS = InputConfig(32, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "bilinear")
@@ -307,3 +309,39 @@ def test_a_view_is_moved_as_it_says_and_then_mirrored():
     image[0, 2, 5] = 255
     assert View(1, moved=1)(image)[0, ..., 0].nonzero().tolist() == [[3, 6]]
     assert View(1, mirrored=True, moved=-1)(image)[0, ..., 0].nonzero().tolist() == [[1, 3]]
+
+
+def test_the_numbers_of_draws_are_pinned():
+    """They are part of the format: with another one, a run that goes on would see other pixels."""
+    found = {name: value for name, value in vars(draws).items() if name.isupper() and not name.startswith("_")}
+    assert found == {
+        "CROP_Y": 0, "CROP_X": 1, "FLIP": 2, "CUTOUT_Y": 3, "CUTOUT_X": 4, "JITTER_ORDER": 5, "JITTER_BRIGHTNESS": 6,
+        "JITTER_CONTRAST": 7, "JITTER_COLOUR": 8, "MIX_APPLY": 9, "MIX_SWITCH": 10, "MIX_LAM": 11, "MIX_Y": 12,
+        "MIX_X": 13, "ERASE_APPLY": 14, "ERASE_TOP": 15, "ERASE_LEFT": 16, "ERASE_COLOUR": 17, "ERASE_AREA": 20,
+        "ERASE_ASPECT": 30, "BOX_AREA": 40, "BOX_RATIO": 50, "BOX_TOP": 60, "BOX_LEFT": 61, "POLICY_OP": 64,
+        "POLICY_APPLY": 65, "POLICY_LEVEL": 66, "POLICY_SIGN": 67, "POLICY_FILTER": 68, "POLICY_STRIDE": 5,
+        "ERASE_PIXELS": 2**20,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [{"aa": "trivial"}, {"aa": "rand-m9-n2"}, {"color_jitter": 0.4}])
+def test_policies_are_applied(flag):
+    """To images that have no one colour, and in one of them, by draws of its own."""
+    plain, changed = (
+        Augment(AugmentConfig(crop_padding=0, hflip=0, **more), GREYS, 0, torch.device("cpu"), torch.float32)
+        for more in ({}, flag)
+    )
+    same = (plain(IMAGES, IDS, 0) == changed(IMAGES, IDS, 0)).flatten(1).all(1)
+    assert same.float().mean() < 0.4
+
+
+@pytest.mark.parametrize(("aa", "expected"), [("trivial", {0, 255}), ("rand-m9-n1", {128, 255})])
+def test_what_a_policy_moves_in_is_black_or_the_mean(aa, expected):
+    """torchvision's TrivialAugment fills with black, timm's RandAugment with the mean."""
+    white = torch.full((200, 16, 16, 3), 255, dtype=torch.uint8)
+    grey, ids = InputConfig(16, (128 / 255,) * 3, (1 / 255,) * 3, "bilinear"), torch.arange(200)
+    config = AugmentConfig(crop_padding=0, hflip=0, aa=aa)
+    pixels = (Augment(config, grey, 0, torch.device("cpu"), torch.float32)(white, ids, 0) + 128).round().flatten(1)
+    layers = TrivialAugment(0) if aa == "trivial" else RandAugment(parse_policy(aa), 0)
+    moved = torch.tensor([OPS[op] in AFFINE_OPS for op in layers.layer(0, ids, 0, 16).op.tolist()])
+    assert {pixels[moved].min().item(), pixels[moved].max().item()} == expected

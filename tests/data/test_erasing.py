@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from timm.data.random_erasing import RandomErasing
 
-from cifar_dist.data.augment import Erasing
+from cifar_dist.data.augment import Erasing, draws
 
 IDS = torch.arange(20_000)
 
@@ -74,3 +74,9 @@ def test_colours_are_timms(mode):
         assert stats.ks_2samp(*(values.numpy().ravel() for values in samples)).pvalue > 1e-4
         correlation = np.corrcoef(samples[0].numpy().T)[np.triu_indices(3, 1)]
         assert np.abs(correlation).max() < 4.5 / len(samples[0]) ** 0.5
+
+
+def test_a_colour_for_each_rectangle_is_of_its_own_draws():
+    ids = torch.arange(3)
+    found = Erasing(1.0, "rand", 5)._colours(ids, 2, 8).view(3, 3)
+    assert torch.equal(found, draws.normal(5, 2, ids[:, None], torch.arange(17, 20)))

@@ -45,3 +45,8 @@ def test_macro_means_are_over_the_classes_that_occur(make):
     expected = precision_recall_fscore_support(labels, predicted, labels=[0, 1], average="macro")
     assert tuple(found.values()) == pytest.approx(expected[:3])
     assert found["recall"] == pytest.approx(2 / 3)
+
+
+def test_the_precision_of_a_class_that_is_never_predicted_is_0_in_the_means_too(make):
+    found = make(ClassificationReport).compute(predictions=[[1.0, 0.0]] * 4, references=[0, 0, 1, 1])
+    assert found["macro_avg"]["precision"] == found["weighted_avg"]["precision"] == 0.25

@@ -61,3 +61,11 @@ def test_a_run_leaves_in_time_to_save(clock):
     clock[0] += 2
     assert run.time_is_up() == "--time-limit 1h"
     assert pace.Pace(RunConfig()).time_is_up() == ""
+
+
+def test_a_short_limit_keeps_a_twentieth_until_a_checkpoint_was_timed(clock):
+    run = pace.Pace(RunConfig(time_limit="10m"))
+    clock[0] = 1000 + 600 - 31
+    assert run.time_is_up() == ""
+    clock[0] += 2
+    assert run.time_is_up() == "--time-limit 10m"

@@ -9,7 +9,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist import statistics
-from cifar_dist.statistics import Comparison, compare, compare_groups, verdict
+from cifar_dist.statistics import Comparison, compare, compare_groups, told_apart, verdict
+from cifar_dist.statistics.label_errors import label_issues
 
 NEWCOMBE_TABLE_III = [  # right by both, A only, B only, neither; the limits that the paper prints for its method 10
     ((36, 12, 2, 0), (0.0569, 0.3404)),
@@ -328,3 +329,25 @@ def test_six_images_against_none_of_ten_thousand_are_the_rare_case():
     assert found.p_value == pytest.approx(2 * binom.cdf(0, 6, 0.5))
     assert found.low < 0
     assert "the interval is stricter" in verdict("A", "B", found)
+
+
+def compared(difference, low, high, p):
+    return Comparison(difference=difference, low=low, high=high, p_value=p, test="t", p_corrected=p)
+
+
+def test_the_better_one_of_two_may_be_the_second():
+    assert told_apart(compared(-0.003, -0.005, -0.001, 0.004))
+    assert not told_apart(compared(-0.003, -0.006, 0.001, 0.004))
+    assert not told_apart(compared(0.003, -0.001, 0.006, 0.004))
+
+
+def test_an_end_of_exactly_0_needs_no_more_digits():
+    assert verdict("A", "B", compared(0.003, 0.0, 0.006, 0.04)).startswith(
+        "A and B can't be told apart (difference 0.3 points, 95 % CI 0.0 to 0.6"
+    )
+
+
+def test_a_class_with_a_single_image_may_be_suggested():
+    """Its threshold is that image's 0.6, which the third, labelled 0, reaches with 0.7."""
+    found = label_issues(np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.8, 0.2]]), np.array([0, 1, 0, 0]))
+    assert found.tolist() == [2]
