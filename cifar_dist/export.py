@@ -46,7 +46,7 @@ def export_run(run: Run, model: nn.Module, metrics: dict[str, Any], folder: Path
     Args:
         run: the settings and class names.
         model: with the weights to export, as `build_model` made it, not wrapped.
-        metrics: of the run's ``metrics.json``; a 95% interval ``top1_interval`` (low, high) is shown if there.
+        metrics: of the run's ``metrics.json``.
         folder: where to.
 
     Raises:
@@ -131,10 +131,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
 
     Args:
         folder: of `export_run`.
-        repository: OWNER/NAME, or NAME for the one who is logged in.
-
-    Returns:
-        The repository's address.
+        repository: OWNER/NAME, or NAME for the one who is logged in; its address is returned.
 
     Raises:
         UsageError: whatever goes wrong; the folder stays as it is.
@@ -143,8 +140,9 @@ def push_to_hub(folder: Path, repository: str) -> str:
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Export of a run"
-        )
+            repo_id=address.repo_id, folder_path=folder, allow_patterns=list(FILES), delete_patterns=list(FILES),
+            commit_message="Export of a run",
+        )  # fmt: skip
     except Exception as error:  # the name, the login, the network, the Hub: each with exceptions of its own
         raise UsageError(
             f"--push-to-hub {repository}: not uploaded ({first_line(error)}); the exported folder {folder} is intact: "

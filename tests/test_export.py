@@ -397,7 +397,8 @@ class FakeHub:
         assert exist_ok
         return Address(f"https://huggingface.co/me/{repo_id}")
 
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+    def upload_folder(self, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
+        assert delete_patterns == allow_patterns
         FakeHub.sent = (repo_id, {name for name in os.listdir(folder_path) if name in allow_patterns})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar_dist.figures.style import EVALUATION, STYLE, TRAIN, figure_with_axes, say, shortened
+from cifar_dist.figures.style import EVALUATION, STYLE, TRAIN, figure_with_axes, shortened
 
 MOST_BARS = 100
 MOST_VALUED_BARS = 20
@@ -63,14 +63,11 @@ def top_confusions(pairs: Sequence[tuple[str, str, int]]) -> Figure:
     """The ten most frequent confusions as bars, the most frequent first.
 
     Args:
-        pairs: true class, predicted class and how many images; pairs of no image are left out.
+        pairs: true class, predicted class and how many images, which is more than 0 for one at least.
     """
     found = sorted((pair for pair in pairs if pair[2] > 0), key=lambda pair: -pair[2])[:_SHOWN_CONFUSIONS]
-    figure, axes = figure_with_axes(7, 1.2 + 0.32 * max(len(found), 1))
+    figure, axes = figure_with_axes(7, 1.2 + 0.32 * len(found))
     with matplotlib.rc_context(STYLE):
-        if not found:
-            say(axes, "no confusions")
-            return figure
         axes.yaxis.grid(False)
         counts = [count for _, _, count in found]
         bars = axes.barh(range(len(found)), counts, color=TRAIN, height=0.75)

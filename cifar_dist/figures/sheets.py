@@ -101,14 +101,10 @@ def image_gallery(images: Sequence[np.ndarray], captions: Sequence[str], columns
     """Images in reading order, each over its caption, such as misclassified ones or suspected label errors.
 
     Args:
-        images: N images, uint8 (H, W, 3) each; they are shown as squares.
+        images: N images, at least one, uint8 (H, W, 3) each; they are shown as squares.
         captions: N texts of a few lines; long lines are shortened.
         columns: images a row.
     """
-    if not len(images):
-        sheet = _Sheet(4, 1)
-        sheet.text(2, 0.5, "no images", "#555555", va="center")
-        return sheet.figure
     columns, captions = min(columns, len(images)), [_broken(caption) for caption in captions]
     lines = max(caption.count("\n") + 1 for caption in captions)
     across, down = _TILE + _GAP, _TILE + _LINE * lines + _GAP

@@ -36,13 +36,11 @@ class Reliability:
     """The reliability diagram: images by the probability of the class they were given.
 
     Attributes:
-        edges: float64 (bins + 1,), from 0 to 1.
         counts: int64 (bins,), images in each bin.
         confidences: float64 (bins,), their mean probability; NaN in an empty bin.
         accuracies: float64 (bins,), the fraction that is right; NaN in an empty bin.
     """
 
-    edges: np.ndarray
     counts: np.ndarray
     confidences: np.ndarray
     accuracies: np.ndarray
@@ -63,4 +61,4 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
     counts = np.bincount(number, minlength=bins)
     shares = np.where(counts > 0, counts, np.nan)
     confidences, accuracies = (np.bincount(number, weights, bins) / shares for weights in (confidence, right))
-    return Reliability(edges, counts, confidences, accuracies)
+    return Reliability(counts, confidences, accuracies)

@@ -78,10 +78,6 @@ def test_small_images_keep_their_pixels_in_the_file(tmp_path):
     assert found == {tuple(map(int, color)) for color in IMAGES[0].reshape(-1, 3)} | {(255, 255, 255)}
 
 
-def test_a_gallery_of_no_images_says_so():
-    assert labels_in(figures.image_gallery([], [])) >= {"no images"}
-
-
 def test_overlay_is_half_the_image_and_half_the_heat():
     colored = Image.fromarray(matplotlib.colormaps["inferno"](HEAT[0], bytes=True)[..., :3])
     expected = Image.blend(Image.fromarray(IMAGES[0]), colored, 0.5)

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import recall_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
@@ -19,6 +20,7 @@ from cifar_dist.report import report_folder, write_comparison, write_report
 from cifar_dist.report.endings import cut_warning
 from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import grid_axes, group_runs
+from cifar_dist.report.predictions import load_predictions
 from cifar_dist.run_record import Run, open_run
 from cifar_dist.study.record import StudyRecord, save_record
 from tests.made_up import COST, ENVIRONMENT, LOG, NAMES, PLAN, make_run, make_scored, save_report, with_class_names
@@ -99,6 +101,11 @@ def test_everything_is_written(tmp_path, three):
     metrics = [json.loads((run.folder / "report" / "metrics.json").read_text()) for run in three]
     assert [float(row["top1"]) for row in rows] == [m["top1"] for m in metrics]
     assert [float(row["gflops"]) for row in rows] == [4.0, 4.0, 4.0]
+    for row, run in zip(rows, three, strict=True):
+        correct = int(load_predictions(run.folder / "report").correct.sum())
+        ends = proportion_confint(correct, 300, method="wilson")
+        assert (float(row["top1_low"]), float(row["top1_high"])) == pytest.approx(ends)
+    assert not {"run_dir", "wandb", "cache_dir", "resume"} & rows[0].keys()
     page = (out / "comparison.html").read_text()
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == [
@@ -425,6 +432,9 @@ def test_repeats_alone_have_no_verdict(tmp_path):
     runs = [make(tmp_path, f"a{s}", make_scored(seed=s), seed=s) for s in range(2)]
     found = compared(tmp_path, *runs)
     assert found.verdicts == []
+    accuracies = [100 * make_scored(seed=s).correct.mean() for s in range(2)]
+    said = f"**2 runs with {np.mean(accuracies):.2f} % ± {np.std(accuracies, ddof=1):.2f} on 300 test images of pets"
+    assert found.markdown.splitlines()[2].startswith(said)
     assert "there is nothing to compare" in (tmp_path / "out" / "comparison.md").read_text()
 
 

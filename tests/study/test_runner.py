@@ -217,6 +217,14 @@ def test_a_folder_of_other_settings_is_in_the_way_of_its_run_alone(main, scripts
     assert out.endswith("study       1 of 2 runs is finished: a report, no comparison\n")
 
 
+def test_a_run_of_another_version_is_in_the_way(here, main):
+    text = "recipes: [small.yaml]\n"
+    assert main(text, "--", "--max-steps", 1)[0] == 0
+    (here / "runs/s/small/plan.json").write_text('{"steps": 3}')
+    said = "in the way: runs/s/small/plan.json is of another version of cifar-dist"
+    assert states(main(text, "--list", "--", "--max-steps", 1)[1]) == [said]
+
+
 def test_a_run_that_is_running_is_left_to_that(here, main, scripts):
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1]}\n"
     run = here / "runs/s/small_seed1"
