@@ -20,3 +20,4 @@ if [[ ${1:-} == *.yaml ]]; then
 else
     fetch "$@"
 fi
+say "fetched: a job without a network finds it"

@@ -350,7 +350,10 @@ def test_bad_input_is_one_line_and_status_2_and_makes_no_folder(start, tmp_path,
             lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"\x89PNG broken"),
             "cat/1.png) cannot be decoded",
         ),
-        (lambda root: (root / "train-0.parquet").write_bytes(b"PAR1 cut"), "no test split"),
+        (
+            lambda root: [shutil.rmtree(root / "test"), (root / "train-0.parquet").write_bytes(b"PAR1 cut")],
+            "no test split",
+        ),
         (
             lambda root: [(root / f"{s}-0.parquet").write_bytes(b"PAR1 cut") for s in ("train", "test")],
             "train-0.parquet is truncated",
