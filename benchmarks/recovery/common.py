@@ -35,7 +35,7 @@ from cifar_dist.run_folder import processor
 
 FLAGS = shlex.split(  # two epochs of 7 steps with all that has a state, or draws at random
     "--dataset digits --model test_efficientnet --img-size 32 --wandb disabled --epochs 2 --batch-size 192"
-    " --micro-batch-size 48 --lr 2e-3 --warmup-epochs 1 --clip-grad 1 --drop 0.2 --drop-path 0.2 --mixup 0.4 --cutout 6"
+    " --micro-batch-size 48 --lr 2e-3 --warmup-epochs 1 --clip-grad 1 --drop 0.2 --mixup 0.4 --cutout 6"
     " --smoothing 0.1 --model-ema-decay 0.9 --log-every 1 --checkpoint-every 3 --resume auto"
 )
 STEPS = 14

@@ -42,8 +42,11 @@ class TrainingData:
 
     def lines(self) -> list[str]:
         """What the plan is to say besides, a fact a line."""
-        said = "val         is the data set's own split, so train is whole and --val-fraction has no effect"
-        return [said] if self.own_val else []
+        said = ["val         is the data set's own split, so train is whole and --val-fraction has no effect"]
+        there = set(self.train.labels.unique().tolist())
+        empty = [name for number, name in enumerate(self.class_names) if number not in there]
+        named = f"{', '.join(empty[:10])}{', …' if len(empty) > 10 else ''}"
+        return said * self.own_val + [f"note        train has no images of {named}"] * bool(empty)
 
     @property
     def mode(self) -> str:

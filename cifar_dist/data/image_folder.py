@@ -75,7 +75,7 @@ def open_images(
                 f"--dataset {path}: {names[split]} has no folders of classes, as train has; sort its images into some,"
                 " or rename it (val is then cut from train)."
             )
-        _refuse_strays(path, path / names[split], classes)
+        _refuse_strays(path, next(iter(classes)).parent, classes)
         filled = {folder: files for folder, files in classes.items() if files}
         empty = [str(folder.relative_to(path)) for folder in classes if folder not in filled]
         if empty and (split == "train" or not filled):  # what is only scored may lack classes
@@ -105,7 +105,7 @@ def _refuse_strays(path: Path, split: Path, classes: Iterable[Path]) -> None:
     for folder in classes:
         with os.scandir(folder) as entries:
             inner = [Path(entry) for entry in entries if entry.is_dir() and not _is_no_class(entry.name)]
-        deeper = [file for each in inner for file in each.rglob("*") if file.suffix.lower() in _SUFFIXES]
+        deeper = [file for each in inner for file in each.rglob("[!.]*") if file.suffix.lower() in _SUFFIXES]
         if deeper:
             raise UsageError(
                 f"--dataset {path}: {folder.relative_to(path)} has images in folders within it"

@@ -66,7 +66,7 @@ def open_local(path: Path, splits: Sequence[str] = SPLITS) -> Local:
     parquet = _parquet_files(path)
     images = {split: image_files(path / split) for split in splits if split != "val"}
     whole = all(any(classes.values()) for classes in images.values())
-    if parquet and (not whole or images.keys() <= parquet.keys()):  # a table beside images may be about them
+    if parquet and (not whole or {"train", "test"} <= parquet.keys()):  # a table beside images may be about them
         return _open_parquet(path, parquet, splits)
     if splits == ("test",) and not images["test"] and any((plain := image_files(path)).values()):
         images = {"test": plain}
@@ -130,22 +130,15 @@ def _open_parquet(path: Path, files: dict[str, list[Path]], splits: Sequence[str
     names = find_splits(path, files, splits)
     tables = {}
     for split, name in names.items():
-        sizes, columns = {}, dict[pa.Schema, Path]()
+        sizes = {}
         for file in files[name]:
             try:
-                found = pq.read_metadata(file)
+                sizes[file] = pq.read_metadata(file).num_rows
             except (pa.ArrowException, OSError) as error:
                 raise UsageError(
                     f"--dataset {path}: {file.name} is truncated or no parquet file ({first_line(error)}); copy it"
                     " again."
                 ) from None
-            sizes[file] = found.num_rows
-            columns.setdefault(found.schema.to_arrow_schema().remove_metadata(), file)
-        if len(columns) > 1:
-            one, other = [file.name for file in columns.values()][:2]
-            raise UsageError(
-                f"--dataset {path}: {one} and {other} have other columns, or of other types; make them alike."
-            )
         filled = [file for file in files[name] if sizes[file]] or files[name]
         stream, only = (partial(how, [str(file) for file in filled]) for how in (IterableDataset.from_parquet, _column))
         named = tuple((file.name, sizes[file]) for file in filled)

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -26,15 +26,13 @@ from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
 from cifar_dist.distributed.group import own_cores
 from cifar_dist.errors import UsageError, did_you_mean, first_line
 
-if TYPE_CHECKING:
-    pass
-
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
 _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _ROWS_AT_A_TIME = 256  # that wait to be decoded, or are
 _MOST_DAMAGED = 20  # images that are named at once
+_LOOKS_ON = 20  # times as many rows, for more of them
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
 
@@ -81,8 +79,8 @@ class Source:
         soon as one is decoded, in its thread.
 
         Raises:
-            UsageError: a row cannot be read, images are damaged or no 8-bit ones (all are looked at, several named), or
-                a label is no class.
+            UsageError: a row cannot be read, images are damaged or no 8-bit ones (thousands more are looked at), or a
+                label is no class.
         """
 
         def decoded(number: int, value: Any, label: int) -> tuple[Any, int] | UsageError:
@@ -91,7 +89,7 @@ class Source:
             except UsageError as error:
                 return error
 
-        rows, damaged = self._labelled_rows(split), list[str]()
+        rows, damaged, looked_on, complete = self._labelled_rows(split), list[str](), 0, False
         with ThreadPoolExecutor(own_cores()) as pool:
             for some in iter(lambda: list(islice(rows, _ROWS_AT_A_TIME)), []):
                 for found in pool.map(decoded, *zip(*some, strict=True)):
@@ -99,11 +97,13 @@ class Source:
                         damaged.append(str(found))
                     elif not damaged:
                         yield found
-                if len(damaged) >= _MOST_DAMAGED:
+                looked_on += bool(damaged)
+                if len(damaged) >= _MOST_DAMAGED or looked_on >= _LOOKS_ON:
                     break
+            else:
+                complete = True
         if damaged:
-            more = " There may be more." if len(damaged) >= _MOST_DAMAGED else ""
-            raise UsageError(" ".join(damaged[:_MOST_DAMAGED]) + more)
+            raise UsageError(" ".join(damaged[:_MOST_DAMAGED]) + ("" if complete else " There may be more."))
 
     def _labelled_rows(self, split: str) -> Iterator[tuple[int, Any, int]]:
         """Number, image (still encoded) and label of each row."""
@@ -131,7 +131,8 @@ class Source:
         except Exception as error:  # each library below has errors of its own for a damaged file
             reason = first_line(error)
             raise UsageError(
-                f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again."
+                f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again, or make"
+                " their columns alike."
             ) from None
 
 

@@ -195,17 +195,11 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
     try:
-        parts = list(map(_rows_and_range, train.column(label).with_format("arrow").iter(65536)))
+        parts = list(map(_rows_and_largest, train.column(label).with_format("arrow").iter(65536)))
     except Exception as error:  # a missing label, or a damaged file, which each library reports in its own way
         reason = first_line(error)
         raise UsageError(f"--dataset {config.dataset}: labels {label!r} cannot be read ({reason}).") from None
-    rows, smallest = sum(part[0] for part in parts), min((part[1] for part in parts), default=0)
-    largest = max((part[2] for part in parts), default=-1)
-    if smallest > 0:
-        raise UsageError(
-            f"--dataset {config.dataset}: the numbers of the column {label!r} begin with {smallest}; number the classes"
-            " from 0 on, or name another column with --label-column."
-        )
+    rows, largest = sum(part[0] for part in parts), max((part[1] for part in parts), default=-1)
     if largest >= max(rows, _MOST_CLASSES):
         raise UsageError(
             f"--dataset {config.dataset}: the column {label!r} goes up to {largest:,} in {rows:,} rows, so it holds no"
@@ -214,13 +208,12 @@ def _class_names(train: Table, label: str, config: DataConfig) -> tuple[str, ...
     return tuple(str(number) for number in range(largest + 1))
 
 
-def _rows_and_range(labels: pa.Table) -> tuple[int, int, int]:
+def _rows_and_largest(labels: pa.Table) -> tuple[int, int]:
     import pyarrow.compute
 
     if labels.column(0).null_count:
         raise ValueError("a label is missing")
-    found = pyarrow.compute.min_max(labels.column(0)).as_py()
-    return labels.num_rows, found["min"], found["max"]
+    return labels.num_rows, pyarrow.compute.max(labels.column(0)).as_py()
 
 
 def _listed(features: dict[str, Any]) -> str:

@@ -47,9 +47,9 @@ def create(arguments: dict[str, Any]) -> nn.Module:
     Raises:
         UsageError: the model takes no ``--drop``, ``--drop-path`` or refuses ``--img-size``.
     """
-    name, drop_path = arguments["model_name"], arguments.get("drop_path_rate")
+    name = arguments["model_name"]
     try:
-        model = timm.create_model(**arguments)
+        return timm.create_model(**arguments)
     except Exception as error:  # timm's models refuse by assert, ValueError, TypeError, …
         for argument, flag in FLAG_OF_ARGUMENT.items():
             if argument in arguments and isinstance(error, TypeError) and f"'{argument}'" in str(error):
@@ -59,12 +59,9 @@ def create(arguments: dict[str, Any]) -> nn.Module:
         size = arguments.get("img_size")
         asked = f"--img-size {size[0]}: {name}" if size else f"--model {name}: timm"
         raise UsageError(f"{asked} refuses to be built ({named(error)}).") from error
-    if drop_path and not _drops_paths(model):
-        raise UsageError(f"--drop-path {drop_path}: {name} has no layers with a path around them; leave it out.")
-    return model
 
 
-def _drops_paths(model: nn.Module) -> bool:
+def drops_paths(model: nn.Module) -> bool:
     """Whether stochastic depth has an effect: the first MobileNet and LCNet take a rate, but have no shortcuts."""
     return any(
         isinstance(child, DropPath) and child.drop_prob and getattr(module, "has_skip", True)

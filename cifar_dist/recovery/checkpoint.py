@@ -114,26 +114,31 @@ def resume_point(accelerator: Accelerator, run_dir: Path) -> Stored | None:
     Damaged ones are named and set aside. The caller holds the run's lock.
 
     Raises:
-        UsageError: the run has checkpoints, but no sound one, or they are of another version's format.
+        UsageError: the run has checkpoints, but no sound one, or they are of another version's format, or the newest
+            cannot be read now.
     """
     while found := on_main(accelerator, lambda: _choose(run_dir / "checkpoints")):
-        reason = first_failure(accelerator, _fault_here(found, accelerator.process_index))
-        if not reason:
+        fault, unreadable = _fault_here(found, accelerator.process_index)
+        if blocked := first_failure(accelerator, unreadable):
+            raise UsageError(blocked)
+        if not (reason := first_failure(accelerator, fault)):
             return found
         on_main(accelerator, partial(_pass_over, found.folder, reason))
     return None
 
 
-def _fault_here(found: Stored, process: int) -> str:
-    """What is wrong with a checkpoint as this process sees it, or an empty string."""
+def _fault_here(found: Stored, process: int) -> tuple[str, str]:
+    """What is wrong with a checkpoint as this process sees it, and why that cannot be told now; else empty strings."""
     own = f"process-{process}.safetensors"
     try:
         if store.read_manifest(found.folder).digest != found.digest:
             raise Damaged("another manifest than the first process's")
         found.verify([own] if own in found.files else [])
     except Damaged as error:
-        return f"on process {process}: {error}"
-    return ""
+        return f"on process {process}: {error}", ""
+    except OSError as error:
+        return "", f"on process {process}: {store.unreadable(found.folder, error)}"
+    return "", ""
 
 
 def _choose(root: Path) -> Stored | None:

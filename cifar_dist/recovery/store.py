@@ -102,17 +102,12 @@ def _measured(path: Path) -> dict[str, Any] | None:
                 size += len(block)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise _unreadable(path, error) from None
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _unreadable(path: Path, error: OSError) -> UsageError:
-    """What to say of a file that may be sound: a file server that hiccups must not cost a checkpoint."""
-    return UsageError(
-        f"{path} cannot be read now ({error.strerror}); start again when it can, or move its folder elsewhere to go on"
-        " from the checkpoint before."
-    )
+def unreadable(folder: Path, error: OSError) -> str:
+    """What to say of a checkpoint that may be sound: a file server that hiccups must not cost it."""
+    return f"checkpoint {folder} cannot be read now ({error.strerror}); start again when it can, or move it away."
 
 
 def begin(root: Path, step: int) -> Path:
@@ -160,7 +155,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def point(root: Path, stored: Stored) -> None:
     """Let the links ``last`` and ``best`` name their folders."""
-    best = next((found for found in committed(root) if found.step == stored.best_step), None)
+    best = next((found for found in committed(root) if found.step == stored.best_step > 0), None)
     for link, named in (("last", stored), ("best", best)):
         if named is not None:
             fresh = root / f".tmp-{link}"
@@ -195,7 +190,8 @@ def read_manifest(folder: Path) -> Stored:
 
     Raises:
         Damaged: it is missing or not what was written.
-        UsageError: it is of another version of the format, or cannot be read now.
+        UsageError: it is of another version of the format.
+        OSError: it cannot be read now.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
@@ -214,20 +210,19 @@ def read_manifest(folder: Path) -> Stored:
         raise Damaged(f"{_MANIFEST} is missing") from None
     except (NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{_MANIFEST} cannot be read ({error})") from None
-    except OSError as error:
-        raise _unreadable(folder / _MANIFEST, error) from None
 
 
-def _manifests(root: Path) -> tuple[list[Stored], dict[Path, str]]:
-    """Checkpoints whose manifests are sound, the newest first, and what is wrong with those of others."""
-    found: list[Stored] = []
-    wrong: dict[Path, str] = {}
+def _manifests(root: Path) -> tuple[list[Stored], dict[Path, str], dict[Path, OSError]]:
+    """Checkpoints whose manifests are sound, the newest first, what is wrong with others', and which can't be read."""
+    found, wrong, unread = list[Stored](), dict[Path, str](), dict[Path, OSError]()
     for folder in root.glob("step-*"):
         try:
             found.append(read_manifest(folder))
         except Damaged as error:
             wrong[folder] = str(error)
-    return sorted(found, key=lambda stored: stored.serial, reverse=True), wrong
+        except OSError as error:
+            unread[folder] = error
+    return sorted(found, key=lambda stored: stored.serial, reverse=True), wrong, unread
 
 
 def committed(root: Path) -> list[Stored]:
@@ -249,15 +244,21 @@ def choose(root: Path) -> tuple[Stored | None, dict[Path, str]]:
     """The newest checkpoint of which every byte is as written, and what is wrong with the newer ones.
 
     Raises:
-        UsageError: there is one of another version of the format.
+        UsageError: there is one of another version of the format, or one that cannot be read now would be chosen.
     """
-    candidates, wrong = _manifests(root)
+    candidates, wrong, unread = _manifests(root)
     for stored in candidates:
+        if max(unread, default=root) > stored.folder:
+            break
         try:
             stored.verify()
             return stored, wrong
+        except OSError as error:
+            raise UsageError(unreadable(stored.folder, error)) from None
         except Damaged as error:
             wrong[stored.folder] = str(error)
+    if unread:
+        raise UsageError(unreadable(max(unread), unread[max(unread)]))
     return None, wrong
 
 
@@ -278,10 +279,8 @@ def find(root: Path, which: str) -> Stored:
         return _verified((root / which).resolve())  # a link such as last/ has no step in its name
     last, wrong = choose(root)
     if last is None:
-        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in sorted(wrong.items()))
-        raise UsageError(
-            f"{root.parent} has no sound checkpoint{f' ({reasons})' if reasons else ''}; train it, or restore one."
-        )
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in sorted(wrong.items())) or "none at all"
+        raise UsageError(f"{root.parent} has no sound checkpoint ({reasons}); train it, or restore one.")
     if which == "last" or last.best_step == last.step:
         return last
     best = next((stored for stored in committed(root) if stored.step == last.best_step), None)
@@ -296,4 +295,6 @@ def _verified(folder: Path) -> Stored:
         stored.verify()
     except Damaged as error:
         raise UsageError(f"{folder} is no sound checkpoint ({error}); name another with --checkpoint.") from None
+    except OSError as error:
+        raise UsageError(unreadable(folder, error)) from None
     return stored

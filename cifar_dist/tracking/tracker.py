@@ -5,6 +5,7 @@ Only the job's main process opens a `Tracker`; the others hold a `Silent` one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -142,7 +143,9 @@ def _whoever_reads() -> Iterator[None]:
     """Go on where the terminal was closed, or what read the output has gone: it may have died of the same Ctrl-C."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()

@@ -72,7 +72,9 @@ def train_step(
             updated = parallel.update_unless(agreement.refused)
     verdict = agreement.verdict()  # meanwhile a GPU updates, and makes the next batch, which the loop's end began
     if verdict.bad:
+        scaler = parallel.scaler_state() if verdict.lost else {}
         parallel.drop()
+        parallel.load_scaler(scaler)  # which has seen no overflow, but a step without data
     elif not updated and parallel.update():
         verdict = replace(verdict, bad=True)
     if verdict.bad:

@@ -12,9 +12,11 @@ from cifar_dist.command_line import CommandLine
 from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
+from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import does_something
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.factory import drops_paths
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.parallel import check_engine
 from cifar_dist.parallel.choice import engine_lines, zero_gain
@@ -91,7 +93,11 @@ def load_data(config: Config, run_dir: Path | None, accelerator: Accelerator) ->
 
 
 def make_model(config: Config, data: TrainingData, run_dir: Path | None, accelerator: Accelerator) -> nn.Module:
-    """The model with the weights that a new run begins with; one that goes on will put back its own."""
+    """The model with the weights that a new run begins with; one that goes on will put back its own.
+
+    Raises:
+        UsageError: there is no such model, or a setting that it has no use for, or weights do not fit it.
+    """
     seed_everything(config.run.seed)
     resuming = run_dir is not None and checkpoint.exists(run_dir)
     fresh = replace(config.model, pretrained=False, init_weights=None)
@@ -99,6 +105,9 @@ def make_model(config: Config, data: TrainingData, run_dir: Path | None, acceler
     if config.model.sync_bn:
         model = synchronise(model, accelerator.device)
     if not resuming:
+        if config.model.drop_path and not drops_paths(model):
+            rate = f"--drop-path {config.model.drop_path}"
+            raise UsageError(f"{rate}: no layer of {config.model.model} has a path around it; leave it out.")
         whiten(model, data, config.model, accelerator)
     return model
 

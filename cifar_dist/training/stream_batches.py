@@ -216,7 +216,8 @@ class StreamBatches(Batches):
                 " images replaced or removed it is another data set, for a new run."
             ) from None
         if not known:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a terminal may have been closed
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
 
 
 def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:

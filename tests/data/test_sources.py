@@ -496,18 +496,29 @@ def test_a_column_of_test_that_is_of_another_type_is_refused(image_folder, confi
     assert said in refusal(tmp_path / "set", config)
 
 
-def test_labels_that_do_not_begin_with_0_and_columns_that_differ_are_refused(image_folder, config, tmp_path):
+@pytest.mark.parametrize("change", ["nullable", "int32", "order", "large_binary", "extra first"])
+def test_files_of_a_split_may_differ_where_datasets_can_cast(image_folder, config, tmp_path, change):
     files = sorted((image_folder / "train").glob("*/0.png"))
-    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "label": [1, 2]}
+    rows = pa.table({"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "label": [0, 1]})
+    other = {
+        "nullable": lambda: rows.cast(pa.schema([rows.schema.field("image"), pa.field("label", pa.int64(), False)])),
+        "int32": lambda: rows.set_column(1, "label", rows["label"].cast(pa.int32())),
+        "order": lambda: rows.select(["label", "image"]),
+        "large_binary": lambda: rows.set_column(
+            0, "image", rows["image"].cast(pa.struct([("bytes", pa.large_binary()), ("path", pa.null())]))
+        ),
+        "extra first": lambda: rows.append_column("more", pa.array(["a", "b"])),
+    }[change]()
     (tmp_path / "set").mkdir()
-    for split in ("train", "test"):
-        pq.write_table(pa.table(rows), tmp_path / "set" / f"{split}-0.parquet")
-    assert "the numbers of the column 'label' begin with 1; number the classes from 0" in refusal(
-        tmp_path / "set", config
-    )
-    pq.write_table(pa.table({"image": rows["image"], "kind": [0, 1]}), tmp_path / "set/train-1.parquet")
-    said = refusal(tmp_path / "set", config)
-    assert "train-0.parquet and train-1.parquet have other columns, or of other types; make them alike" in said
+    for name, table in (("train-0", other), ("train-1", rows), ("test", rows)):
+        pq.write_table(table, tmp_path / "set" / f"{name}.parquet")
+    assert [label for _, label in open_source(config(tmp_path / "set")).rows("train")] == [0, 1, 0, 1]
+
+
+def test_images_win_over_a_table_of_test_for_training_and_for_scoring(image_folder, config):
+    pq.write_table(pa.table({"x": [1]}), image_folder / "test.parquet")
+    for splits in (("train", "test"), ("test",)):
+        assert len(list(open_source(config(image_folder), splits).rows("test"))) == 4
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 
 from cifar_dist.data import load_other_test_data, load_test_data, load_training_data, load_val_data
@@ -115,6 +115,15 @@ def test_a_split_of_the_sets_own_is_part_of_its_fingerprint(form, tmp_path, conf
     monkeypatch.setitem(OWN, "val", 8)
     other = open_source(config(write_own(form, "val", tmp_path / "other")))
     assert first.fingerprint == copy.fingerprint != other.fingerprint
+
+
+def test_classes_without_train_images_are_said(tmp_path, config, parquet_folder):
+    """As of labels that count from 1: the first class is none."""
+    images = {"image": list(pixels(4)), "label": [1, 2, 1, 2]}
+    folder = parquet_folder({"train": images, "test": images}, Features({"image": Image(), "label": Value("int64")}))
+    found = load_training_data(config(folder, val_fraction=0.0), 2**40)
+    assert found.class_names == ("0", "1", "2")
+    assert found.lines() == ["note        train has no images of 0"]
 
 
 def test_a_split_of_the_sets_own_must_have_images_of_trains_classes(tmp_path, config, parquet_folder):

@@ -92,8 +92,6 @@ def toy_without_rates(pretrained=False, pretrained_cfg=None, pretrained_cfg_over
         ({"model": "cnn4", "drop_path": 0.1}, "--drop-path 0.1"),
         ({"model": "dla34_cifar", "drop_path": 0.1}, "--drop-path 0.1"),
         ({"model": "wrn28_10", "drop_path": 0.1}, "--drop-path 0.1"),
-        ({"model": "lcnet_035", "drop_path": 0.1}, "--drop-path 0.1: lcnet_035 has no layers with a path around them"),
-        ({"model": "mobilenetv1_100", "drop_path": 0.1}, "--drop-path 0.1: mobilenetv1_100 has no layers with a path"),
         ({"model": "toy_without_rates", "drop": 0.1}, "--drop 0.1"),
     ],
 )

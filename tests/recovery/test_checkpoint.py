@@ -171,11 +171,30 @@ def test_a_file_that_cannot_be_read_now_costs_no_checkpoint(tmp_path, accelerato
         return plain(self, *arguments, **settings)
 
     monkeypatch.setattr(Path, "open", fails)
-    with pytest.raises(UsageError, match=rf"{file} cannot be read now \(.*\); start again when it can"):
+    with pytest.raises(UsageError, match="step-00000002 cannot be read now"):
+        checkpoint.find(tmp_path, "last")
+    with pytest.raises(UsageError, match=r"step-00000002 cannot be read now \(.*\); start again when it can"):
         resume(tmp_path, whole)
     monkeypatch.undo()
     assert newest.is_dir()
     assert resume(tmp_path, whole).step == 2
+
+
+def test_an_older_checkpoint_that_cannot_be_read_now_stops_nothing(tmp_path, accelerator, monkeypatch):
+    whole = trained(accelerator, steps=1)
+    for step in (1, 2):
+        save(tmp_path, whole, TrainState(step=step), best=True)
+    older, plain = tmp_path / "checkpoints" / "step-00000001", Path.open
+
+    def fails(self, *arguments, **settings):
+        if self.parent == older:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return plain(self, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", fails)
+    assert resume(tmp_path, whole).step == checkpoint.find(tmp_path, "last").step == 2
+    save(tmp_path, whole, TrainState(step=3), best=True)
+    assert checkpoint.find(tmp_path, "best").step == 3 and older.is_dir()
 
 
 def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path, accelerator):

@@ -227,6 +227,9 @@ def test_fp16_with_its_scaler_follows_fp32_and_refuses_a_bad_loss(clip_grad):
     plain_step()
     assert train_step(stepper, batch_of(pixels * math.nan))[1].bad  # changes nothing but the scale
     assert scaler.get_scale() == 2.0**9
+    before = scaler.state_dict()
+    without_data = [dataclasses.replace(batch, lost=True) for batch in batch_of(pixels)]
+    assert train_step(stepper, without_data)[1].lost and scaler.state_dict() == before  # not even the scale
     assert not train_step(stepper, batch_of(pixels))[1].bad
     plain_step()
     for mine, theirs in zip(parallel.module.parameters(), plain.parameters(), strict=True):
