@@ -32,6 +32,7 @@ _ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _ROWS_AT_A_TIME = 256  # that wait to be decoded, or are
 _MOST_DAMAGED = 20  # images that are named at once
+_SMALL_BYTES = 8192  # of an encoded image
 _LOOKS_ON = 20  # times as many rows, for more of them
 _HUB_TIMEOUT_SECONDS = 3.0  # for each of the client's two attempts
 
@@ -73,10 +74,10 @@ class Source:
         return f"--dataset {self.name}: row {row} of {split}{self.tables[split].file_of(row)}"
 
     def rows(self, split: str, kept: Callable[[Image.Image | np.ndarray], Any] = lambda image: image) -> Iterator[Any]:
-        """Stream a split in its own order as (what is `kept` of the image, label in 0..K-1), decoded on all cores.
+        """Stream a split in its own order as (what is `kept` of the image, label in 0..K-1).
 
-        An image is in RGB, or uint8 (H,W,3). Large ones need not be held until their turn comes: `kept` is called as
-        soon as one is decoded, in its thread.
+        An image is in RGB, or uint8 (H,W,3). Photographs are decoded on all cores, and need not be held until their
+        turn comes: `kept` is called as soon as one is decoded, in its thread.
 
         Raises:
             UsageError: a row cannot be read, images are damaged or no 8-bit ones (thousands more are looked at), or a
@@ -92,7 +93,8 @@ class Source:
         rows, damaged, looked_on, complete = self._labelled_rows(split), list[str](), 0, False
         with ThreadPoolExecutor(own_cores()) as pool:
             for some in iter(lambda: list(islice(rows, _ROWS_AT_A_TIME)), []):
-                for found in pool.map(decoded, *zip(*some, strict=True)):
+                each = map if _is_small(some[0][1]) else pool.map
+                for found in each(decoded, *zip(*some, strict=True)):
                     if isinstance(found, UsageError):
                         damaged.append(str(found))
                     elif not damaged:
@@ -134,6 +136,11 @@ class Source:
                 f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again, or make"
                 " their columns alike."
             ) from None
+
+
+def _is_small(value: Any) -> bool:
+    """Whether decoding an image takes threads longer than one alone, since most of it is Python: CIFAR's 2 kB."""
+    return not isinstance(value, dict) or (value["bytes"] is not None and len(value["bytes"]) < _SMALL_BYTES)
 
 
 def decode_image(value: Any, where: Callable[[], str]) -> Image.Image | np.ndarray:

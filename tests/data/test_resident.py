@@ -36,6 +36,7 @@ def test_rows_decoded_in_threads_keep_their_order(config, monkeypatch):
     source = open_source(settings)
     monkeypatch.setattr(sources, "_ROWS_AT_A_TIME", 100)  # of 360
     monkeypatch.setattr(sources, "own_cores", lambda: 3)
+    monkeypatch.setattr(sources, "_is_small", lambda value: False)
     loaded = load_resident(source, "test", settings)
     expected = list(source.tables["test"].stream)
     assert np.array_equal(loaded.images.numpy(), np.stack([row["image"] for row in expected]))
