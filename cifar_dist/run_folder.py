@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import shorten
@@ -56,7 +57,8 @@ def choose_run_dir(config: Config) -> Path:
         if config.run.resume == "auto":
             raise UsageError("--resume auto needs --run-dir: the folder of the run to continue.")
         model = config.model.model.replace("/", "_").replace(":", "_")
-        return Path("runs") / f"{model}-{Path(config.data.dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # milliseconds, as a shell's loop starts several in a second
+        return Path("runs") / f"{model}-{Path(config.data.dataset).resolve().name}-{now}"
     run_dir = Path(config.run.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")

@@ -85,7 +85,7 @@ def group_runs(
 def _called(names: Sequence[str]) -> str:
     """What people have called these repeats, without their seeds; empty if that is not one name, or a default one."""
     found = {re.sub(r"_seed\d+$", "", name) for name in names}
-    return found.pop() if len(found) == 1 and not re.search(r"-\d{8}-\d{6}$", "".join(found)) else ""
+    return found.pop() if len(found) == 1 and not re.search(r"-\d{8}-\d{6}(-\d{3})?$", "".join(found)) else ""
 
 
 def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:

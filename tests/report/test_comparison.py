@@ -464,7 +464,7 @@ def test_a_new_comparison_removes_the_pictures_of_the_last_one_and_nothing_else(
 
 
 def test_names_of_groups():
-    def groups(*settings, called="cnn4-digits-20260101-12000"):
+    def groups(*settings, called="cnn4-digits-20260101-120000-00"):
         runs = [Run(Path(), Config.from_flat(each), PLAN, {}, LOG) for each in settings]
         return group_runs(runs, [f"{called}{n}" for n in range(len(runs))], [None] * len(runs))
 
