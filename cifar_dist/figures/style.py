@@ -5,6 +5,7 @@ pyplot is not used, so nothing is shared between figures and no display is neede
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _FONTS = [  # the first has no Chinese, Japanese, Korean; of the others those th
     "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "PingFang SC",
     "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
 ]  # fmt: skip
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of a font that has one weight only
 STYLE: dict[Any, Any] = {
     "font.family": [name for name in _FONTS if name in font_manager.get_font_names()],
     "font.size": 10,
