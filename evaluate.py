@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "evaluate":  # `import evaluate` found this script first: hand over to the library of that name
-    here = os.path.dirname(os.path.realpath(__file__))
-    elsewhere = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != here]
+    elsewhere = [entry for entry in sys.path if not os.path.isfile(os.path.join(entry, "evaluate.py"))]
     library = importlib.machinery.PathFinder.find_spec("evaluate", elsewhere)
     if library is None or library.loader is None:
         raise ModuleNotFoundError("Hugging Face evaluate is not installed: pip install evaluate", name="evaluate")

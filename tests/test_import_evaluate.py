@@ -1,6 +1,8 @@
 """`import evaluate` means the Hugging Face library, however Python was started, though ./evaluate.py is in the way."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -66,3 +68,10 @@ def test_this_very_process_has_the_library():
 
     assert evaluate.__version__ == version("evaluate")
     assert str(ROOT / "evaluate.py") != evaluate.__file__
+
+
+def test_a_second_checkout_on_the_path_is_not_taken_for_the_library(tmp_path):
+    shutil.copy(ROOT / "evaluate.py", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert json.loads(found.stdout) == ["evaluate", version("evaluate"), True]
