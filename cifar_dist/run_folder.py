@@ -74,6 +74,7 @@ def choose_run_dir(config: Config) -> Path:
 
 
 def _refuse_changes(config: Config) -> None:
+    """Raise `UsageError` if the run folder holds a run with other settings."""
     changed = changed_settings(config)
     if Path(config.data.dataset).exists():  # data may have moved; `create_run_dir` compares them
         changed = [change for change in changed if not change.startswith("--dataset ")]

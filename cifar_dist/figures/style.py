@@ -30,8 +30,9 @@ _FONTS = [  # the first has no Chinese, Japanese, Korean; of the others those th
     "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
 ]  # fmt: skip
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of a font that has one weight only
+_INSTALLED = set(font_manager.get_font_names())
 STYLE: dict[Any, Any] = {
-    "font.family": [name for name in _FONTS if name in font_manager.get_font_names()],
+    "font.family": [name for name in _FONTS if name in _INSTALLED],
     "font.size": 10,
     "text.parse_math": False,  # a $ in a name is a $
     "axes.spines.top": False,

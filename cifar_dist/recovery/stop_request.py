@@ -18,14 +18,14 @@ STARTED = time.monotonic()  # nearly the start of the process: what a time limit
 _noted: str | None = None
 
 
-def listen() -> None:
-    """Note these signals from now on instead of dying of them; a SIGINT after any of them means now.
+def listen(note: Callable[[int, FrameType | None], None] | None = None) -> None:
+    """Note these signals from now on instead of dying of them, here or by `note`; here a SIGINT after any means now.
 
     A SIGHUP that is ignored, as nohup has it, stays ignored.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _note)
+            signal.signal(number, note or _note)
 
 
 def ignore() -> None:

@@ -23,7 +23,7 @@ from cifar_dist.argument_types import positive_int
 from cifar_dist.command_line import OneLineParser
 from cifar_dist.distributed.ending import FAILURE_FILE, FAILURE_STATUS
 from cifar_dist.errors import UsageError
-from cifar_dist.recovery.stop_request import SIGNALS
+from cifar_dist.recovery import stop_request
 from cifar_dist.study.file import Study, StudyRun, load_study
 from cifar_dist.study.record import StudyRecord, forget_failure, note_failure, save_record
 from cifar_dist.study.state import Standing, standing_of, standings
@@ -40,10 +40,8 @@ class Signals:
     waiting: list[int] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Note signals from now on; a SIGHUP that is ignored, as nohup has it, stays ignored."""
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+        """Note signals from now on."""
+        stop_request.listen(self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name
@@ -209,7 +207,7 @@ def train(run: StudyRun, begins: str, signals: Signals) -> bool:
         file = Path(folder) / "reason"
         status = signals.run([sys.executable, str(ROOT / "train.py"), *run.arguments], file)
         reason = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    died_of_it = signals.first and -status in SIGNALS  # before train.py could listen
+    died_of_it = signals.first and -status in stop_request.SIGNALS  # before train.py could listen
     if status != 0 and not died_of_it:
         if status < 0:  # as shells say it
             status, reason = 128 - status, reason or f"ended by {signal.Signals(-status).name}."
