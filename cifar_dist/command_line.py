@@ -22,7 +22,6 @@ import yaml
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
 from cifar_dist.errors import UsageError
-from cifar_dist.idle_flags import idle_flags
 from cifar_dist.other_flags import suggestion
 
 
@@ -232,13 +231,13 @@ class CommandLine:
         config: the merged configuration.
         plan_only: print the plan and stop.
         preview: write a sheet of augmented images to this file and stop.
-        notes: lines about flags that do nothing.
+        given: settings that differ from the default on the command line itself, not in its recipe.
     """
 
     config: Config
     plan_only: bool
     preview: Path | None
-    notes: tuple[str, ...]
+    given: dict[str, Any]
 
     @property
     def trains(self) -> bool:
@@ -266,5 +265,5 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
     else:
         saved = []
     given, values, defaults = _parse(arguments, source), _parse(saved + arguments, source), Config().flat()
-    notes = idle_flags({name: given[name] for name in defaults if given[name] != defaults[name]}, values)
-    return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"], tuple(notes))
+    changed = {name: given[name] for name, default in defaults.items() if given[name] != default}
+    return CommandLine(Config.from_flat(values), values["plan"], values["preview_augment"], changed)

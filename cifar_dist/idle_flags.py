@@ -18,6 +18,11 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], Any]]] = {
     "decay_rate": ("--sched step", lambda s: s["sched"] == "step"),
     "layer_decay": ("--freeze none", lambda s: s["freeze"] == "none"),
     "min_delta": ("--patience", lambda s: s["patience"]),
+    # of facts beside the settings, which are known after the data and the model:
+    "momentum": ("an --opt that has one", lambda s: s["has_momentum"]),
+    "interpolation": ("images to be resized", lambda s: s["resizes"]),
+    "shuffle_window": ("--data-mode stream", lambda s: s["streams"]),
+    "sync_bn": ("several processes", lambda s: s["num_processes"] > 1),
 }
 
 
@@ -34,11 +39,11 @@ def idle_flags(given: Settings, settings: Settings) -> list[str]:
 
     Args:
         given: the command line's own settings that are not the default, by their flag's name.
-        settings: all that it comes to with its recipe.
+        settings: all that it comes to with its recipe, and the facts that `NEEDS` asks for.
     """
     said = []
     for name, value in given.items():
         if not does_something(name, settings):
-            shown = f"{value:g}" if isinstance(value, float) else value
-            said.append(f"note        --{name.replace('_', '-')} {shown} does nothing without {NEEDS[name][0]}")
+            shown = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+            said.append(f"note        --{name.replace('_', '-')}{shown} does nothing without {NEEDS[name][0]}")
     return said

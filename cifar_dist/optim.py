@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UsageError, did_you_mean
@@ -48,6 +48,11 @@ def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for group in optimizer.param_groups:
             group["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in group["params"]) or None
     return optimizer
+
+
+def has_momentum(config: OptimConfig) -> bool:
+    """Whether timm gives the optimizer ``momentum``."""
+    return bool(get_optimizer_info(config.opt).has_momentum)
 
 
 def state_per_parameter(config: OptimConfig) -> int:

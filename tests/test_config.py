@@ -8,6 +8,7 @@ from cifar_dist.command_line import load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.evaluate_arguments import parse_arguments
+from cifar_dist.idle_flags import idle_flags
 from cifar_dist.other_flags import NO_SETTINGS, OTHERS_NAMES
 from tests.conftest import ROOT
 
@@ -79,11 +80,15 @@ def test_none_switches_off_what_a_recipe_sets(tmp_path, line, flags):
 def test_a_flag_that_does_nothing_is_noted(argv, met):
     flag, value, *others = argv.split()
     name = flag[2:].replace("-", "_")
-    (note,) = parse_command_line(argv.split()).notes
+    (note,) = notes(argv.split())
     assert note.startswith(f"note        {flag} {value} does nothing without ")
-    used = parse_command_line([*argv.split(), *met.split()])
-    assert used.config.flat()[name] != Config().flat()[name] and not used.notes
-    assert not parse_command_line([flag, str(Config().flat()[name]), *others]).notes
+    assert parse_command_line([*argv.split(), *met.split()]).config.flat()[name] != Config().flat()[name]
+    assert not notes([*argv.split(), *met.split()]) and not notes([flag, str(Config().flat()[name]), *others])
+
+
+def notes(argv):
+    command = parse_command_line(argv)
+    return idle_flags(command.given, command.config.flat())
 
 
 def test_a_recipe_may_hold_what_the_command_line_makes_idle_or_of_use(tmp_path):
@@ -94,8 +99,8 @@ def test_a_recipe_may_hold_what_the_command_line_makes_idle_or_of_use(tmp_path):
     assert parse_command_line(["--config", str(saved)]).config == config == load_config(saved)
     assert parse_command_line(["--config", str(recipe), "--mixup-prob", "0.5"]).config.augment.mixup_prob == 0.5
     off = ["--config", str(recipe), "--mixup", "0"]
-    assert not parse_command_line(off).notes and not parse_command_line(["--config", str(saved)]).notes
-    (note,) = parse_command_line([*off, "--mixup-switch-prob", "0.6"]).notes
+    assert not notes(off) and not notes(["--config", str(saved)])
+    (note,) = notes([*off, "--mixup-switch-prob", "0.6"])
     assert note == "note        --mixup-switch-prob 0.6 does nothing without both --mixup and --cutmix"
 
 

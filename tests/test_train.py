@@ -289,6 +289,16 @@ def test_plan_prints_and_leaves_nothing(start, tmp_path, monkeypatch, capsys):
     assert all(word in out for word in ("train 1,", "parameters", "steps", "lr", "MiB"))
 
 
+def test_flags_that_do_nothing_with_this_data_model_or_number_of_processes_are_noted(start, capsys):
+    idle = ["--momentum", 0.8, "--interpolation", "bicubic", "--shuffle-window", 64, "--sync-bn"]
+    assert start(*DIGITS, "--plan", "--opt", "adam", *idle) == 0
+    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    assert {line.split()[1] for line in noted} == {flag for flag in idle if str(flag).startswith("--")}
+    busy = ["--opt", "sgd", "--crop-padding", 0, "--scale", 0.5, 1, "--data-mode", "stream"]
+    assert start(*DIGITS, "--plan", *idle[:-1], *busy) == 0
+    assert "note " not in capsys.readouterr().out
+
+
 def test_val_fraction_0_trains_on_everything_and_best_is_last(start, tmp_path):
     assert start(*DIGITS, "--epochs", 1, "--val-fraction", 0, "--run-dir", tmp_path) == 0
     assert not any("val/top1" in record for record in records(tmp_path))

@@ -13,11 +13,12 @@ from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
 from cifar_dist.errors import UsageError
-from cifar_dist.idle_flags import does_something
+from cifar_dist.idle_flags import does_something, idle_flags
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.factory import drops_paths
 from cifar_dist.models.sync_bn import synchronise
+from cifar_dist.optim import has_momentum
 from cifar_dist.parallel import check_engine
 from cifar_dist.parallel.choice import engine_lines, zero_gain
 from cifar_dist.plan import Plan, make_plan
@@ -133,9 +134,17 @@ def settle(
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     check_engine(config, plan, model)
     first, *further = plan.lines()
-    lines = [first, *image_lines(config, input_config(model, config.model)), *further]
+    inputs = input_config(model, config.model)
+    lines = [first, *image_lines(config, inputs), *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
-    say(accelerator, *lines, *command.notes, *(engine_lines(config, sizes) if command.plan_only else []))
+    facts = {
+        "has_momentum": has_momentum(config.optim),
+        "num_processes": plan.num_processes,
+        "resizes": inputs.img_size != config.data.pixels or config.augment.scale is not None,
+        "streams": data.mode == "stream",
+    }
+    lines += idle_flags(command.given, config.flat() | facts)
+    say(accelerator, *lines, *(engine_lines(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
 
 
