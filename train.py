@@ -22,11 +22,11 @@ from pathlib import Path
 
 from cifar_dist.distributed.control import Verdict
 from cifar_dist.distributed.group import finish, on_main, start
-from cifar_dist.plan import Schedule
 from cifar_dist.recovery.pace import Pace
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.stop_request import StopRequest
 from cifar_dist.run_folder import create_run_dir, run_lock
+from cifar_dist.schedule import Schedule
 from cifar_dist.training.engine import Stepper, train_step
 from cifar_dist.training.features import make_feed
 from cifar_dist.training.job import Job, assess, conclude, decline, prepare, resume

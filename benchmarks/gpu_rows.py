@@ -26,7 +26,8 @@ from cifar_dist.distributed.group import peak_memory_bytes, seed_everything
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.packed_attention import PackedAttention, PackedWindowAttention
-from cifar_dist.plan import Schedule, make_plan
+from cifar_dist.plan import make_plan
+from cifar_dist.schedule import Schedule
 from cifar_dist.training.engine import Meter, Stepper, train_step
 from cifar_dist.training.features import Features
 from cifar_dist.training.job import prepare

@@ -87,18 +87,24 @@ class ModelConfig:
 
     model: str = option("resnet18_cifar", "any timm model, an alias (swin_base, vit_base, …) or a CIFAR-native one")
     pretrained: bool = option(False, "start from timm's pretrained weights (Hub or its cache)")
-    init_weights: str | None = option(None, "start from this .safetensors or .pth file; a head of another size is new")
+    init_weights: str | None = option(
+        None, "start from this .safetensors or .pth file, or a run's folder; a head of another size is new"
+    )
     img_size: int | None = option(None, "pixels a side the model sees (default: the model's own)", type=positive_int)
     drop: float | None = option(None, "dropout rate (default: the model's own)", type=fraction)
     drop_path: float | None = option(None, "stochastic depth rate (default: the model's own)", type=fraction)
-    freeze: str = option("none", "parameters that stay as they are: all but the head", choices=("none", "backbone"))
+    freeze: str = option(
+        "none", "backbone: its parameters stay as they are, only the head trains", choices=("none", "backbone")
+    )
     mean: tuple[float, ...] | None = option(
         None, "per-channel mean in [0,1] (default: the model's own)", type=closed_fraction, nargs=3
     )
     std: tuple[float, ...] | None = option(
         None, "per-channel standard deviation (default: the model's own)", type=positive, nargs=3
     )
-    interpolation: str | None = option(None, "resizing (default: the model's own)", choices=(*INTERPOLATIONS, "none"))
+    interpolation: str | None = option(
+        None, "how images are resized (default, and none: the model's own)", choices=(*INTERPOLATIONS, "none")
+    )
     sync_bn: bool = option(False, "batch statistics over all processes (SyncBatchNorm)")
     channels_last: bool = option(False, "NHWC memory layout, faster for most CNNs")
     compile: bool = option(False, "torch.compile the model")
@@ -115,8 +121,8 @@ class AugmentConfig:
     crop_mode: str = option("zeros", "what the crop's padding is", choices=("zeros", "reflect"))
     scale: tuple[float, ...] | None = option(
         None,
-        "in place of --crop-padding: crop a box of a random share of the area, from LOW to HIGH, resized to what the "
-        "model sees (RandomResizedCrop), e.g. 0.08 1; all sizes in pixels are of that then",
+        "with --crop-padding 0: crop a box of a random share of the area, from LOW to HIGH, resized to what the model "
+        "sees (RandomResizedCrop), e.g. 0.08 1; all sizes in pixels are of that then",
         type=positive_fraction,
         nargs=2,
     )
@@ -184,7 +190,7 @@ class OptimConfig:
 class RunConfig:
     """run"""
 
-    epochs: int = option(10, "epochs the schedule spans", type=positive_int)
+    epochs: int = option(10, "epochs to train, which the schedule spans", type=positive_int)
     max_steps: int | None = option(
         None, "stop after this many optimizer steps in all; the schedule still spans --epochs", type=positive_int
     )
@@ -219,7 +225,9 @@ class RunConfig:
     )
     log_every: int = option(50, "steps between two training records", type=positive_int)
     checkpoint_every: int | str | None = option(
-        None, "also checkpoint every so many steps, or so often: 10m (always at an epoch's end)", type=steps_or_duration
+        None,
+        "also checkpoint every so many steps, or so often: 10m (besides every epoch's end)",
+        type=steps_or_duration,
     )
     keep_last: int = option(2, "checkpoints to keep besides the best one", type=positive_int)
     time_limit: str | None = option(

@@ -2,60 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
-import torch
-from timm.scheduler import create_scheduler_v2
-
-from cifar_dist.config import Config, OptimConfig
+from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
-
-
-class Schedule:
-    """The learning rate at every step, through timm's schedulers.
-
-    Args:
-        optimizer: whose parameter groups are set; their ``lr_scale`` (layer decay) is respected.
-        config: the schedule's settings. Its warmup comes first, then the schedule over what is left.
-        epochs: length of the run that the schedule spans.
-        updates_per_epoch: optimizer steps an epoch.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, updates_per_epoch: int):
-        self._optimizer = optimizer
-        self._updates_per_epoch = updates_per_epoch
-        self._scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched={"linear": "poly"}.get(config.sched, config.sched),
-            num_epochs=epochs - config.warmup_epochs,  # type: ignore[arg-type]
-            decay_epochs=config.decay_epochs,
-            decay_rate=1.0 if config.sched == "linear" else config.decay_rate,
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-            warmup_prefix=True,
-            step_on_epochs=not config.sched_on_updates,
-            updates_per_epoch=updates_per_epoch,
-        )
-
-    def apply(self, step: int) -> float:
-        """Set every group's learning rate for step `step` (from 0) and return the largest."""
-        self._scheduler.step(step // self._updates_per_epoch)
-        self._scheduler.step_update(step)
-        return max(group["lr"] for group in self._optimizer.param_groups)
-
-
-def schedule_without_model(config: OptimConfig, epochs: int, updates_per_epoch: int) -> Schedule:
-    """The schedule of the peak group alone: what `Schedule.apply` returns is what a run with these settings logs."""
-    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
-    return Schedule(dummy, config, epochs, updates_per_epoch)
-
-
-def lr_at(step: int, config: OptimConfig, epochs: int, updates_per_epoch: int) -> float:
-    """The peak group's learning rate at step `step`, without a model."""
-    return schedule_without_model(config, epochs, updates_per_epoch).apply(step)
+from cifar_dist.schedule import lr_at
 
 
 @dataclass(frozen=True)
@@ -176,7 +130,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
     schedule_steps = run.epochs * updates
     total = min(schedule_steps, run.max_steps or schedule_steps)
-    warmup_steps = round(optim.warmup_epochs * updates)
+    warmup_steps = math.ceil(optim.warmup_epochs * updates - 1e-6)  # a step before its end is of it
     return Plan(
         **asdict(sizes),
         select_on=config.data.select_on,
@@ -194,7 +148,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         lr_last=lr_at(total - 1, optim, run.epochs, updates),
         checkpoint_bytes=checkpoint_bytes(memory_load(config, sizes)),
         memory=usage(engine, num_processes, memory_load(config, sizes), accumulation > 1),
-        notes=tuple(_depends_on_processes(config, sizes, num_processes, micro)),
+        notes=(*_depends_on_processes(config, sizes, num_processes, micro), *_keeps_initial_weights(config, total)),
     )
 
 
@@ -291,4 +245,18 @@ def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micr
             f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
             f" --sync-bn takes them over all {num_processes * micro}"
         )
+    return lines
+
+
+def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:
+    """What keeps much of the weights that the run begins with, a line each."""
+    lines, model = [], config.model
+    decay = config.optim.model_ema_decay or 0.0
+    if (kept := decay**total_steps) > 0.1:
+        lines.append(
+            f"average     after {total_steps:,} steps {kept:.0%} of the moving average, by which the best checkpoint is"
+            f" chosen, will still be the initial weights: --model-ema-decay {decay:g} is too high for so few"
+        )
+    if model.freeze == "backbone" and not (model.pretrained or model.init_weights):
+        lines.append("note        the frozen backbone has random weights, without --pretrained or --init-weights")
     return lines

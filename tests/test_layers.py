@@ -23,6 +23,7 @@ LAYERS = [
         "statistics",
     },
     {"config", "durable", "distributed", "idle_flags", "other_flags"},
+    {"schedule"},
     {"command_line", "plan", "models", "optim", "data"},
     {"parallel", "tracking", "evaluate_arguments"},
     {"recovery"},

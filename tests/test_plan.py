@@ -10,7 +10,8 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import MIB, Load, usage
-from cifar_dist.plan import Schedule, Sizes, lr_at, make_plan, split_batch
+from cifar_dist.plan import Sizes, make_plan, split_batch
+from cifar_dist.schedule import Schedule, lr_at
 
 SIZES = Sizes(
     num_train=45_000, num_val=5_000, num_test=10_000, num_classes=10, data_bytes=50_000 * 3072,
@@ -256,6 +257,27 @@ def test_rates_at_the_start_and_after_warmup_counted_by_hand():
     found = plan("--lr", "0.1", "--warmup-lr", "0.02", "--warmup-epochs", "2", "--batch-size", "450", "--epochs", "6")
     assert found.warmup_steps == 200
     assert (found.lr_first, found.lr_after_warmup) == pytest.approx((0.02, 0.1))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("0.005", 1), ("1.501", 151), ("0.1", 10), ("2", 200)])
+def test_a_step_that_begins_within_the_warmup_is_one_of_its_steps(epochs, steps):
+    argv = ["--lr", "0.1", "--warmup-lr", "0", "--warmup-epochs", epochs, "--batch-size", "450"]
+    found, optim = plan(*argv), parse_command_line(argv).config.optim
+    rates = [lr_at(step, optim, 10, 100) for step in range(steps + 1)]
+    assert found.warmup_steps == steps and found.lr_after_warmup == rates[-1]
+    assert rates[: steps + 1] == sorted(rates) and rates[0] == 0 and lr_at(steps + 1, optim, 10, 100) < rates[-1] <= 0.1
+
+
+def test_what_stays_of_initial_weights_is_said():
+    """45,000 images in batches of 450 are 100 steps an epoch: 0.9977 ** 1,000 is 10.0 %."""
+    argv = ["--batch-size", "450", "--epochs", "10"]
+    assert plan(*argv, "--model-ema-decay", "0.997").notes == ()
+    (note,) = plan(*argv, "--model-ema-decay", "0.999").notes
+    assert "after 1,000 steps 37% of the moving average" in note and "--model-ema-decay 0.999 " in note
+    assert "after 10 steps 99% " in plan(*argv, "--model-ema-decay", "0.999", "--max-steps", "10").notes[0]
+    frozen = [*argv, "--freeze", "backbone"]
+    assert "random weights" in plan(*frozen).notes[0]
+    assert plan(*frozen, "--pretrained").notes == () == plan(*frozen, "--init-weights", "x.pth").notes
 
 
 def test_two_micro_batches_hold_gradients_under_fsdp2():

@@ -14,7 +14,8 @@ from cifar_dist.command_line import load_config, parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.optim import state_per_parameter
-from cifar_dist.plan import Sizes, lr_at, make_plan
+from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.schedule import lr_at
 from cifar_dist.study.file import load_study
 from tests.conftest import ROOT
 

@@ -42,7 +42,9 @@ class TrainingData:
 
     def lines(self) -> list[str]:
         """What the plan is to say besides, a fact a line."""
-        said = ["val         is the data set's own split, so train is whole and --val-fraction has no effect"]
+        said = [
+            "val         is the data set's own split, so train is whole; --val-fraction and --split-seed have no effect"
+        ]
         there = set(self.train.labels.unique().tolist())
         empty = [name for number, name in enumerate(self.class_names) if number not in there]
         named = f"{', '.join(empty[:10])}{', …' if len(empty) > 10 else ''}"

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from cifar_dist import figures
 from cifar_dist.errors import UsageError
 from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
-from cifar_dist.plan import schedule_without_model
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
@@ -26,6 +25,7 @@ from cifar_dist.report.numbers import cooled, metrics_of
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
+from cifar_dist.schedule import schedule_without_model
 
 MOST_CONFUSIONS = 10
 INTERVALS = (

@@ -20,7 +20,7 @@ from cifar_dist.distributed.group import autocast, total
 from cifar_dist.errors import UsageError
 from cifar_dist.parallel import Replicated
 from cifar_dist.training.batches import Batch
-from cifar_dist.training.micro_batch import is_out_of_memory
+from cifar_dist.training.micro_batch import is_out_of_memory, smaller
 
 
 class Stepper:
@@ -100,8 +100,9 @@ def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
 def _no_room(micro: int) -> UsageError:
     if micro == 1:
         return UsageError("a step with a single image does not fit into memory; take a smaller --model or --img-size.")
+    size = smaller(micro, micro)  # what divides it divides the batch, too
     return UsageError(
-        f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {micro // 2},"
+        f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {size},"
         " or --auto-micro-batch (the batch stays what it is), and go on with --resume auto."
     )
 

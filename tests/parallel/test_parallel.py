@@ -19,7 +19,7 @@ from cifar_dist.models import build_model
 from cifar_dist.optim import is_elementwise, make_optimizer
 from cifar_dist.parallel import check_engine, zero
 from cifar_dist.parallel.fully_sharded import FullySharded
-from cifar_dist.plan import Schedule
+from cifar_dist.schedule import Schedule
 from tests.conftest import ROOT
 from tests.ranks import Ranks
 from tests.test_same_training import RECIPE, of, run

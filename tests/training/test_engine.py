@@ -21,7 +21,8 @@ from cifar_dist.models import build_model
 from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.ordering import epoch_order
 from cifar_dist.parallel import Replicated
-from cifar_dist.plan import Schedule, Sizes, make_plan
+from cifar_dist.plan import Sizes, make_plan
+from cifar_dist.schedule import Schedule
 from cifar_dist.training.batches import Batch, ResidentBatches
 from cifar_dist.training.engine import Evaluator, Meter, Stepper, train_step
 

@@ -53,11 +53,11 @@ def test_what_torch_says_without_room():
 def test_a_step_without_room_says_what_to_take(tmp_path):
     def work():
         tight(20)
-        return run(*FLAGS.split(), "--run-dir", tmp_path)
+        return run(*FLAGS.split(), "--batch-size", 25, "--run-dir", tmp_path)
 
     found = Ranks(work, 1)
     assert found.statuses == [2]
-    assert "a step with 48 images at a time does not fit into memory; take --micro-batch-size 24" in found.said[0]
+    assert "a step with 25 images at a time does not fit into memory; take --micro-batch-size 5," in found.said[0]
     assert "Traceback" not in found.said[0]
 
 
