@@ -50,6 +50,13 @@ go_offline() {
     fi
 }
 
+# What a job's script begins with.
+begin_job() {
+    [ -n "${SLURM_JOB_ID:-}" ] || fail 2 "this is the script of a job; sbatch [sbatch's options] $0 …"
+    set_up
+    go_offline
+}
+
 # SLURM's 2(x3),1 as 2 2 2 1.
 each_node() {
     local part count

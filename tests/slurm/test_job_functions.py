@@ -1,4 +1,4 @@
-"""The folder that a job script reads from a training's arguments is the one that train.py takes."""
+"""What job scripts do that needs no cluster."""
 
 import subprocess
 
@@ -18,3 +18,10 @@ def test_the_folder_is_the_one_that_train_py_takes(arguments, monkeypatch, tmp_p
     script = f'source {ROOT}/slurm/job.sh && run_dir_of "$@"'
     done = subprocess.run(["bash", "-c", script, "bash", *arguments], capture_output=True, text=True, check=True)
     assert done.stdout == parse_command_line(arguments).config.run.run_dir
+
+
+def test_a_job_script_that_is_no_job_says_how_to_submit_it(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    done = subprocess.run(["bash", "slurm/train.sbatch", "--lr", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "failed: this is the script of a job; sbatch [sbatch's options] slurm/train.sbatch" in done.stdout
