@@ -67,11 +67,11 @@ class SyncedBatchNorm(_BatchNorm):
 
         others = [axis for axis in range(x.ndim) if axis != 1]
         count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
-        sums = _sum_over_processes(torch.cat([rows.sum(others).double(), count]))
+        sums = _SumOverProcesses.apply(torch.cat([rows.sum(others).double(), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = rows - mean.to(rows.dtype).view(channels)
-        variance = _sum_over_processes(centred.square().sum(others).double()) / total
+        variance = _SumOverProcesses.apply(centred.square().sum(others).double()) / total
         if self.track_running_stats:
             self._track(mean.detach(), (variance * total / (total - 1)).detach())
 
@@ -92,8 +92,8 @@ class SyncedBatchNorm(_BatchNorm):
             running.lerp_(new.to(running.dtype), factor)  # type: ignore[union-attr]
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over processes. Every process's loss depends on it, so its gradient is the sum of theirs."""
+class _SumOverProcesses(torch.autograd.Function):
+    """A small tensor's sum, for every process. Each one's loss depends on it, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -102,13 +102,7 @@ class _Sum(torch.autograd.Function):
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (gradient,) = gradients
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient
-
-
-def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a small tensor over all processes; every process gets the sum."""
-    return _Sum.apply(tensor)
