@@ -69,8 +69,6 @@ def write_comparison(runs: Sequence[Run], folders: Sequence[Path], output: Path)
     pairs = _pairs(members, groups)
     make_room(output)
     try:
-        if (output / f"{NAME}.json").exists():
-            comparison_figures.remove(output)
         summary = _summary(members, groups, pairs)
         if study:
             summary["study"] = {"name": study.name, "missing": missing(study, members)}

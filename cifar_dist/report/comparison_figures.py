@@ -61,13 +61,6 @@ def captions(members: Sequence[Member], groups: Sequence[Group]) -> dict[str, st
     return said
 
 
-def remove(output: Path) -> None:
-    """Remove the pictures of an earlier comparison, some of which a new one may not have; all other files stay."""
-    for name in CAPTIONS:
-        for kind in ("png", "jpg", "svg"):
-            (output / f"{name}.{kind}").unlink(missing_ok=True)
-
-
 def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
     def points(member: Member, key: str) -> tuple[list[float], list[float]]:
         steps, values = member.run.series(key)
