@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,23 +56,20 @@ class Layer:
         """Do it to uint8 (B,S,S,3), in place; `fill` (3,) is the colour of what lies outside an image."""
         device = images.device
 
-        def change(rows: Tensor, work: Callable[[Tensor], Tensor]) -> None:
+        def change(rows: Tensor, operate: Callable[[Tensor, Tensor], Tensor], argument: Tensor) -> None:
             if len(rows):
                 there = rows.to(device, non_blocking=True)
-                images.index_copy_(0, there, work(images.index_select(0, there)))
+                argument = argument.to(device, non_blocking=True)
+                images.index_copy_(0, there, operate(images.index_select(0, there), argument))
 
-        for number, (_, operate) in enumerate(COLOUR_OPS.items()):
+        for number, operate in enumerate(COLOUR_OPS.values()):
             rows = (self.op == number).nonzero()[:, 0]
-            argument = self.argument[rows].to(device, non_blocking=True)
-            change(rows, lambda chosen, do=operate, by=argument: do(chosen, by))  # type: ignore[misc]
-        moved = self.op >= len(COLOUR_OPS)
-        for name in ("nearest", "bilinear", "bicubic"):
-            if isinstance(self.interpolation, str):
-                rows = (moved if name == self.interpolation else moved & False).nonzero()[:, 0]
-            else:
-                rows = (moved & (self.interpolation == (name == "bicubic")) & (name != "nearest")).nonzero()[:, 0]
-            matrix = self._matrices(rows, images.shape[1]).to(device, non_blocking=True)
-            change(rows, lambda chosen, by=matrix, how=name: affine(chosen, by, how, fill))  # type: ignore[misc]
+            change(rows, operate, self.argument[rows])
+        moved, how = self.op >= len(COLOUR_OPS), self.interpolation
+        filters = {how: moved} if isinstance(how, str) else {"bilinear": moved & ~how, "bicubic": moved & how}
+        for name, where in filters.items():
+            rows = where.nonzero()[:, 0]
+            change(rows, partial(affine, interpolation=name, fill=fill), self._matrices(rows, images.shape[1]))
 
     def _matrices(self, rows: Tensor, size: int) -> Tensor:
         matrix = torch.empty(len(rows), 6, dtype=torch.float64)
@@ -155,7 +153,6 @@ class TrivialAugment:
 
     def layer(self, number: int, ids: Tensor, epoch: int, size: int) -> Layer:
         """See `RandAugment.layer`."""
-        del number, size
         numbers = torch.tensor([draws.POLICY_OP, draws.POLICY_LEVEL, draws.POLICY_SIGN])[:, None]
         op, level, sign = draws.uniform(self._seed, epoch, ids, numbers)
         arguments = trivial_arguments((level * _BINS).long(), sign < 0.5)
@@ -204,7 +201,6 @@ class ColourJitter:
 
     def layer(self, number: int, ids: Tensor, epoch: int, size: int) -> Layer:
         """See `RandAugment.layer`."""
-        del size
         order = draws.uniform(self._seed, epoch, ids, draws.JITTER_ORDER)
         which = self._orders[(order * len(self._orders)).long(), number]
         factor = draws.uniform(self._seed, epoch, ids, draws.JITTER_BRIGHTNESS + which)
