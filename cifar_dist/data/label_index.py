@@ -92,22 +92,12 @@ def _labels(source: Source, split: str) -> Index:
     except UsageError:
         raise
     except Exception as error:  # each library below has errors of its own for a damaged file
-        reason = first_line(error)
         raise UsageError(
-            f"--dataset {source.name}: {split} cannot be read to its end ({reason}); copy the files again."
+            f"--dataset {source.name}: {split} cannot be read to its end ({first_line(error)}); copy the files again."
         ) from None
-    if not sum(rows):
-        raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
+    source.check_count(split, sum(rows))
     labels = np.concatenate(parts)
-    expected = source.num_rows(split)
-    if expected is not None and len(labels) != expected:
-        raise UsageError(
-            f"--dataset {source.name}: {split} gave {len(labels)} rows, its files announce {expected}; copy them again."
-        )
     no_class = np.flatnonzero(~((labels >= 0) & (labels < len(source.class_names))))  # also NaN, for a missing one
     if len(no_class):
-        raise UsageError(
-            f"{source.place(split, int(no_class[0]))} has the label {labels[no_class[0]]}, which is outside"
-            f" 0..{len(source.class_names) - 1}; every row needs a class (-1 marks rows without label)."
-        )
+        raise source.no_class(split, int(no_class[0]), labels[no_class[0]])
     return labels.astype(np.int64), np.array(rows)

@@ -164,11 +164,10 @@ def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -
     from tqdm import tqdm
 
     labels: list[int] = []
-    expected = source.num_rows(split)
     rows = source.rows(split, lambda image: (picture_size(image), to_pixels(image, config.pixels)))
     with (folder / "images.u8").open("wb") as file:
         for (size, pixels), label in tqdm(
-            rows, f"decoding {split} once", expected, leave=False, disable=None, unit=" images"
+            rows, f"decoding {split} once", source.num_rows(split), leave=False, disable=None, unit=" images"
         ):
             if not labels:
                 if split == "train":
@@ -176,12 +175,7 @@ def _decode_into(folder: Path, source: Source, split: str, config: DataConfig) -
                 (folder / "first.json").write_text(json.dumps(size))
             file.write(pixels.tobytes())
             labels.append(label)
-    if not labels:
-        raise UsageError(f"--dataset {source.name}: the {split} split is empty; it needs images.")
-    if expected is not None and len(labels) != expected:
-        raise UsageError(
-            f"--dataset {source.name}: {split} gave {len(labels)} rows, its files announce {expected}; copy them again."
-        )
+    source.check_count(split, len(labels))
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     for path in (*folder.iterdir(), folder):
         fsync(path)

@@ -28,7 +28,6 @@ from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 NAMES = (*HUB_IDS, "digits")
-_ORIENTATION = ExifTags.Base.Orientation
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open_image` refuses these images itself
 _ROWS_AT_A_TIME = 256  # that wait to be decoded, or are
 _MOST_DAMAGED = 20  # images that are named at once
@@ -73,6 +72,23 @@ class Source:
         """What a message about a row starts with: the data set, the row and its file."""
         return f"--dataset {self.name}: row {row} of {split}{self.tables[split].file_of(row)}"
 
+    def check_count(self, split: str, found: int) -> None:
+        """Raise `UsageError` if a split has no rows, or another number than its files announce."""
+        if not found:
+            raise UsageError(f"--dataset {self.name}: the {split} split is empty; it needs images.")
+        expected = self.num_rows(split)
+        if expected not in (None, found):
+            raise UsageError(
+                f"--dataset {self.name}: {split} gave {found} rows, its files announce {expected}; copy them again."
+            )
+
+    def no_class(self, split: str, row: int, label: Any) -> UsageError:
+        """What to say of a row whose label is none of the classes."""
+        return UsageError(
+            f"{self.place(split, row)} has the label {label}, which is outside 0..{len(self.class_names) - 1};"
+            " every row needs a class (-1 marks rows without label)."
+        )
+
     def rows(self, split: str, kept: Callable[[Image.Image | np.ndarray], Any] = lambda image: image) -> Iterator[Any]:
         """Stream a split in its own order as (what is `kept` of the image, label in 0..K-1).
 
@@ -112,10 +128,7 @@ class Source:
         for number, row in enumerate(self._raw_rows(split)):
             label = row[self.columns.label]
             if label is None or not 0 <= label < len(self.class_names):
-                raise UsageError(
-                    f"{self.place(split, number)} has the label {label}, which is outside"
-                    f" 0..{len(self.class_names) - 1}; every row needs a class (-1 marks rows without label)."
-                )
+                raise self.no_class(split, number, label)
             yield number, row[self.columns.image], int(label)
 
     def _raw_rows(self, split: str) -> Iterator[dict[str, Any]]:
@@ -131,10 +144,9 @@ class Source:
         except UsageError:
             raise
         except Exception as error:  # each library below has errors of its own for a damaged file
-            reason = first_line(error)
             raise UsageError(
-                f"--dataset {self.name}: {split} cannot be read to its end ({reason}); copy the files again, or make"
-                " their columns alike."
+                f"--dataset {self.name}: {split} cannot be read to its end ({first_line(error)}); copy the files again,"
+                " or make their columns alike."
             ) from None
 
 
@@ -188,7 +200,7 @@ def _open_image(content: bytes) -> Image.Image:
     if most is not None and pixels > most:  # up to twice as many, PIL only warns
         raise Image.DecompressionBombError(f"it has {pixels:,} pixels, {most:,} are the most that is opened")
     image.load()
-    return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION) is not None else image
+    return ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image
 
 
 def open_source(config: DataConfig, splits: Sequence[str] = SPLITS) -> Source:
@@ -281,9 +293,8 @@ def _open_hub(name: str) -> Local:
         revision = HfApi().dataset_info(repo, timeout=_HUB_TIMEOUT_SECONDS).sha
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
     except Exception as error:  # whatever goes wrong between here and the Hub has the same cure
-        reason = first_line(error)
         raise UsageError(
-            f"--dataset {name}: the Hub cannot be reached ({reason}) and {repo} is not in its cache; use `digits`, "
-            f"which needs no download, or a local path: {LOCAL_FORMS} (docs/data.md says where to get them)."
+            f"--dataset {name}: the Hub cannot be reached ({first_line(error)}) and {repo} is not in its cache; use"
+            f" `digits`, which needs no download, or a local path: {LOCAL_FORMS} (docs/data.md says where to get them)."
         ) from None
     return Local(open_local(Path(folder)).tables, Path(folder).name)
