@@ -16,8 +16,7 @@ import torch
 
 from cifar_dist.cost.flops import Peak
 from cifar_dist.cost.speed import durations
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from cifar_dist.distributed.group import DTYPES
 
 # By torch's name of a card without its brand; None where the sheet states none. Halved: L4, H100, H200, B200.
 FORMATS = ("fp16", "bf16", "tf32", "fp32")

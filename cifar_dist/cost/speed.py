@@ -13,7 +13,7 @@ from torch import nn
 
 from cifar_dist.config import InputConfig
 from cifar_dist.data.augment import Preprocess
-from cifar_dist.distributed.group import autocast
+from cifar_dist.distributed.group import autocast, wait_for
 from cifar_dist.errors import UsageError
 from cifar_dist.run_folder import cpu_name, processor
 from cifar_dist.training.micro_batch import is_out_of_memory
@@ -135,19 +135,14 @@ def durations(work: Callable[[], object], device: torch.device, seconds: float) 
     """
     for _ in range(WARM_UP_RUNS):
         work()
-    _wait(device)
+    wait_for(device)
     taken: list[float] = []
     while len(taken) < FEWEST_RUNS or sum(taken) < seconds:
         began = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return taken
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _rate(size: int, passes: Sequence[float]) -> float:

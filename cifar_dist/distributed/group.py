@@ -32,6 +32,7 @@ from cifar_dist.distributed.launch import prepare_environment
 from cifar_dist.errors import UsageError
 
 T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
@@ -199,7 +200,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     """The forward pass's compute type on any engine."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given, as before a clock is read; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:

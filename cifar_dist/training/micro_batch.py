@@ -39,13 +39,19 @@ def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig
         sizes = (micro, input.img_size, plan.memory.optimizer)
         failed = any_of(accelerator, not _fits(accelerator, model, sizes, precision))
         before.put_back()
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         if not failed:
             return micro
         if micro == 1:
             raise UsageError("--auto-micro-batch: not even one image fits into memory; take a smaller model.")
         micro = smaller(share, micro)
+
+
+def forward_and_backward(model: torch.nn.Module, images: torch.Tensor, precision: str) -> None:
+    """What a step computes of `images` (B, 3, S, S), with a loss that takes no labels."""
+    with autocast(images.device, precision):
+        loss = model(images).float().logsumexp(1).sum()
+    loss.backward()
 
 
 def _fits(accelerator: Accelerator, model: torch.nn.Module, sizes: tuple[int, int, int], precision: str) -> bool:
@@ -54,9 +60,7 @@ def _fits(accelerator: Accelerator, model: torch.nn.Module, sizes: tuple[int, in
     try:
         held = torch.empty(state_bytes, dtype=torch.uint8, device=accelerator.device)
         images = torch.zeros(count, 3, side, side, device=accelerator.device)
-        with autocast(accelerator.device, precision):
-            loss = model(images).float().logsumexp(1).sum()
-        loss.backward()
+        forward_and_backward(model, images, precision)
         del held
     except RuntimeError as error:
         if not is_out_of_memory(error):

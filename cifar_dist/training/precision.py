@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.distributed.control import BeforeStep, any_of
-from cifar_dist.distributed.group import autocast, gather, restart, say
+from cifar_dist.distributed.group import gather, restart, say, wait_for
 from cifar_dist.errors import UsageError
 from cifar_dist.models import input_config
 from cifar_dist.models.attention import use_plain_attention
-from cifar_dist.training.micro_batch import is_out_of_memory
+from cifar_dist.training.micro_batch import forward_and_backward, is_out_of_memory
 
 MIN_SPEEDUP = 1.05  # over fp32 in the usual layout, to be taken instead
 ROUNDS = 3
@@ -111,8 +111,7 @@ def measure_formats(config: Config, model: torch.nn.Module, accelerator: Acceler
     finally:
         model.to(memory_format=torch.contiguous_format)
         before.put_back()
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # the trial is not the training
@@ -147,12 +146,10 @@ def _seconds(
     changed = use_plain_attention(model, device, each.precision)
     try:
         images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=device).contiguous(memory_format=layout)
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
-        with autocast(device, each.precision):
-            loss = model(images).float().logsumexp(1).sum()
-        loss.backward()
-        _wait(device)
+        forward_and_backward(model, images, each.precision)
+        wait_for(device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -161,8 +158,3 @@ def _seconds(
         for module in changed:
             module.fused_attn = True  # type: ignore[assignment]
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()

@@ -140,7 +140,7 @@ def test_time_ends_the_search(measured):
 def test_every_pass_is_waited_for(monkeypatch):
     """Else a GPU would be timed at taking orders."""
     events = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("done"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append("done"))
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: events.append("look") or len(events)))
     durations(lambda: events.append("work"), CUDA, 0.0)
     assert events == ["work", "work", "done", *3 * ["look", "work", "done", "look"]]
