@@ -25,7 +25,7 @@ from cifar_dist.durable import fsync
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.models import NATIVE, input_config
 from cifar_dist.page import plain
-from cifar_dist.report.tables import NOT_SETTINGS, SHOWN_SETTINGS
+from cifar_dist.report.tables import SHOWN_SETTINGS, shown_names
 from cifar_dist.run_record import Run
 
 WEIGHTS, CONFIG, CARD, ONNX = FILES = ("model.safetensors", "config.json", "README.md", "model.onnx")
@@ -287,12 +287,10 @@ def _header(run: Run, metrics: dict[str, Any], architecture: str, base_model: st
 
 def _settings(config: Config, dataset: str) -> dict[str, str]:
     """The settings that say what the run is, and others that differ from the defaults; of paths the last part."""
-    values, defaults = config.flat(), Config().flat()
-    others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
-    values |= {"dataset": dataset, "data_size": config.data.pixels}
+    values = config.flat() | {"dataset": dataset, "data_size": config.data.pixels}
     if config.model.init_weights:
         values["init_weights"] = Path(config.model.init_weights).name
     if config.model.model.startswith("local-dir:"):
         values["model"] = f"local-dir:{Path(config.model.model).name}"
-    names = dict.fromkeys((*SHOWN_SETTINGS, "data_size", *others))
+    names = dict.fromkeys((*SHOWN_SETTINGS, "data_size", *shown_names(config)))
     return {name: plain(str(values[name])) for name in names if values[name] is not None}

@@ -33,10 +33,12 @@ PACKAGES = (
     "deepspeed", "triton",
 )  # fmt: skip
 REQUEUE = "REQUEUE"
+BOOKKEEPING = {  # settings that say where a run is and what is kept of it
+    "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
+    "time_limit",
+}  # fmt: skip
 NOT_THE_TRAINING = {
-    "run_dir", "resume", "max_steps", "log_every", "checkpoint_every", "keep_last", "time_limit", "wandb",
-    "wandb_project", "cache_dir", "micro_batch_size", "auto_micro_batch", "on_nan", "skip_corrupt",
-    "ddp_timeout",
+    *BOOKKEEPING, "max_steps", "micro_batch_size", "auto_micro_batch", "on_nan", "skip_corrupt", "ddp_timeout",
 }  # fmt: skip
 _DIGESTS = {  # facts of the data that say nothing to people, and what it means when they differ
     "data_fingerprint": "files have other names or sizes, or are of another revision on the Hub",

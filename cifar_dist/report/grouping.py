@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.report.endings import was_cut
-from cifar_dist.report.tables import NOT_SETTINGS, shown
+from cifar_dist.report.tables import shown
+from cifar_dist.run_folder import BOOKKEEPING
 from cifar_dist.run_record import Run
 
-_ELSEWHERE = {*NOT_SETTINGS, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
+_ELSEWHERE = {*BOOKKEEPING, "micro_batch_size", "auto_micro_batch", "ddp_timeout", "data_mode", "skip_corrupt"}
 
 MOST_NAMED = 4  # settings in a name
 LONGEST = 60  # characters of a name by settings, above which the runs' own are taken if they are shorter

@@ -13,7 +13,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.report.evidence import Evidence
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.predictions import Scored
-from cifar_dist.report.tables import NOT_SETTINGS
+from cifar_dist.run_folder import BOOKKEEPING
 from cifar_dist.run_record import Run
 from cifar_dist.study.record import StudyRecord
 
@@ -69,7 +69,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
     return {
         "run": member.name,
         "group": group,
-        **{name: value for name, value in member.run.config.flat().items() if name not in NOT_SETTINGS},
+        **{name: value for name, value in member.run.config.flat().items() if name not in BOOKKEEPING},
         "img_size": member.img_size,
         "data_mode": member.run.environment.get("data_mode", member.run.config.data.data_mode),
         "train_top1": member.run.value_at("train/top1", step),

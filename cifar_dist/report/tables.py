@@ -14,6 +14,7 @@ from cifar_dist.metrics.calibration import BINS
 from cifar_dist.page import Table
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.predictions import About, Scored
+from cifar_dist.run_folder import BOOKKEEPING
 from cifar_dist.run_record import Run
 from cifar_dist.training.features import changes
 
@@ -38,10 +39,6 @@ SHOWN_SETTINGS = [
     "seed",
     "split_seed",
 ]
-NOT_SETTINGS = [
-    "run_dir", "cache_dir", "resume", "wandb", "wandb_project", "log_every", "checkpoint_every", "keep_last",
-    "time_limit",
-]  # fmt: skip
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -201,11 +198,16 @@ def _training(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def settings(config: Config) -> Table:
-    """The settings that say what the run is, and all others that differ from the defaults."""
+def shown_names(config: Config) -> list[str]:
+    """The settings that say what a run is, then all others that differ from the defaults."""
     values, defaults = config.flat(), Config().flat()
-    others = [name for name in values if values[name] != defaults[name] and name not in NOT_SETTINGS]
-    names = [*SHOWN_SETTINGS, *(name for name in others if name not in SHOWN_SETTINGS)]
+    others = (name for name in values if values[name] != defaults[name] and name not in BOOKKEEPING)
+    return list(dict.fromkeys((*SHOWN_SETTINGS, *others)))
+
+
+def settings(config: Config) -> Table:
+    """The settings of `shown_names` that have a value."""
+    values, names = config.flat(), shown_names(config)
     if values["init_weights"] is not None:
         names.remove("pretrained")
     return Table(("setting", "value"), [(name, shown(values[name])) for name in names if values[name] is not None])
