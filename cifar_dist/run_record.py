@@ -35,6 +35,11 @@ class Run:
         return self.config.data.select_on
 
     @property
+    def data_mode(self) -> str:
+        """How train was held, resident or stream; of older runs, what was asked for."""
+        return self.environment.get("data_mode", self.config.data.data_mode)
+
+    @property
     def last_step(self) -> int:
         """The last step with a record."""
         return max(record["step"] for record in self.records)

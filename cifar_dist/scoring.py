@@ -27,11 +27,10 @@ from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.recovery import checkpoint
 from cifar_dist.recovery.store import Stored
 from cifar_dist.report.evidence import Evidence, choose
+from cifar_dist.report.numbers import COST_FILE
 from cifar_dist.report.predictions import About, Scored, predictions_file, save_predictions
 from cifar_dist.run_record import Run
 from cifar_dist.training.engine import Evaluator
-
-COST_FILE = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,8 @@ def score_test(subject: Subject, data: TestData) -> Scored:
 
 def score_val(subject: Subject) -> Scored | None:
     """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
-    environment, missing, val = subject.run.environment, "", None
-    data = subject.aim.own
-    config = replace(data, data_mode=environment.get("data_mode", data.data_mode))
+    run, missing, val = subject.run, "", None
+    config = replace(subject.aim.own, data_mode=run.data_mode)
     try:
         val = load_val_data(config)
     except UsageError as error:
@@ -132,7 +130,7 @@ def score_val(subject: Subject) -> Scored | None:
         return None
     if val is None:
         return None
-    about = _about(subject, config.dataset, "val", str(environment.get("data_fingerprint")))
+    about = _about(subject, config.dataset, "val", str(run.environment.get("data_fingerprint")))
     return _score(subject, val, about)
 
 

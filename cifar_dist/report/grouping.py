@@ -94,7 +94,7 @@ def _settings(run: Run, datasets: dict[Any, str]) -> dict[str, Any]:
     found = {key: value for key, value in run.config.flat().items() if key not in _ELSEWHERE}
     place = found["dataset"]
     found["dataset"] = datasets.setdefault(run.environment.get("data_fingerprint", place), place)
-    if run.environment.get("data_mode", run.config.data.data_mode) != "stream":
+    if run.data_mode != "stream":
         found["shuffle_window"] = None  # what is in memory is shuffled as a whole
     cut = was_cut(run) and (run.config.run.max_steps or 0) < run.plan["schedule_steps"]
     return found if cut else {**found, "max_steps": None}

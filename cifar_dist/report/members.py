@@ -71,7 +71,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "group": group,
         **{name: value for name, value in member.run.config.flat().items() if name not in BOOKKEEPING},
         "img_size": member.img_size,
-        "data_mode": member.run.environment.get("data_mode", member.run.config.data.data_mode),
+        "data_mode": member.run.data_mode,
         "train_top1": member.run.value_at("train/top1", step),
         "val_top1": evaluation["top1"] if evaluation and evaluation["split"] == "val" else None,
         "final_train_loss": next(reversed(member.run.series("train/loss")[1]), None),

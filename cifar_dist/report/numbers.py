@@ -16,6 +16,7 @@ from cifar_dist.run_folder import cpu_name
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, calibration, wilson_interval
 
+COST_FILE = "cost.json"  # what `scoring.measure_cost` found
 MOST_NAMED = 10  # classes in a sentence
 LOWEST, HIGHEST = 0.05, 20  # a fitted temperature outside has followed a few images
 TEST_SELECTED = (
@@ -143,7 +144,7 @@ def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
         return _cost_of(run, cost)
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"{run.folder}: cost.json of the report is damaged ({error!r}); remove it and run evaluate.py again."
+            f"{run.folder}: {COST_FILE} of the report is damaged ({error!r}); remove it and run evaluate.py again."
         ) from None
 
 

@@ -21,7 +21,7 @@ from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
-from cifar_dist.report.numbers import cooled, metrics_of
+from cifar_dist.report.numbers import COST_FILE, cooled, metrics_of
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
@@ -81,7 +81,7 @@ def saved_scores(folder: Path) -> Scored | None:
     try:
         scored = load_predictions(folder)
         load_evidence(folder, scored.ids[choose(scored).shown].tolist())
-        read_json(folder / "cost.json")
+        read_json(folder / COST_FILE)
         return scored
     except (UsageError, OSError):
         return None
@@ -113,7 +113,7 @@ def _tables(metrics: dict[str, Any]) -> dict[str, Table]:
 def _gather(run: Run, folder: Path) -> Found:
     scored = load_predictions(folder)
     val = load_predictions(folder, "val") if predictions_file(folder, "val").exists() else None
-    cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
+    cost = read_json(folder / COST_FILE) if (folder / COST_FILE).exists() else {}
     chosen = choose(scored)
     evidence = load_evidence(folder, scored.ids[chosen.shown].tolist())
     return Found(run, scored, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
