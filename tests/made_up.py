@@ -70,8 +70,7 @@ def save_report(run, scored=None, folder="report", cost=COST, maps=True):
     images = random.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)
     found = {"grad_cam": random.integers(0, 256, (len(explained), 16, 16), dtype=np.uint8)} if maps else {}
     Evidence(ids, images, explained, found, "blocks.3", {} if maps else {"grad_cam": "it has no map."}).save(folder)
-    if cost:
-        (folder / "cost.json").write_text(json.dumps(cost))
+    (folder / "cost.json").write_text(json.dumps(cost or {}))
     return folder
 
 

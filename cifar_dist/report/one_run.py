@@ -113,10 +113,9 @@ def _tables(metrics: dict[str, Any]) -> dict[str, Table]:
 def _gather(run: Run, folder: Path) -> Found:
     scored = load_predictions(folder)
     val = load_predictions(folder, "val") if predictions_file(folder, "val").exists() else None
-    cost = read_json(folder / COST_FILE) if (folder / COST_FILE).exists() else {}
     chosen = choose(scored)
     evidence = load_evidence(folder, scored.ids[chosen.shown].tolist())
-    return Found(run, scored, chosen, evidence, metrics_of(run, scored, val, chosen, cost))
+    return Found(run, scored, chosen, evidence, metrics_of(run, scored, val, chosen, read_json(folder / COST_FILE)))
 
 
 def _write_confusions(found: Found, folder: Path) -> None:
