@@ -33,7 +33,7 @@ else:
 
     from cifar_dist import export, scoring
     from cifar_dist.aim import Aim, choose_aims, is_done, precision_of
-    from cifar_dist.distributed.group import finish, on_main, say, start
+    from cifar_dist.distributed.group import on_main, say, start
     from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.tracking.wandb_run import log_report
@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace | None = None) -> None:
         report(run, aim, arguments, accelerator)
     if len(runs) > 1:
         on_main(accelerator, lambda: compare(runs, aims, arguments))
-    finish(accelerator)
+    accelerator.end_training()
 
 
 def check_places(aims: list[Aim], arguments: argparse.Namespace) -> None:

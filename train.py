@@ -21,7 +21,7 @@ from contextlib import closing
 from pathlib import Path
 
 from cifar_dist.distributed.control import Verdict
-from cifar_dist.distributed.group import finish, on_main, start
+from cifar_dist.distributed.group import on_main, start
 from cifar_dist.recovery.pace import Pace
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.stop_request import StopRequest
@@ -48,7 +48,7 @@ def main(command: CommandLine | None = None) -> None:
         show_augmentation(command.preview, setup)
     if run_dir is not None:
         run(setup, run_dir)
-    finish(setup.accelerator)
+    setup.accelerator.end_training()
 
 
 def run(setup: Setup, run_dir: Path) -> None:

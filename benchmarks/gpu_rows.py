@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from timm.layers import set_fused_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,7 @@ from cifar_dist.config import ModelConfig
 from cifar_dist.cost.flops import Flops, Peak, count_flops, mfu
 from cifar_dist.cost.speed import durations
 from cifar_dist.data import TrainingData
-from cifar_dist.distributed.group import peak_memory_bytes, seed_everything
+from cifar_dist.distributed.group import peak_memory_bytes
 from cifar_dist.models import build_model, input_config
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.packed_attention import PackedAttention, PackedWindowAttention
@@ -178,7 +179,7 @@ class Ours:
             way.compiles
         )
         config = parse_command_line([*flags.split(), *switches, *more.split()]).config
-        seed_everything(config.run.seed)
+        set_seed(config.run.seed)
         model = build_model(config.model, len(bench.data.class_names))
         if way.attention != "packed":
             for layer in model.modules():

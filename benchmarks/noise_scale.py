@@ -17,11 +17,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 
 from cifar_dist.data import load_training_data
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.ending import run_main
-from cifar_dist.distributed.group import autocast, device_bytes, seed_everything, start
+from cifar_dist.distributed.group import autocast, device_bytes, start
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import make_plan
 from cifar_dist.run_record import open_run
@@ -73,7 +74,7 @@ def main() -> None:
     plan = make_plan(config, measure(config, data, subject.model), 1)
     parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
     batches = ResidentBatches(data.train, config, plan, subject.input, parallel)  # type: ignore[arg-type]
-    seed_everything(0)
+    set_seed(0)
     found = noise_scale(gradients(subject, batches, args.batches), plan.batch_size)
     print(f"{args.run_dir}: after {subject.stored.step} steps with batches of {plan.batch_size}, the noise scale is")
     print(f"{found:,.0f} images (from {args.batches} gradients)")

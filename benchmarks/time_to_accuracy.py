@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import set_seed
 
 from benchmarks.cpu import layout
 from benchmarks.gpu import real
@@ -34,7 +35,7 @@ from cifar_dist.data import load_test_data
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.ending import run_main
-from cifar_dist.distributed.group import device_bytes, seed_everything, start
+from cifar_dist.distributed.group import device_bytes, start
 from cifar_dist.durable import replace_text
 from cifar_dist.models import input_config
 from cifar_dist.training.engine import Evaluator
@@ -99,7 +100,7 @@ def race(bench: Bench, goal: Goal, test: ResidentSet, seed: int, limit_seconds: 
     setting = Setting(case.model, case.img_size, case.batch_size, PRECISION, 0, True, goal.learning_rate)
     flags = f"--lr {goal.learning_rate} --sched constant --seed {seed}"
     loops: dict[str, Any] = {"ours": Ours(bench, case, Way("ours", channels_last=nhwc), flags)}
-    seed_everything(seed)
+    set_seed(seed)
     with closing(PlainLoop(bench.pictures, setting)) as loops["plain"]:
         turns: dict[str, list[float]] = {"ours": [], "plain": []}
         marks = {name: [Mark(0, 0.0, score(bench, loop, goal, test))] for name, loop in loops.items()}

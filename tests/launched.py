@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist.distributed.ending import run_main
-from cifar_dist.distributed.group import finish, start, total
+from cifar_dist.distributed.group import start, total
 from cifar_dist.errors import UsageError
 
 
@@ -27,7 +27,7 @@ def main():
     ranks = total(accelerator, torch.tensor([rank + 1.0], dtype=torch.float64, device=accelerator.device))
     note = f"{rank} of {world_size}, {accelerator.distributed_type.name}, sum {ranks[0]:g}"
     (Path(folder) / f"rank-{rank}").write_text(note)
-    finish(accelerator)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar_dist.config import OptimConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.stream import StreamSet
-from cifar_dist.distributed.group import check_agreement, finish, on_main, shared_buffers, start
+from cifar_dist.distributed.group import check_agreement, on_main, shared_buffers, start
 from cifar_dist.errors import UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_one_process_cannot_write_fails_on_all(tmp_path, monke
         checkpoint.save_tensors = save_tensors
         accelerator.wait_for_everyone()
         checkpoint.load(checkpoint.resume_point(accelerator, tmp_path), trained)
-        finish(accelerator)
+        accelerator.end_training()
         return said, checkpoint.state_of(checkpoint.find(tmp_path, "last")).step
 
     for said, step in Ranks(work, 2).check().results:

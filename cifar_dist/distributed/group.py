@@ -23,7 +23,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
-    set_seed,
 )
 
 from cifar_dist.distributed import peers, slurm
@@ -127,11 +126,6 @@ def own_cores() -> int:
     by_srun = slurm.in_step() and "TORCHELASTIC_RUN_ID" not in os.environ
     all_here = int(os.environ.get("SLURM_CPUS_ON_NODE", free)) if by_srun else free
     return max(min(free, all_here // here), 1)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch alike on every process, so that all build the same weights."""
-    set_seed(seed)
 
 
 def seed_process(accelerator: Accelerator, seed: int, step: int) -> None:
@@ -264,8 +258,3 @@ def shared_buffers(accelerator: Accelerator, module: torch.nn.Module) -> Iterato
 def total(accelerator: Accelerator, sums: torch.Tensor) -> list[float]:
     """Sum a small float64 tensor over all processes and fetch it: one collective, one host sync."""
     return accelerator.reduce(sums, reduction="sum").tolist()
-
-
-def finish(accelerator: Accelerator) -> None:
-    """Leave the process group, so that no process waits for one that has gone."""
-    accelerator.end_training()

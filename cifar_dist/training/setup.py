@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from cifar_dist.command_line import CommandLine
 from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
-from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say, seed_everything
+from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say
 from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import does_something, idle_flags
 from cifar_dist.models import build_model, input_config, resolve_name
@@ -99,7 +100,7 @@ def make_model(config: Config, data: TrainingData, run_dir: Path | None, acceler
     Raises:
         UsageError: there is no such model, or a setting that it has no use for, or weights do not fit it.
     """
-    seed_everything(config.run.seed)
+    set_seed(config.run.seed)  # alike on every process, so that all build the same weights
     resuming = run_dir is not None and checkpoint.exists(run_dir)
     fresh = replace(config.model, pretrained=False, init_weights=None)
     model = build_model(fresh if resuming else config.model, len(data.class_names))
