@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from cifar_dist.explain.maps import attention_rollout, grad_cam
-from cifar_dist.explain.target import Target, Unexplained, target_of
+from cifar_dist.explain.target import Unexplained, target_of
 
-__all__ = ["Target", "Unexplained", "attention_rollout", "grad_cam", "target_of"]
+__all__ = ["Unexplained", "attention_rollout", "grad_cam", "target_of"]

@@ -11,7 +11,8 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode
 
 from cifar_dist.config import AugmentConfig, InputConfig
-from cifar_dist.data.augment import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, Augment, Preprocess, View, draws, uniform
+from cifar_dist.data.augment import Augment, Preprocess, View, draws
+from cifar_dist.data.augment.draws import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, uniform
 from cifar_dist.data.augment.policy import AFFINE_OPS, OPS, RandAugment, TrivialAugment
 from cifar_dist.policy_string import parse_policy
 

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from timm.data.random_erasing import RandomErasing
 
-from cifar_dist.data.augment import Erasing, draws
+from cifar_dist.data.augment import draws
+from cifar_dist.data.augment.erasing import Erasing
 
 IDS = torch.arange(20_000)
 

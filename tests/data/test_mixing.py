@@ -8,8 +8,8 @@ from scipy import stats
 from timm.data import Mixup
 
 from cifar_dist.config import AugmentConfig
-from cifar_dist.data.augment import Mixing, uniform
-from cifar_dist.data.augment.draws import MIX_APPLY
+from cifar_dist.data.augment import Mixing
+from cifar_dist.data.augment.draws import MIX_APPLY, uniform
 from cifar_dist.data.augment.mixing import mix_images, symmetric_beta
 
 IDS = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import AugmentConfig, InputConfig
-from cifar_dist.data.augment import Augment, ResizedCrop
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment.resized_crop import ResizedCrop
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import make_plan
 from tests.test_plan import SIZES

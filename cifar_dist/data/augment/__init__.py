@@ -11,30 +11,9 @@ policies work on bytes, so they come before normalising (as in torchvision and t
 mean, which is 0, and so come after it.
 """
 
-from cifar_dist.data.augment.draws import CROP_X, CROP_Y, CUTOUT_X, CUTOUT_Y, FLIP, uniform
-from cifar_dist.data.augment.erasing import Erasing, cutout_
-from cifar_dist.data.augment.geometry import crop_and_flip
 from cifar_dist.data.augment.mixing import Mixing
 from cifar_dist.data.augment.pipeline import Augment
-from cifar_dist.data.augment.preprocess import Preprocess, resize_matrix
-from cifar_dist.data.augment.resized_crop import ResizedCrop
+from cifar_dist.data.augment.preprocess import Preprocess
 from cifar_dist.data.augment.views import VIEWS, View
 
-__all__ = [
-    "CROP_X",
-    "CROP_Y",
-    "CUTOUT_X",
-    "CUTOUT_Y",
-    "FLIP",
-    "VIEWS",
-    "Augment",
-    "Erasing",
-    "Mixing",
-    "Preprocess",
-    "ResizedCrop",
-    "View",
-    "crop_and_flip",
-    "cutout_",
-    "resize_matrix",
-    "uniform",
-]
+__all__ = ["VIEWS", "Augment", "Mixing", "Preprocess", "View"]
