@@ -68,6 +68,11 @@ class StreamSet:
         return int(self.chosen.sum())
 
     @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 (shards,), the number of each shard's first row."""
+        return np.cumsum(self.shard_rows) - self.shard_rows
+
+    @cached_property
     def ids(self) -> torch.Tensor:
         """int64 (N,), row numbers of this part's rows: the sample ids."""
         return torch.from_numpy(np.flatnonzero(self.chosen))
@@ -81,10 +86,6 @@ class StreamSet:
     def nbytes(self) -> int:
         """The most that waits in memory, as if decoded."""
         return min(2 * self.window, len(self)) * self.size**2 * 3
-
-    def to(self, device: torch.device | str) -> StreamSet:
-        """The same set; its rows go to a device batch by batch."""
-        return self
 
     def take(self, rows: np.ndarray) -> StreamSet:
         """The part that holds the `rows` (int64 row numbers) of this whole split."""
@@ -101,8 +102,7 @@ class StreamSet:
         """The order of shards, of this part's rows as they are given out, and as they are read."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
         shards = generator.permutation(len(self.shard_rows))
-        starts = np.cumsum(self.shard_rows) - self.shard_rows
-        read = np.concatenate([np.arange(starts[k], starts[k] + self.shard_rows[k]) for k in shards])
+        read = np.concatenate([np.arange(self.starts[k], self.starts[k] + self.shard_rows[k]) for k in shards])
         read = read[self.chosen[read]]
         # A row is given out at most a window later, or earlier, than it is read.
         places = np.arange(len(read)) + generator.random(len(read)) * self.window
@@ -120,9 +120,8 @@ class StreamSet:
             DataLost: a shard can't be read to its end, or has other rows, also after some attempts.
         """
         wanted, stop = wanted.copy(), stop or threading.Event()
-        starts = np.cumsum(self.shard_rows) - self.shard_rows
         for shard in self._orders(seed, epoch)[0]:
-            here = slice(starts[shard], starts[shard] + self.shard_rows[shard])
+            here = slice(self.starts[shard], self.starts[shard] + self.shard_rows[shard])
             if wanted[here].any():
                 yield from self._read_on(int(shard), here, wanted, stop)
             if stop.is_set():
