@@ -19,13 +19,13 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 
-def did_you_mean(word: str, known: list[str], count: int = 3) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
     """`` Did you mean a, b?`` for the known words nearest to `word`, or an empty string.
 
     Dashes before a flag and upper case say nothing about how near two words are.
     """
     plain = {_plain(name): name for name in reversed(known)}
-    near = get_close_matches(_plain(word), plain, n=count, cutoff=0.65)
+    near = get_close_matches(_plain(word), plain, cutoff=0.65)
     return f" Did you mean {', '.join(plain[name] for name in near)}?" if near else ""
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from cifar_dist.explain.held_still import held_still
@@ -37,7 +36,7 @@ class Target:
     to_map: ToMap
 
 
-def target_of(model: nn.Module, img_size: int | None = None) -> Target:
+def target_of(model: nn.Module, img_size: int) -> Target:
     """The layer that Grad-CAM looks at: the last one whose output is a map of at least 4 x 4, else the finest.
 
     Layers are those that follow each other from the images to the logits; what they give is found by passing an empty
@@ -46,20 +45,14 @@ def target_of(model: nn.Module, img_size: int | None = None) -> Target:
 
     Args:
         model: a classifier.
-        img_size: pixels a side of the images; None: the model's own.
+        img_size: pixels a side of the images.
 
     Raises:
         Unexplained: no layer's output is a map.
     """
     parameter = next(model.parameters())
-    side = img_size or _own_image_size(model)
     with held_still(model):
-        return choose(model, torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype))
-
-
-def _own_image_size(model: nn.Module) -> int:
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size[-1] if size else resolve_model_data_config(model)["input_size"][-1]
+        return choose(model, torch.zeros(1, 3, img_size, img_size, device=parameter.device, dtype=parameter.dtype))
 
 
 def choose(model: nn.Module, image: Tensor) -> Target:

@@ -41,14 +41,14 @@ SHOWN_SETTINGS = [
 ]
 
 
-def percent(value: float, digits: int = 2) -> str:
+def percent(value: float) -> str:
     """A fraction in percent."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.2f} %"
 
 
-def interval(pair: Sequence[float], digits: int = 2) -> str:
+def interval(pair: Sequence[float]) -> str:
     """An interval of fractions, in percent."""
-    return f"{100 * pair[0]:.{digits}f} to {100 * pair[1]:.{digits}f} %"
+    return f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f} %"
 
 
 def quantity(value: float) -> str:

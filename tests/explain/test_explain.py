@@ -284,16 +284,15 @@ def test_other_architectures(name, side, layer):
     assert hooks_in(model) == 0
 
 
-def test_the_size_of_the_images_is_the_models_own_unless_given():
+def test_the_layer_depends_on_the_size_of_the_images():
     model = timm.create_model("test_resnet", num_classes=3)  # made for 160 px
-    assert target_of(model).name == "layer4.0"
+    assert target_of(model, 160).name == "layer4.0"
     assert target_of(model, SIDE).name == "layer2.0"
-    assert target_of(timm.create_model("test_vit", **VIT)).name == "blocks.3.norm1"
 
 
 def test_a_map_as_wide_as_it_has_channels_goes_by_the_models_format():
     shape = {"img_size": 32, "patch_size": 1, "embed_dim": 2, "num_heads": (1, 1, 1)}
-    target = target_of(SwinTransformer(**{**SWIN, **shape}))  # 8 x 8 at the end, with 8 channels
+    target = target_of(SwinTransformer(**{**SWIN, **shape}), 32)  # 8 x 8 at the end, with 8 channels
     output = torch.randn(1, 8, 8, 8)
     torch.testing.assert_close(target.to_map(output), output.permute(0, 3, 1, 2), rtol=0, atol=0)
 
