@@ -17,9 +17,9 @@ from cifar_dist.errors import UsageError
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.comparison_page import comparison_page
 from cifar_dist.report.evidence import load_evidence
-from cifar_dist.report.grouping import Group, group_runs
+from cifar_dist.report.grouping import Group, group_runs, labels_of
 from cifar_dist.report.members import Member, missing, names_of, row_of, spread
-from cifar_dist.report.predictions import Scored, load_predictions
+from cifar_dist.report.predictions import load_predictions
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import agreement, compare, compare_groups, corrected, told_apart, verdict
@@ -167,7 +167,7 @@ def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Mem
     runs = [[members[number].scored for number in group.members] for group in (a, b)]
     both = [agreement(first.predicted, second.predicted) for first in runs[0] for second in runs[1]]
     agree, kappa = (float(np.mean(values)) for values in zip(*both, strict=True))
-    first, second = (np.all([scored.correct for scored in group], axis=0) for group in runs)
+    right = [_correct(members, group) for group in (a, b)]
     return {
         "a": a.name,
         "b": b.name,
@@ -178,15 +178,11 @@ def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Mem
         "test": test.test,
         "agreement": agree,
         "kappa": kappa,
-        "all_of_a_right_none_of_b": int((first & ~_any(runs[1])).sum()),
-        "all_of_b_right_none_of_a": int((second & ~_any(runs[0])).sum()),
+        "all_of_a_right_none_of_b": int((right[0].all(axis=0) & ~right[1].any(axis=0)).sum()),
+        "all_of_b_right_none_of_a": int((right[1].all(axis=0) & ~right[0].any(axis=0)).sum()),
         "told_apart": told_apart(test),
         "verdict": verdict(a.name, b.name, test),
     }
-
-
-def _any(runs: Sequence[Scored]) -> Any:
-    return np.any([scored.correct for scored in runs], axis=0)
 
 
 def _summary(members: Sequence[Member], groups: Sequence[Group], pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def _summary(members: Sequence[Member], groups: Sequence[Group], pairs: list[dic
     about = members[0].scored.about
     return {
         "dataset": {"name": about.dataset, "fingerprint": about.fingerprint, "num_samples": len(ids), "tta": about.tta},
-        "runs": [row_of(member, _group_of(groups, number)) for number, member in enumerate(members)],
+        "runs": [row_of(member, label) for member, label in zip(members, labels_of(groups), strict=True)],
         "groups": [
             {"name": group.name, "runs": [members[number].name for number in group.members]} | spread(members, group)
             for group in groups
@@ -207,10 +203,6 @@ def _summary(members: Sequence[Member], groups: Sequence[Group], pairs: list[dic
         "none_right": int((~correct).all(axis=0).sum()),
         "only_right": {member.name: ids[row].tolist() for member, row in zip(members, only, strict=True)},
     }
-
-
-def _group_of(groups: Sequence[Group], number: int) -> str:
-    return next(group.name for group in groups if number in group.members)
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from cifar_dist import figures
 from cifar_dist.report.evidence import choose
-from cifar_dist.report.grouping import Group, grid_axes
+from cifar_dist.report.grouping import Group, grid_axes, labels_of
 from cifar_dist.report.members import Member
 from cifar_dist.report.sheets import as_seen, caption, empty_maps
 from cifar_dist.report.tables import shown
@@ -37,7 +37,7 @@ _COSTS = {
 
 def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> dict[str, Path]:
     """Draw and save what there is; pictures by name."""
-    labels = [next(group.name for group in groups if number in group.members) for number in range(len(members))]
+    labels = labels_of(groups)
     drawn: dict[str, Figure | None] = {
         "curves": _curves(members, labels),
         "grid": _grid(members, groups),

@@ -83,6 +83,12 @@ def group_runs(
     return groups
 
 
+def labels_of(groups: Sequence[Group]) -> list[str]:
+    """Each run's group, by name, in the order of the runs."""
+    named = {number: group.name for group in groups for number in group.members}
+    return [named[number] for number in range(len(named))]
+
+
 def _called(names: Sequence[str]) -> str:
     """What people have called these repeats, without their seeds; empty if that is not one name, or a default one."""
     found = {re.sub(r"_seed\d+$", "", name) for name in names}
