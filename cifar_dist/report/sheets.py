@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -36,20 +37,18 @@ _EVEN = 0.8  # of its highest value, below which no other of a map is that is ne
 def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, Figure | None]:
     """Galleries of mistakes and suspected label errors, and a sheet for each kind of map."""
     sheets: dict[str, Figure | None] = {
-        "mistakes": _gallery(scored, evidence, chosen.mistakes),
+        "mistakes": _gallery(scored, evidence, chosen.mistakes, partial(caption, between="\n")),
         "label_errors": _gallery(scored, evidence, chosen.suspects, doubted),
     }
     explained = {name: _sheet(scored, chosen, evidence, name) if name in evidence.maps else None for name in METHODS}
     return sheets | explained
 
 
-def _gallery(
-    scored: Scored, evidence: Evidence, rows: list[int], says: Callable[[Scored, int], str] | None = None
-) -> Figure | None:
+def _gallery(scored: Scored, evidence: Evidence, rows: list[int], says: Callable[[Scored, int], str]) -> Figure | None:
     if not rows:
         return None
     images = [evidence.image(int(scored.ids[row])) for row in rows]
-    return figures.image_gallery(images, [(says or caption_in_lines)(scored, row) for row in rows])
+    return figures.image_gallery(images, [says(scored, row) for row in rows])
 
 
 def caption(scored: Scored, row: int, between: str = " ") -> str:
@@ -57,11 +56,6 @@ def caption(scored: Scored, row: int, between: str = " ") -> str:
     true, guess = scored.class_names[scored.labels[row]], scored.class_names[scored.predicted[row]]
     what = true if true == guess else f"{true} → {guess}"
     return f"{what}{between}{100 * scored.probabilities[row].max():.0f} %"
-
-
-def caption_in_lines(scored: Scored, row: int) -> str:
-    """`caption` in two lines."""
-    return caption(scored, row, "\n")
 
 
 def doubted(scored: Scored, row: int) -> str:
