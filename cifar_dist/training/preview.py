@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,14 +39,6 @@ def check_preview(path: Path) -> None:
         raise UsageError(f"--preview-augment {path}: cannot be written; name a file in a folder that exists.")
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One image as the model sees it: (3,T,T), and the target, a class or (K,) shares."""
-
-    image: Tensor
-    target: Tensor
-
-
 def write_preview(path: Path, config: Config, plan: Plan, data: TrainingData, input: InputConfig) -> None:
     """Write 8 training images, of as many classes, each beside what the model sees of it in the first 7 epochs.
 
@@ -72,8 +64,8 @@ def write_preview(path: Path, config: Config, plan: Plan, data: TrainingData, in
     for line, row in enumerate(rows):
         place(line, 0, data.train.images[row], data.class_names[int(data.train.labels[row])])
         for epoch in range(_EPOCHS):
-            seen = _as_seen(config, plan, data, input, (epoch, row))
-            place(line, 1 + epoch, _denormalised(seen.image, input), _caption(seen.target, data.class_names))
+            image, target = _as_seen(config, plan, data, input, (epoch, row))
+            place(line, 1 + epoch, _denormalised(image, input), _caption(target, data.class_names))
     try:
         sheet.save(path, "PNG")
     except OSError as error:
@@ -90,8 +82,12 @@ def _first_of_each(labels: Tensor) -> list[int]:
     return [row for _, row in sorted(turns)]
 
 
-def _as_seen(config: Config, plan: Plan, data: TrainingData, input: InputConfig, where: tuple[int, int]) -> _Seen:
+def _as_seen(
+    config: Config, plan: Plan, data: TrainingData, input: InputConfig, where: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """What training sees in an epoch of a row of the training set: the batch that holds it, but only its pair.
+
+    The image is (3,T,T), the target a class or (K,) shares.
 
     A sample's pixels depend neither on the number of processes nor on the micro-batch, so the pair is the whole
     micro-batch of one of many processes.
@@ -106,7 +102,7 @@ def _as_seen(config: Config, plan: Plan, data: TrainingData, input: InputConfig,
     one = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
     batches = ResidentBatches(data.train, config, pairwise, input, one)  # type: ignore[arg-type]
     batch = next(batches(epoch * plan.steps_per_epoch + index))
-    return _Seen(batch.images[member], batch.targets[member])
+    return batch.images[member], batch.targets[member]
 
 
 def _denormalised(image: Tensor, input: InputConfig) -> Tensor:
