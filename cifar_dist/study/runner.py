@@ -39,9 +39,10 @@ class Signals:
     first: str = ""
     waiting: list[int] = field(default_factory=list)
 
-    def listen(self) -> None:
+    def listen(self) -> Signals:
         """Note signals from now on."""
         stop_request.listen(self._note)
+        return self
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name
@@ -72,7 +73,7 @@ def main() -> None:
         put("".join(f"{argument}\0" for argument in arguments_of(study, arguments.arguments)))
         return
     if arguments.report:
-        sys.exit(0 if compare(study, listening()) else FAILURE_STATUS)
+        sys.exit(0 if compare(study, Signals().listen()) else FAILURE_STATUS)
     check_models(study)
     found = standings(study)
     if arguments.list:
@@ -82,19 +83,12 @@ def main() -> None:
     if arguments.slurm:
         put(slurm_script(study, found, arguments.at_once) + "\n")
         return
-    signals = listening()
+    signals = Signals().listen()
     failed = train_all(study, signals)
     if signals.first:
         print(f"study       stopped by {signals.first}; the same command goes on with it", flush=True)
     compared = bool(signals.first) or compare(study, signals)
     sys.exit(FAILURE_STATUS if failed or not compared else 0)
-
-
-def listening() -> Signals:
-    """Signals, noted from now on."""
-    signals = Signals()
-    signals.listen()
-    return signals
 
 
 def put(text: str) -> None:

@@ -75,7 +75,7 @@ def scripts(monkeypatch):
         return 0
 
     monkeypatch.setattr(runner.Signals, "run", run)
-    monkeypatch.setattr(runner.Signals, "listen", lambda self: None)
+    monkeypatch.setattr(runner.Signals, "listen", lambda self: self)
     return calls, faults
 
 
