@@ -20,6 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from cifar_dist.config import Config
+from cifar_dist.durable import replace_text
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.page import Table
 
@@ -189,9 +190,7 @@ def _identity(file: Path) -> str:
         return found
     given = os.environ.get("WANDB_RUN_ID", "") if "WANDB_SWEEP_ID" in os.environ else ""
     drawn = given if re.fullmatch("[0-9a-z]{8}", given) else secrets.token_hex(4)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(drawn, encoding="utf-8")
-    os.replace(aside, file)
+    replace_text(file, drawn)
     return drawn
 
 
