@@ -14,10 +14,9 @@ _SMALL_BYTES = 2**30  # of weights, gradients and optimizer state, which any GPU
 def engine_lines(config: Config, sizes: Sizes) -> list[str]:
     """The table of engines, where the model is so large that it matters."""
     needs = usage("single", 1, memory_load(config, sizes))
-    state = needs.weights + needs.gradients + needs.optimizer
-    if state >= _SMALL_BYTES:
+    if needs.state >= _SMALL_BYTES:
         return engine_table(config, sizes)
-    fits = f"{state / MIB:,.0f} MiB of weights, gradients and optimizer state fit any GPU"
+    fits = f"{needs.state / MIB:,.0f} MiB of weights, gradients and optimizer state fit any GPU"
     refused = [why for count in _PROCESSES if (why := _refusal(config, count))]
     return [f"engines     no need for ZeRO or FSDP: {fits}", *refused]
 
@@ -34,18 +33,8 @@ def _refusal(config: Config, num_processes: int) -> str:
 def engine_table(config: Config, sizes: Sizes) -> list[str]:
     """What each engine would need on 1, 2, 4 and 8 processes, a line each: to choose one before queueing."""
     header = (
-        "engine",
-        "processes",
-        "batch each",
-        "weights",
-        "gradients",
-        "optimizer",
-        "buckets",
-        "data",
-        "sum",
-        "host",
-        "",
-    )
+        "engine", "processes", "batch each", "weights", "gradients", "optimizer", "buckets", "data", "sum", "host", "",
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = [header]
     refused = []
     for num_processes in _PROCESSES:
