@@ -9,7 +9,7 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
-from cifar_dist.schedule import lr_at
+from cifar_dist.schedule import schedule_without_model
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     schedule_steps = run.epochs * updates
     total = min(schedule_steps, run.max_steps or schedule_steps)
     warmup_steps = math.ceil(optim.warmup_epochs * updates - 1e-6)  # a step before its end is of it
+    lr, load = schedule_without_model(optim, run.epochs, updates), memory_load(config, sizes)
     return Plan(
         **asdict(sizes),
         select_on=config.data.select_on,
@@ -143,11 +144,11 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         schedule_steps=schedule_steps,
         total_steps=total,
         warmup_steps=warmup_steps,
-        lr_first=lr_at(0, optim, run.epochs, updates),
-        lr_after_warmup=lr_at(warmup_steps, optim, run.epochs, updates),
-        lr_last=lr_at(total - 1, optim, run.epochs, updates),
-        checkpoint_bytes=checkpoint_bytes(memory_load(config, sizes)),
-        memory=usage(engine, num_processes, memory_load(config, sizes), accumulation > 1),
+        lr_first=lr.apply(0),
+        lr_after_warmup=lr.apply(warmup_steps),
+        lr_last=lr.apply(total - 1),
+        checkpoint_bytes=checkpoint_bytes(load),
+        memory=usage(engine, num_processes, load, accumulation > 1),
         notes=(*_depends_on_processes(config, sizes, num_processes, micro), *_keeps_initial_weights(config, total)),
     )
 
@@ -237,15 +238,12 @@ def memory_load(config: Config, sizes: Sizes) -> Load:
 
 def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micro: int) -> list[str]:
     """What makes results depend on the number of processes, a line each."""
-    if num_processes == 1:
+    if num_processes == 1 or not sizes.has_batch_norm or config.model.sync_bn:
         return []
-    lines = []
-    if sizes.has_batch_norm and not config.model.sync_bn:
-        lines.append(
-            f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
-            f" --sync-bn takes them over all {num_processes * micro}"
-        )
-    return lines
+    return [
+        f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
+        f" --sync-bn takes them over all {num_processes * micro}"
+    ]
 
 
 def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:

@@ -46,8 +46,3 @@ def schedule_without_model(config: OptimConfig, epochs: int, updates_per_epoch: 
     """The schedule of the peak group alone: what `Schedule.apply` returns is what a run with these settings logs."""
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     return Schedule(dummy, config, epochs, updates_per_epoch)
-
-
-def lr_at(step: int, config: OptimConfig, epochs: int, updates_per_epoch: int) -> float:
-    """The peak group's learning rate at step `step`, without a model."""
-    return schedule_without_model(config, epochs, updates_per_epoch).apply(step)

@@ -11,7 +11,7 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import MIB, Load, usage
 from cifar_dist.plan import Sizes, make_plan, split_batch
-from cifar_dist.schedule import Schedule, lr_at
+from cifar_dist.schedule import Schedule, schedule_without_model
 
 SIZES = Sizes(
     num_train=45_000, num_val=5_000, num_test=10_000, num_classes=10, data_bytes=50_000 * 3072,
@@ -25,6 +25,10 @@ def optim(*argv):
 
 def plan(*argv, processes=1, engine=None, sizes=SIZES):
     return make_plan(parse_command_line(argv).config, sizes, processes, engine)
+
+
+def lr_at(step, *schedule):
+    return schedule_without_model(*schedule).apply(step)
 
 
 def torch_lrs(make, lr, count):

@@ -15,7 +15,7 @@ from cifar_dist.config import Config
 from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.optim import state_per_parameter
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.schedule import lr_at
+from cifar_dist.schedule import schedule_without_model
 from cifar_dist.study.file import load_study
 from tests.conftest import ROOT
 
@@ -155,14 +155,16 @@ def test_study_ds_learning_rate_after_100_epochs():
     plan = plan_of(config)
     assert plan.lr_last == pytest.approx(0.1 * (1 + math.cos(math.pi * 99 / 100)) / 2)
     assert f"{plan.lr_last:.2e}" == "2.47e-05"
-    rates = {lr_at(step, config.optim, 100, plan.steps_per_epoch) for step in range(plan.total_steps)}
+    schedule = schedule_without_model(config.optim, 100, plan.steps_per_epoch)
+    rates = {schedule.apply(step) for step in range(plan.total_steps)}
     assert len(rates) == 100
 
 
 def test_study_b_warms_up_for_five_epochs_and_then_follows_a_cosine():
     config = load_config(FILES["study_b/nfnet_adamw.yaml"])
     plan = plan_of(config)
-    rates = [lr_at(step, config.optim, 25, plan.steps_per_epoch) for step in range(plan.total_steps)]
+    schedule = schedule_without_model(config.optim, 25, plan.steps_per_epoch)
+    rates = [schedule.apply(step) for step in range(plan.total_steps)]
     peak = rates.index(max(rates))
     assert peak == plan.warmup_steps == 5 * 196
     assert rates[:peak] == pytest.approx([1e-6 + (5e-4 - 1e-6) * step / peak for step in range(peak)])
@@ -172,9 +174,8 @@ def test_study_b_warms_up_for_five_epochs_and_then_follows_a_cosine():
 
 def test_studys_c_learning_rate_drops_once():
     config = load_config(FILES["study_c/resnet18.yaml"])
-    assert [lr_at(782 * epoch, config.optim, 25, 782) for epoch in range(25)] == pytest.approx(
-        [1e-3] * 15 + [1e-4] * 10
-    )
+    schedule = schedule_without_model(config.optim, 25, 782)
+    assert [schedule.apply(782 * epoch) for epoch in range(25)] == pytest.approx([1e-3] * 15 + [1e-4] * 10)
 
 
 def runs_of(name):
