@@ -106,21 +106,13 @@ def _checked(found: ResidentSet, entry: Path, split: str, config: DataConfig) ->
 
 def cache_entry(source: Source, split: str, config: DataConfig) -> Path:
     """Where the cache keeps a split of this source, decoded as `config` says."""
-    return _cache_folder(config) / _entry_name(source, split, config)
-
-
-def _cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-dist"
-
-
-def _entry_name(source: Source, split: str, config: DataConfig) -> str:
-    columns = source.columns
-    origin = (source.fingerprint, source.stamp)
+    columns, origin = source.columns, (source.fingerprint, source.stamp)
     key = (_FORMAT, origin, split, config.pixels, columns.image, columns.label, columns.class_names)
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name)[:40]
-    return f"{readable}-{split}-{config.pixels}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
+    name = f"{readable}-{split}-{config.pixels}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
+    if config.cache_dir is not None:
+        return Path(config.cache_dir, name)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cifar-dist", name)
 
 
 def _open(entry: Path, source: Source, size: int) -> ResidentSet | str:
