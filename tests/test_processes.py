@@ -109,6 +109,18 @@ def test_a_process_with_other_settings_code_or_data_is_named():
         assert "another train/val split than process 0 (y against x)" in said
 
 
+def test_a_process_whose_code_lacks_a_setting_is_named():
+    def work():
+        accelerator = start("fp32")
+        facts = (
+            {"--lr": "1", "--new": "2", "commit": "a"} if accelerator.is_main_process else {"--lr": "1", "commit": "b"}
+        )
+        return refused(lambda: check_agreement(accelerator, facts))
+
+    for said in Ranks(work, 2).check().results:
+        assert "process 1" in said and "another --new than process 0 (None against 2)" in said
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 6, 7])
 def test_evaluation_counts_each_sample_once_on_any_number_of_processes(processes):
     data = images(359)

@@ -213,11 +213,10 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
         return
     found = gather(accelerator, (platform.node(), facts))
     for rank, (machine, theirs) in enumerate(found):
-        for name in facts:
-            first = found[0][1][name]
-            if theirs[name] != first:
+        for name, first in found[0][1].items():
+            if (other := theirs.get(name)) != first:  # None of a setting that other code does not have
                 raise UsageError(
-                    f"process {rank} (on {machine}) has another {name} than process 0 ({theirs[name]} against {first});"
+                    f"process {rank} (on {machine}) has another {name} than process 0 ({other} against {first});"
                     " give every process the same command, code and data."
                 )
 
