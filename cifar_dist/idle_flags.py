@@ -28,7 +28,7 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], Any]]] = {
 }
 
 
-def does_something(name: str, settings: Settings) -> bool:
+def has_effect(name: str, settings: Settings) -> bool:
     """Whether all is there that a setting needs to have an effect."""
     return name not in NEEDS or bool(NEEDS[name][1](settings))
 
@@ -45,7 +45,7 @@ def idle_flags(given: Settings, settings: Settings) -> list[str]:
     """
     said = []
     for name, value in given.items():
-        if not does_something(name, settings):
+        if not has_effect(name, settings):
             shown = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
             said.append(f"note        --{name.replace('_', '-')}{shown} does nothing without {NEEDS[name][0]}")
     return said

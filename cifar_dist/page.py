@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MIME = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+MIME = {".png": "image/png", ".jpg": "image/jpeg"}
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,7 @@ def choose_run_dir(config: Config) -> Path:
 
 def _refuse_changes(config: Config) -> None:
     """Raise `UsageError` if the run folder holds a run with other settings."""
-    changed = changed_settings(config)
-    if Path(config.data.dataset).exists():  # data may have moved; `create_run_dir` compares them
-        changed = [change for change in changed if not change.startswith("--dataset ")]
-    if changed:
+    if changed := changed_settings(config):
         raise UsageError(
             f"--resume auto: the run in {config.run.run_dir} has other settings ({'; '.join(changed)}); give those,"
             f" or another --run-dir, which may begin with its weights (--init-weights {config.run.run_dir})."
@@ -89,6 +86,8 @@ def _refuse_changes(config: Config) -> None:
 
 def changed_settings(config: Config) -> list[str]:
     """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
+
+    Data may have moved: another place that there is is none; `create_run_dir` compares what lies there.
 
     Raises:
         UsageError: the settings saved there cannot be read.
@@ -101,6 +100,8 @@ def changed_settings(config: Config) -> list[str]:
     new = config.flat() | {"data_size": config.data.pixels}
     if new["precision"] == "auto":  # it goes on as it began
         new |= {name: old[name] for name in ("precision", "channels_last")}
+    if Path(config.data.dataset).exists():
+        new["dataset"] = old["dataset"]
     return [
         f"--{k.replace('_', '-')} {old[k]} -> {new[k]}" for k in new if k not in NOT_THE_TRAINING and old[k] != new[k]
     ]

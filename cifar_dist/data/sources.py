@@ -23,7 +23,7 @@ from cifar_dist.data.digits import open_digits
 from cifar_dist.data.image_folder import IMAGE_FORMS
 from cifar_dist.data.local import LOCAL_FORMS, Local, open_local
 from cifar_dist.data.tables import SPLITS, Columns, Table, choose_columns
-from cifar_dist.distributed.group import own_cores
+from cifar_dist.distributed.node import own_cores
 from cifar_dist.errors import UsageError, did_you_mean, first_line
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}

@@ -25,9 +25,10 @@ from accelerate.utils import (
     gather_object,
 )
 
-from cifar_dist.distributed import peers, slurm
+from cifar_dist.distributed import peers
 from cifar_dist.distributed.ending import FAILURE_STATUS
 from cifar_dist.distributed.launch import prepare_environment
+from cifar_dist.distributed.node import own_cores, own_memory_bytes
 from cifar_dist.errors import UsageError
 
 T = TypeVar("T")
@@ -116,18 +117,6 @@ def share_cores() -> None:
             torch.set_num_threads(own_cores())
 
 
-def own_cores() -> int:
-    """Cores that are this process's part of those that its node's processes may use; 1 at least.
-
-    srun mostly binds each task to cores of its own; processes of other launchers have theirs in common.
-    """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    by_srun = slurm.in_step() and "TORCHELASTIC_RUN_ID" not in os.environ
-    all_here = int(os.environ.get("SLURM_CPUS_ON_NODE", free)) if by_srun else free
-    return max(min(free, all_here // here), 1)
-
-
 def seed_process(accelerator: Accelerator, seed: int, step: int) -> None:
     """Give each process a random stream of its own for dropout and stochastic depth, from `step` on."""
     words = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
@@ -176,11 +165,10 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def device_bytes(accelerator: Accelerator) -> int:
-    """Memory of this process's device; on a CPU its share of the machine's."""
+    """Memory of this process's device; on a CPU its share of what its node has for the job."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_properties(accelerator.device).total_memory
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+    return own_memory_bytes()
 
 
 def peak_memory_bytes(accelerator: Accelerator) -> int:

@@ -54,7 +54,7 @@ class StopRequest:
         time_is_up: says why there is no more time, or an empty string.
     """
 
-    def __init__(self, time_is_up: Callable[[], str] = str):
+    def __init__(self, time_is_up: Callable[[], str] = lambda: ""):
         self._time_is_up = time_is_up
         self._before: dict[signal.Signals, object] = {}
         self._reason = ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics as plain
 import tempfile
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from cifar_dist.cost.flops import Flops, Peak, mfu
 from cifar_dist.errors import UsageError
@@ -121,7 +122,7 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
         bounds = f"not between {LOWEST:g} and {HIGHEST:g}: it follows a few images, or logits of an unusual scale"
         reason = missing if temperature is None else f"the best on val, {temperature:.3g}, is {bounds}"
         return {"before": numbers, "temperature": None, "fitted_on": None, "after": None, "unfitted": reason}
-    after = compute_metrics(cooled(scored, temperature), of_confidence_alone=True)
+    after = compute_metrics(temperature_scaled(scored, temperature), of_confidence_alone=True)
     return {
         "before": numbers,
         "temperature": temperature,
@@ -131,7 +132,7 @@ def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> d
     }
 
 
-def cooled(scored: Scored, temperature: float) -> Scored:
+def temperature_scaled(scored: Scored, temperature: float) -> Scored:
     """The same predictions with logits divided by the temperature."""
     return replace(scored, logits=calibration.apply(scored.logits, temperature).astype("float32"))
 
@@ -150,7 +151,7 @@ def _cost(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
 
 def _cost_of(run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     rates, memory, seconds = (run.series(name)[1] for name in ("images_per_second", "peak_memory_bytes", "seconds"))
-    rate = plain.median(rates) if rates else None
+    rate = float(np.median(rates)) if rates else None
     processes, environment = run.environment.get("num_processes", 1), run.environment
     flops, peak = Flops(**cost["flops"]), Peak(**cost["peak"])
     cpu = cpu_name(environment.get("processor", ""), environment.get("cpu_threads", 0))

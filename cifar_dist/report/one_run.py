@@ -21,7 +21,7 @@ from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
-from cifar_dist.report.numbers import COST_FILE, cooled, metrics_of
+from cifar_dist.report.numbers import COST_FILE, metrics_of, temperature_scaled
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
@@ -169,7 +169,7 @@ def _of_classes(found: Found) -> dict[str, Figure | None]:
     if calibration["after"]:
         temperature = calibration["temperature"]
         title = f"temperature {temperature:.2f}, fitted on val"
-        panels.append(_reliability(cooled(scored, temperature), title, calibration["after"]["ece"]))
+        panels.append(_reliability(temperature_scaled(scored, temperature), title, calibration["after"]["ece"]))
     return {
         "confusion_matrix": figures.confusion_matrix(matrix, names),
         "confusion_shares": figures.normalized_confusion_matrix(matrix, names),

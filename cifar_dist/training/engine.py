@@ -192,7 +192,11 @@ class Evaluator:
     precision: str
 
     def _scored(
-        self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool, view: View | None = None
+        self,
+        model: torch.nn.Module,
+        split: ResidentSet,
+        stop: Callable[[], bool] = lambda: False,
+        view: View | None = None,
     ) -> Iterator[Scored]:
         """This process's batches of a split: as many on every process, each row real exactly once."""
         model.eval()
@@ -213,7 +217,9 @@ class Evaluator:
             yield Scored(rows, positions < len(split), logits)
 
     @torch.no_grad()
-    def scores(self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = bool) -> dict[str, float]:
+    def scores(
+        self, model: torch.nn.Module, split: ResidentSet, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
         """Mean cross-entropy and top-1 of `model` over every row of `split`, each counted once.
 
         Returns:
@@ -239,7 +245,7 @@ class Evaluator:
         model: torch.nn.Module,
         split: ResidentSet,
         view: View | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] = lambda: False,
     ) -> torch.Tensor:
         """Logits, or whatever `model` returns, of every row of `split` as it is, or in a view of it.
 

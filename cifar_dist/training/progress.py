@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -38,10 +38,9 @@ class Progress(AbstractContextManager["Progress"]):
         self.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with suppress(OSError):  # of a full disk, which is not to cover what ended the training
             self._heartbeat.beat(self._state, last=True)
-        finally:
-            self._tracker.close()
+        self._tracker.close()
 
     def say(self, text: str) -> None:
         """Print a line for people."""

@@ -14,7 +14,7 @@ from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say
 from cifar_dist.errors import UsageError
-from cifar_dist.idle_flags import does_something, idle_flags
+from cifar_dist.idle_flags import has_effect, idle_flags
 from cifar_dist.models import build_model, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.factory import drops_paths
@@ -156,7 +156,7 @@ def image_lines(config: Config, inputs: InputConfig) -> list[str]:
     size = f"{config.data.pixels} px{resized if inputs.img_size != config.data.pixels else ''}"
     chosen, settings = [], config.flat()
     for name, value in vars(config.augment).items():
-        if value != getattr(NO_AUGMENTATION, name) and does_something(name, settings):
+        if value != getattr(NO_AUGMENTATION, name) and has_effect(name, settings):
             words = " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
             chosen.append(f"{name.replace('_', ' ')} {words}")
     return [f"images      {size}, mean {mean}, std {std}", f"augment     {', '.join(chosen) or 'nothing'}"]

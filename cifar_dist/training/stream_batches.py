@@ -18,7 +18,7 @@ import torch
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.data.stream import StreamSet
-from cifar_dist.distributed.group import own_cores
+from cifar_dist.distributed.node import own_cores
 from cifar_dist.errors import UsageError
 from cifar_dist.ordering import GlobalBatch, fill_up
 from cifar_dist.parallel import Replicated
@@ -57,7 +57,7 @@ class StreamBatches(Batches):
         plan: Plan,
         input: InputConfig,
         parallel: Replicated,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] = lambda: False,
     ):
         super().__init__(data, config, plan, input, parallel)
         self._asked_to_stop = stop
@@ -237,7 +237,7 @@ def make_batches(
     plan: Plan,
     input: InputConfig,
     parallel: Replicated,
-    stop: Callable[[], bool] = bool,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Batches:
     """Batches of `data`, however it is held; see `Batches` and `StreamBatches`."""
     if isinstance(data, StreamSet):

@@ -2,11 +2,9 @@
 
 import os
 import platform
-import queue
 import resource
 import subprocess
 import sys
-import threading
 
 import psutil
 import pytest
@@ -14,7 +12,6 @@ import torch
 
 from cifar_dist.distributed.group import on_main, seed_process, start
 from cifar_dist.errors import UsageError
-from cifar_dist.training import stream_batches
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -90,28 +87,3 @@ def test_processes_share_the_cores_that_torchrun_leaves_idle(monkeypatch, by_use
         return torch.get_num_threads()
 
     assert Ranks(work, 2).check().results == [expected] * 2
-
-
-TASKS = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "LOCAL_WORLD_SIZE": "4"}
-
-
-@pytest.mark.parametrize(
-    "free, environment, expected",
-    [
-        (6, {}, 6),
-        (6, {"LOCAL_WORLD_SIZE": "4"}, 1),
-        (2, {"LOCAL_WORLD_SIZE": "4"}, 1),
-        (4, TASKS | {"SLURM_CPUS_ON_NODE": "16"}, 4),  # each task has its own
-        (16, TASKS | {"SLURM_CPUS_ON_NODE": "16"}, 4),  # srun --cpu-bind=none
-        (16, TASKS | {"SLURM_CPUS_ON_NODE": "64", "TORCHELASTIC_RUN_ID": "1"}, 4),
-    ],
-)
-def test_a_stream_decodes_with_the_cores_that_the_process_may_use(monkeypatch, free, environment, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(free)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    asked = []
-    monkeypatch.setattr(stream_batches, "ThreadPoolExecutor", asked.append)
-    stream_batches.StreamBatches._run(None, 0, queue.Queue(), threading.Event())
-    assert asked == [expected]

@@ -1,6 +1,7 @@
 """A study from its file: what its runs are called and told, what is skipped, gone on with, refused and handed on."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 import train
 from cifar_dist.command_line import parse_command_line
@@ -215,6 +217,23 @@ def test_a_folder_of_other_settings_is_in_the_way_of_its_run_alone(main, scripts
     assert (status, calls[0][1:]) == (1, ["runs/s/small"])
     assert "study       big: not in the comparison, in the way: runs/s/big has other" in out
     assert out.endswith("study       1 of 2 runs is finished: a report, no comparison\n")
+
+
+def test_data_that_have_moved_are_in_nobodys_way(here, main, scripts):
+    for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(12)):
+        (here / "set" / split / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 200 * (label == "cat"))).save(here / f"set/{split}/{label}/{number}.png")
+    text = f"recipes: [small.yaml]\ncommon: {{dataset: {here}/set, batch_size: 10}}\n"
+    assert main(text, "--", "--max-steps", 1)[0] == 0
+    (here / "set").rename(here / "moved")
+    flags = ["--", "--max-steps", 2, "--dataset", here / "moved"]
+    assert states(main(text, "--list", *flags)[1]) == ["cut at step 1 of 2"]
+    assert main(text, *flags)[0] == 0
+    assert states(main(text, "--list", *flags)[1]) == ["finished"]
+    assert (
+        f"in the way: runs/s/small has other settings (--dataset {here}/moved -> "
+        in main(text, "--list", *flags[:-1], here / "nowhere")[1]
+    )
 
 
 def test_a_run_of_another_version_is_in_the_way(here, main):
