@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.data.sources import HUB_IDS
-from cifar_dist.durable import fsync
+from cifar_dist.durable import fsync, save_tensors
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.models import NATIVE, input_config
 from cifar_dist.page import plain
@@ -211,8 +211,9 @@ def _write_model(model: nn.Module, inputs: InputConfig, class_names: list[str], 
         "crop_mode": "squash",  # as an image that is not square is read
     }
     description = {"label_names": list(class_names), "pretrained_cfg": {"architecture": architecture}, **MARK}
-    save_for_hf(model, str(folder), description, arguments, safe_serialization=True, data_config=preprocessing)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
+    save_config_for_hf(model, str(folder / CONFIG), description, arguments, preprocessing)
+    # Copies, since layers of some models (CoaT) are several layers' own.
+    save_tensors({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
     config["model_args"].pop("num_classes", None)  # transformers gives it as well, and would give it twice
     for key in OF_OTHER_WEIGHTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UsageError, did_you_mean
@@ -48,6 +48,20 @@ def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for group in optimizer.param_groups:
             group["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in group["params"]) or None
     return optimizer
+
+
+def full_rate_share(model: torch.nn.Module, head: set[str], layer_decay: float) -> float:
+    """The share of the weights outside the head that keep the full learning rate, since timm sees no layer above them.
+
+    Args:
+        model: a timm model.
+        head: names of its classifier's parameters.
+        layer_decay: less than 1.
+    """
+    body = {id(parameter): parameter.numel() for name, parameter in model.named_parameters() if name not in head}
+    groups = param_groups_layer_decay(model, layer_decay=layer_decay)
+    full = (id(parameter) for group in groups if group["lr_scale"] == 1 for parameter in group["params"])
+    return sum(body.get(parameter, 0) for parameter in full) / max(sum(body.values()), 1)
 
 
 def has_momentum(config: OptimConfig) -> bool:

@@ -122,6 +122,15 @@ def picture(size, height=None):
     return Image.fromarray(pixels).resize((size, height or size), Image.Resampling.BICUBIC)
 
 
+def test_layers_that_several_layers_share_are_exported(metrics, tmp_path):
+    """safetensors itself refuses them."""
+    run, model = finished(tmp_path / "run", model="coat_lite_tiny", img_size=32)
+    export_run(run, model, metrics, tmp_path / "out")
+    again, images = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_timm_gives_the_same_logits_bit_for_bit(exported, elsewhere, name):
     same, _, _ = elsewhere[str(exported / name)]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from timm.optim import list_optimizers
 
-from cifar_dist.config import OptimConfig
+from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.optim import fuse, make_optimizer, state_per_parameter
+from cifar_dist.models import build_model, head_parameter_names
+from cifar_dist.optim import full_rate_share, fuse, make_optimizer, state_per_parameter
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,13 @@ def test_fused_is_the_same_update(opt, layout):
             optimizer.zero_grad()
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_layer_decay_leaves_at_the_full_rate_is_counted():
+    """timm counts an LCNet's last convolution as head; of a ResNet none."""
+    for name, late in (("lcnet_035", "conv_head."), ("resnet18", "none")):
+        model = build_model(ModelConfig(model=name, img_size=64), 4)
+        sizes = {key: p.numel() for key, p in model.named_parameters() if not key.startswith(("classifier.", "fc."))}
+        kept = sum(size for key, size in sizes.items() if key.startswith(late))
+        share = full_rate_share(model, set(head_parameter_names(model)), 0.5)
+        assert share == pytest.approx(kept / sum(sizes.values())) and (share > 0.5) == (name == "lcnet_035")

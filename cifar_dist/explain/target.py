@@ -41,7 +41,8 @@ def target_of(model: nn.Module, img_size: int) -> Target:
 
     Layers are those that follow each other from the images to the logits; what they give is found by passing an empty
     image through. Where a class token is classified it is the first normalisation of the last block, since what the
-    patch tokens become behind its attention no longer reaches the logits.
+    patch tokens become behind its attention no longer reaches the logits (CaiT and XCiT bring the token in later; of
+    small ones, trained, neither choice was clearly the better).
 
     Args:
         model: a classifier.
@@ -59,9 +60,11 @@ def choose(model: nn.Module, image: Tensor) -> Target:
     """`target_of` for one image, (1, 3, S, S)."""
     layers = dict(model.named_modules())
     last = len(blocks_of(model)) - 1
-    watched = [*_in_series(model), f"blocks.{last}.norm1", f"blocks.{last}.attn"]
+    watched, token = [*_in_series(model)], has_class_token(model)
+    if token:  # elsewhere a block's inner layers may see windows of the map
+        watched += [f"blocks.{last}.norm1", f"blocks.{last}.attn"]
     outputs = _outputs(model, image, {name: layers[name] for name in watched if name in layers})
-    found = _before_attention(model, last, outputs) if has_class_token(model) else _last_map(model, outputs)
+    found = _before_attention(model, last, outputs) if token else _last_map(model, outputs)
     if found is None:
         raise Unexplained(f"No layer of this {type(model).__name__} is known to give a map of the image.")
     name, to_map = found

@@ -49,6 +49,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         model = from_timm(name, arguments)
     else:
         model = create(arguments)
+    if not hasattr(model, "get_classifier"):
+        raise UsageError(f"--model {config.model}: timm has it as an encoder, without a classifier; take another.")
     if config.img_size is not None:
         check_image_size(model, name, config.img_size)
     if config.freeze == "backbone":
@@ -69,7 +71,9 @@ def input_config(model: nn.Module, config: ModelConfig) -> InputConfig:
     own = resolve_model_data_config(model)
     height, width = own["input_size"][-2:]
     if config.img_size is None and height != width:
-        raise UsageError(f"--model {config.model}: it sees {height}x{width} images; only square ones are supported.")
+        raise UsageError(
+            f"--model {config.model}: it sees {height} x {width} images; give the side of a square: --img-size."
+        )
     interpolation = config.interpolation or own["interpolation"]
     return InputConfig(
         img_size=config.img_size or width,

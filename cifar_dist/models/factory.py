@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import DropPath
 from timm.models import resolve_model_input_args
 from torch import nn
@@ -53,6 +54,8 @@ def create(arguments: dict[str, Any]) -> nn.Module:
     except Exception as error:  # timm's models refuse by assert, ValueError, TypeError, …
         for argument, flag in FLAG_OF_ARGUMENT.items():
             if argument in arguments and isinstance(error, TypeError) and f"'{argument}'" in str(error):
+                if not arguments[argument]:
+                    return create({key: value for key, value in arguments.items() if key != argument})
                 raise UsageError(
                     f"{flag} {arguments[argument]}: {name} takes no such rate; leave {flag} out."
                 ) from error
@@ -88,6 +91,10 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size))
     except Exception as error:  # models refuse by assert or in any layer
-        raise UsageError(f"--img-size {size}: {name} cannot take images of this size ({named(error)}).") from error
+        own = resolve_model_data_config(model)["input_size"][-1]
+        cure = f"leave --img-size out, or take another (its own is {own})"
+        raise UsageError(
+            f"--img-size {size}: {name} cannot take images of this size ({named(error)}); {cure}."
+        ) from error
     finally:
         model.train(was_training)

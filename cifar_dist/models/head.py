@@ -9,11 +9,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def head_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters of timm's ``get_classifier()`` (of all of them in a distilled model)."""
+    """Names of the parameters of timm's ``get_classifier()``, and of every layer that its configuration calls one.
+
+    A distilled model has two of the first, VOLO one beside it that only the configuration names.
+    """
     classifier = cast(Any, model).get_classifier()
-    modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    modules = [*classifier] if isinstance(classifier, (tuple, list)) else [classifier]
+    modules += [layer for name, layer in model.named_modules() if name in classifier_names(model)]
     own = {id(parameter) for module in modules for parameter in module.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """What timm's configuration of a model calls its classifiers."""
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return [named] if isinstance(named, str) else list(named)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -110,20 +110,21 @@ def _load(file: Path, found: State, arguments: dict[str, Any]) -> nn.Module:
         raise UsageError(_misfit(file, arguments, found, expected) or refusal) from error
     if notes:
         raise UsageError(_misfit(file, arguments, found, source.state_dict()) or f"--init-weights {file}: {notes[0]}.")
-    _refuse_other_numbers(file, found, source.state_dict())
+    _refuse_other_numbers(file, found, source)
     del cast(Any, source).pretrained_cfg["state_dict"]  # timm's copy, which would live as long as the model
     return source
 
 
-def _refuse_other_numbers(file: Path, found: State, loaded: State) -> None:
+def _refuse_other_numbers(file: Path, found: State, model: nn.Module) -> None:
     """Refuse quantised weights, which would be taken for numbers of their size, and such as are not finite."""
-    for key, tensor in loaded.items():
+    bounds = {name for name, buffer in model.named_buffers() if not buffer.isnan().any()}  # infinite in some models
+    for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key in found and not found[key].is_floating_point():
             raise UsageError(
                 f"--init-weights {file}: {key} holds {str(found[key].dtype).removeprefix('torch.')}, as quantised"
                 " weights do; give those of which they were made."
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and key not in bounds and not tensor.isfinite().all():
             raise UsageError(f"--init-weights {file}: {key} is not finite, as of a run that diverged; take others.")
 
 

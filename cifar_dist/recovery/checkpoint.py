@@ -49,15 +49,20 @@ class Trained:
 
 @dataclass(frozen=True)
 class Contents:
-    """What one process has to write of a checkpoint, all of it in copies: files' contents by name without suffix."""
+    """What one process has to write of a checkpoint, all of it in copies: files' contents by name without suffix.
+
+    `buffers` are names of what does not train: some models begin with bounds there that are infinite.
+    """
 
     tensors: dict[str, dict[str, torch.Tensor]]
     texts: dict[str, Any]
+    buffers: frozenset[str] = frozenset()
 
     @property
     def finite(self) -> bool:
-        """Whether no weight is infinite or not a number."""
-        return all(map(_finite, self.tensors.get("model", {}).values()))
+        """Whether no weight is infinite, and nothing is not a number."""
+        weights = self.tensors.get("model", {})
+        return all(_finite(t) or (name in self.buffers and not t.isnan().any()) for name, t in weights.items())
 
     def write(self, folder: Path) -> Files:
         """Write the files, durably; their sizes and hashes."""
@@ -88,7 +93,8 @@ def contents(trained: Trained, state: TrainState) -> Contents:
     if not parallel.accelerator.is_main_process:
         return Contents(own, {})
     counters = {"state": asdict(state), "scaler": parallel.scaler_state()}
-    return Contents(own | tensors, {"optimizer": settings, "state": counters})
+    buffers = frozenset(name for name, _ in parallel.module.named_buffers())
+    return Contents(own | tensors, {"optimizer": settings, "state": counters}, buffers)
 
 
 def _copies(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from cifar_dist.distributed.group import autocast, total
 from cifar_dist.errors import UsageError
 from cifar_dist.parallel import Replicated
 from cifar_dist.training.batches import Batch
-from cifar_dist.training.micro_batch import is_out_of_memory, smaller
+from cifar_dist.training.micro_batch import enough_for_batch_norm, is_out_of_memory, smaller
 
 
 class Stepper:
@@ -86,7 +86,8 @@ def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
     """Forward and backward of a micro-batch: float64 (2,), its part of the global batch's loss and top-1."""
     parallel = stepper.parallel
     with parallel.micro_batch(batch.last):
-        logits = parallel.forward(batch.images).float()
+        with enough_for_batch_norm():
+            logits = parallel.forward(batch.images).float()
         soft = batch.targets.is_floating_point()  # mixup has smoothed them already
         smoothing = 0.0 if soft else stepper.smoothing
         losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 
@@ -47,9 +50,23 @@ def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig
         micro = smaller(share, micro)
 
 
+@contextmanager
+def enough_for_batch_norm() -> Iterator[None]:
+    """Within it a BatchNorm that gets one value a channel, of which there is no variance, is a `UsageError`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # as torch says it
+            raise
+        raise UsageError(
+            "a BatchNorm of this model gets a single value per channel of one image at a time; give every process two"
+            " images or more at a time (--batch-size, --micro-batch-size), or larger ones (--img-size)."
+        ) from None
+
+
 def forward_and_backward(model: torch.nn.Module, images: torch.Tensor, precision: str) -> None:
     """What a step computes of `images` (B, 3, S, S), with a loss that takes no labels."""
-    with autocast(images.device, precision):
+    with autocast(images.device, precision), enough_for_batch_norm():
         loss = model(images).float().logsumexp(1).sum()
     loss.backward()
 

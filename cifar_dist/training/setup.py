@@ -15,11 +15,11 @@ from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say
 from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import has_effect, idle_flags
-from cifar_dist.models import build_model, input_config, resolve_name
+from cifar_dist.models import build_model, head_parameter_names, input_config, resolve_name
 from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.factory import drops_paths
 from cifar_dist.models.sync_bn import synchronise
-from cifar_dist.optim import has_momentum
+from cifar_dist.optim import full_rate_share, has_momentum
 from cifar_dist.parallel import check_engine
 from cifar_dist.parallel.choice import engine_lines, zero_gain
 from cifar_dist.plan import Plan, make_plan
@@ -144,9 +144,19 @@ def settle(
         "resizes": inputs.img_size != config.data.pixels or config.augment.scale is not None,
         "streams": data.mode == "stream",
     }
-    lines += idle_flags(command.given, config.flat() | facts)
+    lines += idle_flags(command.given, config.flat() | facts) + layer_decay_lines(config, model)
     say(accelerator, *lines, *(engine_lines(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
+
+
+def layer_decay_lines(config: Config, model: nn.Module) -> list[str]:
+    """What to say where layer decay reaches less than half of the model."""
+    decay = config.optim.layer_decay
+    if decay in (None, 1.0) or config.model.freeze != "none":
+        return []
+    share = full_rate_share(model, set(head_parameter_names(model)), decay)
+    few = f"{share:.0%} of the weights below the head, in which timm sees few layers, keep the full rate"
+    return [f"note        --layer-decay {decay:g}: {few}"] * (share > 0.5)
 
 
 def image_lines(config: Config, inputs: InputConfig) -> list[str]:

@@ -319,3 +319,10 @@ def test_what_cannot_be_explained_says_why():
     late = timm.create_model("cait_xxs24_224", num_classes=3, img_size=64)  # its class token joins behind the blocks
     with pytest.raises(Unexplained, match=r"attention of this Cait"):
         attention_rollout(late, wide)
+
+
+@pytest.mark.parametrize(("size", "layer"), [(64, "blocks.9"), (128, "blocks.11")])
+def test_a_window_is_not_taken_for_the_map(size, layer):
+    """The last attention of SAM's Hiera sees a window of 7 x 7, padded where the map is 2 x 2."""
+    model = build_model(ModelConfig(model="sam2_hiera_tiny", img_size=size), 4)
+    assert target_of(model.eval(), size).name == layer

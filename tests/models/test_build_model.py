@@ -60,7 +60,7 @@ def test_size_check_leaves_the_model_as_built():
         ("cnn4", 33, "multiple of 16"),
         ("vit_tiny", 8, "vit_tiny"),
         ("squeezenet_none", 32, "no such model"),
-        ("inception_v3", 32, "cannot take images of this size"),
+        ("inception_v3", 32, "leave --img-size out, or take another (its own is 299)"),
     ],
 )
 def test_image_size_refused(model, size, said):
@@ -97,6 +97,23 @@ def toy_without_rates(pretrained=False, pretrained_cfg=None, pretrained_cfg_over
 )
 def test_rate_that_the_model_lacks(settings, flag):
     assert _error(**settings).startswith(flag)
+
+
+def test_no_rate_is_none_where_the_model_takes_none():
+    assert build_model(ModelConfig(model="cnn4", drop_path=0.0), 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_an_encoder_is_no_classifier():
+    assert _error(model="toy_without_rates") == (
+        "--model toy_without_rates: timm has it as an encoder, without a classifier; take another."
+    )
+
+
+def test_every_classifier_of_a_frozen_model_is_trained():
+    """VOLO adds half of a second classifier's logits; a frozen random one would spoil the probe."""
+    model = build_model(ModelConfig(model="volo_d1_224", freeze="backbone", img_size=64), 3)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias", "aux_head.weight", "aux_head.bias"}
 
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "vit_small_cifar", "cnn4", "deit_tiny_distilled_patch16_224"])
@@ -160,7 +177,7 @@ def test_other_interpolations_become_bicubic():
 
 def test_images_that_are_not_square():
     model = _described(timm.get_pretrained_cfg("resnet18"), input_size=(3, 192, 128))
-    with pytest.raises(UsageError, match="192x128"):
+    with pytest.raises(UsageError, match=r"192 x 128 images; give .* --img-size"):
         input_config(model, ModelConfig(model="resnet18"))
     assert input_config(model, ModelConfig(model="resnet18", img_size=64)).img_size == 64
 

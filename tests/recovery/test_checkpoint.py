@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -274,6 +276,17 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, accelerator):
     with pytest.raises(Diverged, match="not finite after step 2"):
         save(tmp_path, whole, TrainState(step=2), best=True)
     assert checkpoint.state_of(checkpoint.find(tmp_path, "last")).step == 1
+
+
+def test_a_buffer_may_be_infinite_from_the_start_but_never_nan(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    bound = torch.full((1,), -math.inf)
+    whole.parallel.model.register_buffer("bound", bound)  # as of a Gemma ViT's quantisation
+    save(tmp_path, whole, TrainState(step=1), best=True)
+    assert load_file(checkpoint.find(tmp_path, "last").folder / "model.safetensors")["bound"] == -math.inf
+    bound.fill_(math.nan)
+    with pytest.raises(Diverged, match="not finite after step 2"):
+        save(tmp_path, whole, TrainState(step=2), best=True)
 
 
 SAVABLE = [name for name in list_optimizers() if not name.startswith(("bnb", "fused", "adahessian"))]

@@ -61,6 +61,21 @@ def test_a_step_without_room_says_what_to_take(tmp_path):
     assert "Traceback" not in found.said[0]
 
 
+@pytest.mark.parametrize("flag", ["--micro-batch-size=1", "--auto-micro-batch"])
+def test_a_batch_norm_that_needs_two_images_says_so(tmp_path, flag):
+    """test_resnet makes one value a channel of 32 pixels."""
+    flags = [*FLAGS.replace("test_vit", "test_resnet").split(), "--batch-size", 4, "--run-dir", tmp_path]
+
+    def work():
+        if flag == "--auto-micro-batch":
+            tight(1)
+        return run(*flags, flag)
+
+    found = Ranks(work, 1)
+    assert found.statuses == [2] and "Traceback" not in found.said[0]
+    assert "give every process two images or more at a time (--batch-size, --micro-batch-size)" in found.said[0]
+
+
 def test_the_micro_batch_is_halved_until_every_process_has_room(tmp_path):
     """The training is that of the whole batch; process 1 has least room."""
 
