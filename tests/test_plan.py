@@ -222,6 +222,8 @@ def test_compiling_is_not_for_hooks_on_every_layer():
         (["--lr", "1e-4", "--min-lr", "1e-3"], 1, "--min-lr 0.001 is above --lr"),
         (["--lr", "1e-3", "--warmup-lr", "1", "--warmup-epochs", "2"], 1, "--warmup-lr 1 is above --lr 0.001"),
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
+        (["--sched", "constant", "--min-lr", "1e-5"], 1, "the constant schedule does not end at a given rate"),
+        (["--cutmix", "1", "--batch-size", "45"], 1, "must be even"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
         (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),
         (["--crop-padding", "32"], 1, "--crop-padding 32 must be less than the images' --data-size 32"),
@@ -241,10 +243,16 @@ def test_contradictions_are_refused(argv, processes, said):
         "--scale 0.3 0.3 --crop-padding 0", "--cutout 32", "--batch-size 45000", "--warmup-epochs 0.5",
         "--warmup-epochs 1 --no-sched-on-updates", "--warmup-epochs 2 --no-sched-on-updates",
         "--lr 1e-3 --min-lr 1e-3", "--lr 1e-3 --warmup-lr 1e-3 --warmup-epochs 1", "--patience 2",
+        "--scale 0.3 1 --crop-padding 0 --cutout 33",
     ],
 )  # fmt: skip
 def test_what_goes_together_is_planned(flags):
     plan(*flags.split())
+
+
+def test_no_run_is_longer_than_its_schedule():
+    whole = plan()
+    assert plan("--max-steps", "1000000").total_steps == whole.schedule_steps == whole.total_steps
 
 
 def test_patience_needs_val():

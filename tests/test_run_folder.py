@@ -11,7 +11,7 @@ from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.run_folder import choose_run_dir, create_run_dir, processor, run_lock
+from cifar_dist.run_folder import NOT_THE_TRAINING, choose_run_dir, create_run_dir, identity, processor, run_lock
 
 FACTS = {"data_fingerprint": "aa", "class_names": ["cat", "dog"]}
 
@@ -161,6 +161,41 @@ def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch
         prepare(config(tmp_path))
     usage.free = 2**40
     prepare(config(tmp_path))
+
+
+@pytest.mark.parametrize("held", [0, 5000])
+def test_the_last_ones_the_best_and_the_next_are_to_fit_beside_what_is_there(tmp_path, monkeypatch, held):
+    """2,000 bytes too few would be one checkpoint's own writing; of a run that goes on, its own are replaced."""
+    run_dir = prepare(config(tmp_path / "run", keep_last=3))
+    each = json.loads((run_dir / "plan.json").read_text())["checkpoint_bytes"]
+    (run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(bytes(held))
+    usage = SimpleNamespace(free=5 * each - held)
+    monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", lambda _: usage)
+    prepare(config(run_dir, "auto", keep_last=3))
+    usage.free -= 1
+    with pytest.raises(UsageError, match="are free; make room"):
+        prepare(config(run_dir, "auto", keep_last=3))
+
+
+MAY_CHANGE = """
+    cache_dir skip_corrupt max_steps micro_batch_size auto_micro_batch on_nan ddp_timeout run_dir resume log_every
+    checkpoint_every keep_last time_limit wandb wandb_project
+"""
+
+
+@pytest.mark.parametrize("name", Config().flat())
+def test_what_may_change_on_resume(name):
+    """All else would make another training of it. A new setting is to be decided on here."""
+    assert (name in NOT_THE_TRAINING) == (name in MAY_CHANGE.split())
+
+
+def test_processes_are_alike_whose_caches_are_not(monkeypatch):
+    first = identity(with_data(config("run"), cache_dir="/a"))
+    assert first == identity(with_data(config("run"), cache_dir="/b"))
+    assert first != identity(config("run", seed=3))
+    monkeypatch.setattr("cifar_dist.run_folder._git_commit", lambda: "another")
+    assert first != identity(with_data(config("run"), cache_dir="/a"))
 
 
 def test_what_a_kill_in_the_first_second_leaves_can_be_started_again(tmp_path):

@@ -362,6 +362,21 @@ def test_fingerprint_follows_the_files(image_folder, tmp_path, config):
     assert open_source(config(moved)).fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("form", ["image_folder", "cifar10_pickles"])
+def test_every_file_is_part_of_what_a_set_is(form, request, config):
+    """Else old pixels would come from the cache, and a run would go on with other data."""
+    root = request.getfixturevalue(form)
+    files = [path for path in sorted(root.rglob("*")) if path.suffix == ".png" or "_batch" in path.name]
+    assert len(files) == (12 if form == "image_folder" else 6)
+    for path in files:
+        before, times = open_source(config(root)), path.stat()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
+        later = open_source(config(root))
+        assert (later.fingerprint == before.fingerprint) and later.stamp != before.stamp, path
+        path.write_bytes(path.read_bytes() + b"\0")
+        assert open_source(config(root)).fingerprint != before.fingerprint, path
+
+
 def test_odd_paths_are_refused_in_one_line(config, image_folder):
     for dataset in ("", "~nobody-of-this-name/x", "x" * 5000, "a\0b"):
         with pytest.raises(UsageError) as error:

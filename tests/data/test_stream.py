@@ -161,6 +161,26 @@ def test_every_row_once_an_epoch_on_any_number_of_processes(folder, processes, m
     assert expected[0] != expected[plan.steps_per_epoch]
 
 
+@pytest.mark.parametrize("processes, micro", [(1, None), (2, 3), (3, 2)])
+def test_a_steps_weights_are_those_of_its_real_rows_mean(folder, processes, micro):
+    """Batches of 24 from 900 rows: the last of an epoch has 12."""
+    for step, real in ((5, 24), (37, 12)):
+        weights, ids = [], []
+        for process in range(processes):
+            batches = batches_of(folder, "--batch-size", "24", process=process, processes=processes, micro=micro)[0]
+            weights += [weight for batch in batches(step) for weight in batch.weights.tolist()]
+            ids += seen(batches, [step])[0]
+        assert len(set(ids)) == real
+        assert sorted(weights) == pytest.approx([0.0] * (24 - real) + [1 / real] * real)
+
+
+def test_another_seed_is_another_order(folder):
+    train = batches_of(folder)[2]
+    orders = [train.order(seed, epoch).tolist() for seed, epoch in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    assert orders[0] == orders[3] and orders[0] != orders[1] != orders[2] != orders[0]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
 @pytest.mark.parametrize("step", [1, 37, 74, 75, 110])
 def test_a_stream_goes_on_at_any_step_with_another_number_of_processes(folder, step):
     alone, plan, _ = batches_of(folder)
@@ -467,6 +487,14 @@ def test_where_a_row_lies_is_looked_up_for_messages_only(tmp_path, monkeypatch):
         train.decode(*row)
 
 
+def test_a_row_is_of_the_file_that_holds_it(tmp_path):
+    table = open_local(write_set(tmp_path / "set", 2, 40)).tables["train"]
+    (first, count), (second, rest) = table.files
+    assert (count, rest) == (14, 26) and first < second
+    for row, said in ((0, (0, first)), (13, (13, first)), (14, (0, second)), (39, (25, second))):
+        assert table.file_of(row) == " (row {} of {})".format(*said)
+
+
 def test_attempts_are_counted_anew_whenever_a_row_came(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "set", 1, 60)
     pauses = no_pauses(monkeypatch)
@@ -510,7 +538,7 @@ def test_arrays_wait_as_bytes_not_as_lists(tmp_path):
             assert np.array_equal(train.decode(number, image), resident.images[number])
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "other arrays", "no archive", "other labels"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "other arrays", "no archive", "too large", "too small"])
 def test_a_damaged_label_index_is_said_and_read_again(tmp_path, damage, capsys):
     data = config_of(write_set(tmp_path / "set", 2, 60), "--cache-dir", str(tmp_path / "cache")).data
     before = load_training_data(data, GIB).train
@@ -518,8 +546,9 @@ def test_a_damaged_label_index_is_said_and_read_again(tmp_path, damage, capsys):
     whole = entry.read_bytes()
     if damage == "other arrays":
         np.savez(entry, labels=before.all_labels)
-    elif damage == "other labels":
-        np.savez(entry, labels=before.all_labels + 1, shard_rows=before.shard_rows)
+    elif damage.startswith("too"):
+        by = 1 if damage == "too large" else -1
+        np.savez(entry, labels=before.all_labels + by, shard_rows=before.shard_rows)
     else:
         entry.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "no archive": b"hello"}[damage])
     left_over = entry.with_name(f".tmp-4242-{entry.name}")

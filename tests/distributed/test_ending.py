@@ -1,5 +1,6 @@
 """Who says what went wrong, before processes have met: test_launch.py has what comes after."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -75,6 +76,18 @@ def test_other_processes_of_a_node_fail_in_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "train.py: local rank 1: ended too (ZeroDivisionError: division by zero)\n"
 
 
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EDQUOT, 2), (errno.EACCES, None)])
+def test_a_disk_without_room_is_something_that_the_user_can_mend(number, status, capsys):
+    def fill():
+        raise OSError(number, os.strerror(number), "runs/a/log.jsonl")
+
+    with pytest.raises((SystemExit, OSError)) as left:
+        run_main(fill)
+    assert getattr(left.value, "code", None) == status
+    said = "train.py: error: no room left on the disk (runs/a/log.jsonl); free some and start again (train.py"
+    assert capsys.readouterr().err.startswith(said) == (status == 2)
+
+
 # What a job script learns of a failure
 
 
@@ -124,3 +137,4 @@ def test_a_killed_rank_is_nobodys_failure(on_one_machine, tmp_path, monkeypatch)
     found = Ranks(reduce_while(dies), 2)
     assert found.statuses == [75, -signal.SIGKILL]
     assert not (tmp_path / "why").exists()
+    assert ("process 1" in found.said[0]) == on_one_machine, found.said[0]

@@ -64,6 +64,14 @@ def test_random_streams_depend_on_seed_and_step():
     assert len(drawn) == 3
 
 
+def test_processes_draw_their_own_numbers():
+    def work():
+        seed_process(start("fp32"), 0, 0)
+        return torch.rand(3).tolist()
+
+    assert len({tuple(drawn) for drawn in Ranks(work, 3).check().results}) == 3
+
+
 def test_on_main_hands_over_results_and_errors():
     accelerator = start("fp32")
     assert on_main(accelerator, lambda: 5) == 5

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,3 +226,24 @@ def test_all_processes_take_the_same_one(tmp_path):
     found = Ranks(work, 2, seconds=30).check()
     assert found.results == [1, 1]
     assert "step-00000002 is damaged (on process 1: it reads otherwise here)" in found.said[0]
+
+
+def test_a_process_that_sees_another_manifest_does_not_go_on_with_it(tmp_path):
+    def work():
+        accelerator = start("fp32")
+        whole = small(accelerator)
+        for step in (1, 2):
+            saved(tmp_path, whole, step)
+        read = store.read_manifest
+
+        def stale(folder):
+            found = read(folder)
+            return replace(found, digest="of an older one") if found.step == 2 else found
+
+        if accelerator.process_index == 1:
+            store.read_manifest = stale
+        return checkpoint.resume_point(accelerator, tmp_path).step
+
+    found = Ranks(work, 2, seconds=30).check()
+    assert found.results == [1, 1]
+    assert "step-00000002 is damaged (on process 1: another manifest than the first process's)" in found.said[0]

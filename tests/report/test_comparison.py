@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import recall_score
+from sklearn.metrics import cohen_kappa_score, recall_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -81,6 +81,19 @@ def test_pairs_are_tested_on_the_same_images_and_corrected(tmp_path, three):
     assert pairs[0]["agreement"] == pytest.approx((scored[0].predicted == scored[1].predicted).mean())
     assert found.verdicts[0].startswith("cnn4 is better than resnet18_cifar by ")
     assert "can't be told apart" in found.verdicts[2]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_groups_agree_as_their_runs_do_on_average(tmp_path):
+    scored = [make_scored(seed=seed, sharpness=sharpness) for seed, sharpness in enumerate((3.0, 2.0, 1.0, 0.5))]
+    settings = [{"seed": number % 2, "lr": 0.1 + number // 2} for number in range(4)]
+    runs = [make(tmp_path, f"run{k}", scored[k], **settings[k]) for k in range(4)]
+    (pair,) = compared(tmp_path, *runs).summary["pairs"]
+    across = [(a, b) for a in scored[:2] for b in scored[2:]]
+    assert pair["agreement"] == pytest.approx(np.mean([(a.predicted == b.predicted).mean() for a, b in across]))
+    assert pair["kappa"] == pytest.approx(np.mean([cohen_kappa_score(a.predicted, b.predicted) for a, b in across]))
+    right = [np.stack([s.correct for s in part]) for part in (scored[:2], scored[2:])]
+    assert pair["all_of_b_right_none_of_a"] == (right[1].all(0) & ~right[0].any(0)).sum()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -619,6 +632,7 @@ SCORED = make_scored(seed=4)
     ("other", "said"),
     [
         (with_class_names(SCORED, ["cow", "dog", "a|b", "ship", "truck", "frog"]), "have other classes"),
+        (with_class_names(SCORED, SCORED.class_names[::-1]), "have other classes"),
         (dataclasses.replace(SCORED, ids=SCORED.ids + 1), "scored on other test images"),
         (dataclasses.replace(SCORED, labels=(SCORED.labels + 1) % 6), "scored on other test images"),
         (make_scored(seed=4, fingerprint="bb"), "data with other fingerprints"),

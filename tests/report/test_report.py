@@ -77,7 +77,10 @@ def test_metrics_agree_with_scikit_learn_and_statsmodels(written):
     right = int((predicted == labels).sum())
     assert found["top1_interval"] == pytest.approx(proportion_confint(right, 300, method="wilson"))
     low, high = found["macro_f1_interval"]
-    assert low < f1_score(labels, predicted, average="macro") < high
+    macro = f1_score(labels, predicted, average="macro")
+    assert low < macro < high
+    shown = f"| macro F1 | {macro:.4f} | {low:.4f} to {high:.4f} |"
+    assert shown in (run / "report" / "report.md").read_text()
     assert found["calibration"]["before"]["brier"] == pytest.approx(((exact - np.eye(6)[labels]) ** 2).sum(1).mean())
     assert found["num_samples"] == 300
     assert found["dataset"] == {"name": "pets", "split": "test", "fingerprint": "aa"}
@@ -421,6 +424,7 @@ def test_accuracies_that_are_1_whatever_is_predicted_are_not_shown(tmp_path):
         ({"select_on": "test"}, "best", LOG, "test", "selected on test"),
         ({"select_on": "test"}, "last", LOG, "test", "selected on test"),  # whoever watched the run looked at it too
         ({}, "last", LOG, "none", "checkpoint last of step 20 (epoch 2, the run's last step), not selected by a score"),
+        ({"patience": 2}, "last", LOG, "val", "checkpoint last of step 20 (epoch 2, the run's last step), selected on"),
         ({"val_fraction": 0}, "best", [LOG[0], LOG[3]], "none", "with the checkpoint of step 20"),
     ],
 )

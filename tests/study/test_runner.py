@@ -385,6 +385,7 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
     (here / "train.py").write_text(TRAINS_UNTIL_ASKED)
     (here / "s.yaml").write_text("recipes: [small.yaml]\ngrid: {seed: [0, 1]}\n")
     code = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # which may be ignored here, as under nohup
         "import pathlib; from cifar_dist.study import runner; runner.ROOT = pathlib.Path();"
         "runner.standing_of = lambda *_: runner.Standing(0, 0, False);"
         "runner.check_models = lambda *_: None; runner.main()"

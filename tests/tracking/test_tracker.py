@@ -61,6 +61,25 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
     assert "loss=1.5000, acc=50.00%, lr=0.1, images/s=100" in shown
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_that_goes_on_is_timed_from_where_it_does(tmp_path, capsys, monkeypatch, terminal):
+    """Steps 21 to 30 of 100 have taken 5 s: 35 s are left."""
+    now = [1000.0]
+    monkeypatch.setattr("cifar_dist.tracking.tracker.time.perf_counter", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    voice = tracker(tmp_path, first_step=20)
+    now[0] += 5
+    voice.advance(30)
+    voice.training(30, TRAINING)
+    voice.close()
+    said = capsys.readouterr()
+    if terminal:
+        assert "20/100" in said.err and "30/100" in said.err
+    else:
+        assert said.out.endswith("left 0:00:35\n")
+
+
 def test_selecting_on_test_is_said_everywhere(tmp_path, capsys):
     settings = config(tmp_path, wandb="disabled")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, select_on="test"))

@@ -1,7 +1,6 @@
 """Training steps against plain PyTorch, and evaluation against scikit-learn."""
 
 import dataclasses
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -42,19 +41,24 @@ def normalised(pixels):
 
 
 def our_losses(config, model, data, steps, accelerator):
+    return [loss for loss, _ in our_shares(config, model, data, steps, accelerator)]
+
+
+def our_shares(config, model, data, steps, accelerator):
+    """Loss and top-1 of every step."""
     sizes = Sizes(len(data), 0, None, 10, 0, 0, 0, 0)
     plan = make_plan(config, sizes, num_processes=1)
     parallel = Replicated(accelerator, model.train(), make_optimizer(model, config.optim), config.optim.clip_grad)
     schedule = Schedule(parallel.optimizer, config.optim, config.run.epochs, plan.steps_per_epoch)
     batches = ResidentBatches(data, config, plan, INPUT, parallel)
     stepper = Stepper(parallel, config.augment.smoothing)
-    losses = []
+    shares = []
     for step in range(steps):
         schedule.apply(step)
         share, verdict = train_step(stepper, batches(step))
         assert not verdict.bad
-        losses.append(share[0].item())
-    return losses
+        shares.append(share.tolist())
+    return shares
 
 
 @pytest.fixture
@@ -99,13 +103,13 @@ def test_twenty_steps_equal_plain_pytorch(accelerator):
 @pytest.mark.parametrize("micro", [8, 4, 2])
 def test_accumulation_changes_nothing_without_batch_norm(accelerator, micro):
     """Also over an epoch's last batch of 5 real rows, which is filled up to 16."""
-    data, losses = images(37), []
+    data, shares = images(37), []
     for micro_batch_size in (16, micro):
         run = dataclasses.replace(CONFIG.run, micro_batch_size=micro_batch_size)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.GELU(), nn.Flatten(), nn.Linear(8 * 49, 10))
-        losses.append(our_losses(dataclasses.replace(CONFIG, run=run), model, data, 6, accelerator))
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+        shares.append(our_shares(dataclasses.replace(CONFIG, run=run), model, data, 6, accelerator))
+    np.testing.assert_allclose(shares[0], shares[1], rtol=1e-5)
 
 
 def test_an_epochs_last_batch_is_the_mean_over_its_real_rows(accelerator):
@@ -113,11 +117,15 @@ def test_an_epochs_last_batch_is_the_mean_over_its_real_rows(accelerator):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     frozen = dataclasses.replace(CONFIG, optim=OptimConfig(opt="sgd", lr=1e-30, weight_decay=0))
-    ours = our_losses(frozen, model, data, 3, accelerator)[2]
-    rows = epoch_order(37, 0, 0)[32:].copy()
+    data.labels[:] = model(normalised(data.images)).argmax(1)
+    data.labels[::3] = (data.labels[::3] + 1) % 10  # two of three are right
+    shares = our_shares(frozen, model, data, 3, accelerator)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    for share, rows in zip(shares, np.split(epoch_order(37, 0, 0).copy(), [16, 32]), strict=True):
+        logits, labels = model(normalised(data.images[rows])), data.labels[rows]
+        expected = [criterion(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()]
+        assert share == pytest.approx(expected, rel=1e-5) and 0 < share[1] < 1
     assert len(rows) == 5
-    assert ours == pytest.approx(criterion(model(normalised(data.images[rows])), data.labels[rows]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", ["--mixup 0.8", "--cutmix 1.0", "--mixup 0.4 --cutmix 1.0"])
@@ -177,14 +185,16 @@ def test_evaluation_counts_every_row_once(accelerator, count, batch_size):
 
 
 def test_the_meter_reads_means(accelerator, monkeypatch):
-    clock = itertools.count(0.0, 0.5)
-    monkeypatch.setattr("cifar_dist.training.engine.time.perf_counter", lambda: next(clock))
-    meter = Meter(accelerator, images=10)  # 0.0
+    now = [100.0]
+    monkeypatch.setattr("cifar_dist.training.engine.time.perf_counter", lambda: now[0])
+    meter = Meter(accelerator, images=10)
     meter.add(torch.tensor([2.0, 0.5], dtype=torch.float64))
-    with meter.paused():  # 0.5 to 1.0
-        pass
+    now[0] += 0.25
+    with meter.paused():
+        now[0] += 60
     meter.add(torch.tensor([4.0, 0.0], dtype=torch.float64))
-    expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / (1.5 - 0.5), "data_wait": 0.25}
+    now[0] += 0.75
+    expected = {"train/loss": 3.0, "train/top1": 0.25, "images_per_second": 2 * 10 / 1.0, "data_wait": 0.25}
     assert meter.read([0.25, 0.0]) == pytest.approx(expected)
 
 

@@ -222,6 +222,18 @@ def test_it_refuses_streams_other_engines_and_what_is_too_large(monkeypatch):
     assert "more than a quarter" in decided(monkeypatch, *SMALL, device_bytes=4 * size - 1).refusal
 
 
+def test_processes_decide_alike_although_one_has_less_room(tmp_path):
+    flags = ["--dataset", "digits", *SMALL, "--freeze", "backbone", "--crop-padding", 0, "--hflip", 0, "--epochs", 2]
+
+    def work():
+        if os.environ["RANK"] == "1":
+            features.device_bytes = lambda _: 1000
+        return run(*flags, "--batch-size", 240, "--wandb", "disabled", "--run-dir", tmp_path / "run")
+
+    found = Ranks(work, 2).check()
+    assert "are more than a quarter of the device's 0" in found.said[0]
+
+
 def test_it_refuses_a_backbone_whose_statistics_move(monkeypatch):
     monkeypatch.setattr("cifar_dist.models.freeze_backbone", lambda model: model.requires_grad_(False))
     found = decided(monkeypatch, "--model", "test_efficientnet", "--img-size", 32)
