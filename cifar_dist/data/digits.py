@@ -20,14 +20,10 @@ _SPLIT_SEED = 0
 
 def open_digits() -> Local:
     """1,797 handwritten digits of scikit-learn (UCI, 1998), 8 x 8 and 17 greys, drawn at 32 x 32; a fifth is test."""
-    from datasets import Array3D, ClassLabel, Features, IterableDataset
+    from datasets import ClassLabel, Features, IterableDataset
+    from datasets import Image as ImageFeature
 
-    features = Features(
-        {
-            "image": Array3D((_SIDE, _SIDE, 3), "uint8"),
-            "label": ClassLabel(names=[str(digit) for digit in range(10)]),
-        }
-    )
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     num_test = round(1797 * _TEST_FRACTION)
     sizes = {"train": 1797 - num_test, "test": num_test}
 
@@ -48,4 +44,4 @@ def _digit_rows(part: int) -> Iterator[dict[str, Any]]:
         small = Image.fromarray((greys[row].reshape(8, 8) * (255 / 16)).astype(np.float32))
         large = small.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
         grey = np.asarray(large).clip(0, 255).round().astype(np.uint8)
-        yield {"image": np.repeat(grey[:, :, None], 3, axis=2), "label": int(labels[row])}
+        yield {"image": Image.fromarray(grey).convert("RGB"), "label": int(labels[row])}

@@ -522,20 +522,16 @@ def test_a_mistake_of_ours_is_not_tried_again(tmp_path, monkeypatch, mistake):
 
 
 def test_arrays_wait_as_bytes_not_as_lists(tmp_path):
-    for dataset in ("digits", tmp_path / "saved"):
-        if dataset != "digits":
-            features = datasets.Features(
-                {"image": datasets.Array3D((8, 8, 3), "uint8"), "label": datasets.Value("int64")}
-            )
-            rows = {"image": [np.full((8, 8, 3), n, np.uint8) for n in range(64)], "label": [n % 3 for n in range(64)]}
-            part = datasets.Dataset.from_dict(rows, features=features)
-            datasets.DatasetDict({"train": part, "test": part}).save_to_disk(dataset)
-        settings = config_of(dataset, "--val-fraction", "0")
-        train = load_training_data(settings.data, GIB).train
-        resident = load_training_data(dataclasses.replace(settings.data, data_mode="resident"), GIB).train
-        for number, image in train.read(train.chosen, 0, 0):
-            assert image.dtype == np.uint8 and image.base is None
-            assert np.array_equal(train.decode(number, image), resident.images[number])
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 3), "uint8"), "label": datasets.Value("int64")})
+    rows = {"image": [np.full((8, 8, 3), n, np.uint8) for n in range(64)], "label": [n % 3 for n in range(64)]}
+    part = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
+    settings = config_of(tmp_path / "saved", "--val-fraction", "0")
+    train = load_training_data(settings.data, GIB).train
+    resident = load_training_data(dataclasses.replace(settings.data, data_mode="resident"), GIB).train
+    for number, image in train.read(train.chosen, 0, 0):
+        assert image.dtype == np.uint8 and image.base is None
+        assert np.array_equal(train.decode(number, image), resident.images[number])
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "other arrays", "no archive", "too large", "too small"])
