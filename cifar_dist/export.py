@@ -213,7 +213,8 @@ def _write_model(model: nn.Module, inputs: InputConfig, class_names: list[str], 
     description = {"label_names": list(class_names), "pretrained_cfg": {"architecture": architecture}, **MARK}
     save_config_for_hf(model, str(folder / CONFIG), description, arguments, preprocessing)
     # Copies, since layers of some models (CoaT) are several layers' own.
-    save_tensors({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+    copies = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    save_tensors(copies, folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
     config["model_args"].pop("num_classes", None)  # transformers gives it as well, and would give it twice
     for key in OF_OTHER_WEIGHTS:

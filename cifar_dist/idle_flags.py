@@ -9,8 +9,6 @@ Settings = dict[str, Any]
 NEEDS: dict[str, tuple[str, Callable[[Settings], Any]]] = {
     "val_fraction": ("--select-on val", lambda s: s["select_on"] == "val" or not s["val_fraction"]),
     "split_seed": ("--select-on val and a --val-fraction", lambda s: s["select_on"] == "val" and s["val_fraction"]),
-    "mixup": ("a --mixup-prob", lambda s: s["mixup_prob"]),
-    "cutmix": ("a --mixup-prob", lambda s: s["mixup_prob"]),
     "crop_mode": ("--crop-padding", lambda s: s["crop_padding"]),
     "remode": ("--reprob", lambda s: s["reprob"]),
     "mixup_prob": ("--mixup or --cutmix", lambda s: s["mixup"] or s["cutmix"]),

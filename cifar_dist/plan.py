@@ -252,8 +252,8 @@ def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:
     decay = config.optim.model_ema_decay or 0.0
     if (kept := decay**total_steps) > 0.1:
         lines.append(
-            f"average     after {total_steps:,} steps {kept:.0%} of the moving average, by which the best checkpoint is"
-            f" chosen, will still be the initial weights: --model-ema-decay {decay:g} is too high for so few"
+            f"average     after {total_steps:,} steps {kept:.0%} of the moving average, which is evaluated in place of"
+            f" the weights, will still be the initial ones: --model-ema-decay {decay:g} is too high for so few"
         )
     if model.freeze == "backbone" and not (model.pretrained or model.init_weights):
         lines.append("note        the frozen backbone has random weights, without --pretrained or --init-weights")

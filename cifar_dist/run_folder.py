@@ -87,7 +87,7 @@ def _refuse_changes(config: Config) -> None:
 def changed_settings(config: Config) -> list[str]:
     """What makes this another training than the one that its run folder holds: ``--lr 0.001 -> 0.5``.
 
-    Data may have moved: another place that there is is none; `create_run_dir` compares what lies there.
+    Data may have moved: another place that there is is none. What lies there is for the caller to compare.
 
     Raises:
         UsageError: the settings saved there cannot be read.

@@ -31,7 +31,7 @@ def model_arguments(name: str, config: ModelConfig, num_classes: int) -> dict[st
         UsageError: the model's own description (of ``hf-hub:`` or ``local-dir:``) cannot be used.
     """
     try:
-        return resolve_model_input_args(
+        arguments = resolve_model_input_args(
             name,
             args={"img_size": config.img_size},
             num_classes=num_classes,
@@ -40,6 +40,19 @@ def model_arguments(name: str, config: ModelConfig, num_classes: int) -> dict[st
         )
     except Exception as error:  # anything a foreign config.json may cause
         raise UsageError(f"--model {name}: its description cannot be used ({named(error)}).") from error
+    off = [argument for argument in FLAG_OF_ARGUMENT if arguments.get(argument) == 0]
+    others = {key: value for key, value in arguments.items() if key not in off}
+    return others | {argument: 0.0 for argument in off if _takes({**others, argument: 0.0}, argument)}
+
+
+def _takes(arguments: dict[str, Any], argument: str) -> bool:
+    """Whether the model knows a rate: some take none, which is as if it were 0."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(**arguments)
+    except Exception as error:  # for other reasons, which `create` tells
+        return f"'{argument}'" not in str(error)
+    return True
 
 
 def create(arguments: dict[str, Any]) -> nn.Module:
@@ -54,8 +67,6 @@ def create(arguments: dict[str, Any]) -> nn.Module:
     except Exception as error:  # timm's models refuse by assert, ValueError, TypeError, …
         for argument, flag in FLAG_OF_ARGUMENT.items():
             if argument in arguments and isinstance(error, TypeError) and f"'{argument}'" in str(error):
-                if not arguments[argument]:
-                    return create({key: value for key, value in arguments.items() if key != argument})
                 raise UsageError(
                     f"{flag} {arguments[argument]}: {name} takes no such rate; leave {flag} out."
                 ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -15,14 +16,15 @@ def head_parameter_names(model: nn.Module) -> list[str]:
     """
     classifier = cast(Any, model).get_classifier()
     modules = [*classifier] if isinstance(classifier, (tuple, list)) else [classifier]
-    modules += [layer for name, layer in model.named_modules() if name in classifier_names(model)]
+    named = classifier_names(getattr(model, "pretrained_cfg", {}))
+    modules += [layer for name, layer in model.named_modules() if name in named]
     own = {id(parameter) for module in modules for parameter in module.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 
 
-def classifier_names(model: nn.Module) -> list[str]:
+def classifier_names(pretrained_cfg: Mapping[str, Any]) -> list[str]:
     """What timm's configuration of a model calls its classifiers."""
-    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    named = pretrained_cfg.get("classifier") or ()
     return [named] if isinstance(named, str) else list(named)
 
 

@@ -21,6 +21,16 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
 
 
+def other_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that are no BatchNorm's statistics; in some models they hold bounds that are infinite."""
+    return frozenset(
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if not isinstance(module, _BatchNorm)
+        for name, _ in module.named_buffers(recurse=False)
+    )
+
+
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
     """Let every BatchNorm layer, timm's with activation included, take its statistics over all processes.
 

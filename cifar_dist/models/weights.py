@@ -22,7 +22,9 @@ from torch import nn
 from cifar_dist.distributed.ending import is_first_process
 from cifar_dist.errors import UsageError
 from cifar_dist.models.factory import create, named
+from cifar_dist.models.head import classifier_names
 from cifar_dist.models.hub import require_weights
+from cifar_dist.models.sync_bn import other_buffers
 
 State = dict[str, torch.Tensor]
 
@@ -117,14 +119,14 @@ def _load(file: Path, found: State, arguments: dict[str, Any]) -> nn.Module:
 
 def _refuse_other_numbers(file: Path, found: State, model: nn.Module) -> None:
     """Refuse quantised weights, which would be taken for numbers of their size, and such as are not finite."""
-    bounds = {name for name, buffer in model.named_buffers() if not buffer.isnan().any()}  # infinite in some models
+    bounds = other_buffers(model)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and key in found and not found[key].is_floating_point():
             raise UsageError(
                 f"--init-weights {file}: {key} holds {str(found[key].dtype).removeprefix('torch.')}, as quantised"
                 " weights do; give those of which they were made."
             )
-        if tensor.is_floating_point() and key not in bounds and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not (~tensor.isnan() if key in bounds else tensor.isfinite()).all():
             raise UsageError(f"--init-weights {file}: {key} is not finite, as of a run that diverged; take others.")
 
 
@@ -178,13 +180,8 @@ def _tensors(state: dict[str, Any]) -> State:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _classifier_names(arguments: dict[str, Any]) -> tuple[str, ...]:
-    names = arguments["pretrained_cfg"].get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def _head_names(arguments: dict[str, Any]) -> set[str]:
-    return {f"{name}.{kind}" for name in _classifier_names(arguments) for kind in ("weight", "bias")}
+    return {f"{name}.{kind}" for name in classifier_names(arguments["pretrained_cfg"]) for kind in ("weight", "bias")}
 
 
 def _head_classes(found: State, arguments: dict[str, Any]) -> int:
@@ -192,7 +189,7 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
 
     Older files of a model whose classifier is now ``head.fc`` call it ``head``; timm renames it.
     """
-    names = _classifier_names(arguments)
+    names = classifier_names(arguments["pretrained_cfg"])
     if not names:
         return int(arguments["num_classes"])
     for name in (names[0], names[0].split(".")[0]):

@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from cifar_dist.distributed.group import first_failure, on_main, shared_buffers
 from cifar_dist.durable import decode, encode, save_json, save_tensors
 from cifar_dist.errors import UsageError, first_line
+from cifar_dist.models.sync_bn import other_buffers
 from cifar_dist.parallel import Replicated
 from cifar_dist.recovery import store
 from cifar_dist.recovery.store import Damaged, Files, Stored
@@ -51,7 +52,7 @@ class Trained:
 class Contents:
     """What one process has to write of a checkpoint, all of it in copies: files' contents by name without suffix.
 
-    `buffers` are names of what does not train: some models begin with bounds there that are infinite.
+    Of `buffers` (see `other_buffers`) infinity is no sign of a run that diverged.
     """
 
     tensors: dict[str, dict[str, torch.Tensor]]
@@ -60,7 +61,7 @@ class Contents:
 
     @property
     def finite(self) -> bool:
-        """Whether no weight is infinite, and nothing is not a number."""
+        """Whether no weight or statistic is infinite, and nothing is not a number."""
         weights = self.tensors.get("model", {})
         return all(_finite(t) or (name in self.buffers and not t.isnan().any()) for name, t in weights.items())
 
@@ -93,8 +94,7 @@ def contents(trained: Trained, state: TrainState) -> Contents:
     if not parallel.accelerator.is_main_process:
         return Contents(own, {})
     counters = {"state": asdict(state), "scaler": parallel.scaler_state()}
-    buffers = frozenset(name for name, _ in parallel.module.named_buffers())
-    return Contents(own | tensors, {"optimizer": settings, "state": counters}, buffers)
+    return Contents(own | tensors, {"optimizer": settings, "state": counters}, other_buffers(parallel.module))
 
 
 def _copies(accelerator: Accelerator, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

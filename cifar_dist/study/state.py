@@ -71,6 +71,8 @@ def standing_of(run: StudyRun) -> Standing:
         if changed := changed_settings(run.config):
             return replace(standing, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
         choose_run_dir(run.config)
+        if _has_other_data(run):
+            return replace(standing, in_the_way=f"{run.folder} has other data than {run.config.data.dataset}")
         standing = replace(standing, running=is_running(run.folder))
         stored = store.latest_manifest(run.folder / "checkpoints")
         if stored is None:
@@ -84,3 +86,15 @@ def standing_of(run: StudyRun) -> Standing:
     plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
     finished = not state.goes_on(plan, run.config.run.patience)
     return replace(standing, step=state.step, total_steps=plan.total_steps, finished=finished)
+
+
+def _has_other_data(run: StudyRun) -> bool:
+    """Whether a run had its data at another place than its study says, and other ones."""
+    from cifar_dist.command_line import load_config
+    from cifar_dist.data import data_fingerprint
+    from cifar_dist.run_folder import read_json
+
+    data, saved = run.config.data, run.folder / "config.yaml"
+    if not saved.is_file() or load_config(saved).data.dataset == data.dataset:
+        return False
+    return data_fingerprint(data) != read_json(run.folder / "environment.json").get("data_fingerprint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -37,10 +37,14 @@ class Progress(AbstractContextManager["Progress"]):
         self._tracker = Tracker(run_dir, setup.config, plan, state.step, state.judged_step) if speaks else Silent()
         self.say(f"run folder  {run_dir}" + (f", continued at step {state.step}" if state.step else ""))
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a full disk, which is not to cover what ended the training
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
             self._heartbeat.beat(self._state, last=True)
-        self._tracker.close()
+        except OSError:
+            if error is None:  # else it is not to cover what ended the training
+                raise
+        finally:
+            self._tracker.close()
 
     def say(self, text: str) -> None:
         """Print a line for people."""

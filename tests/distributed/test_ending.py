@@ -137,4 +137,4 @@ def test_a_killed_rank_is_nobodys_failure(on_one_machine, tmp_path, monkeypatch)
     found = Ranks(reduce_while(dies), 2)
     assert found.statuses == [75, -signal.SIGKILL]
     assert not (tmp_path / "why").exists()
-    assert ("process 1" in found.said[0]) == on_one_machine, found.said[0]
+    assert ("rank 1 (process " in found.said[0]) == on_one_machine, found.said[0]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
 
@@ -99,8 +100,12 @@ def test_rate_that_the_model_lacks(settings, flag):
     assert _error(**settings).startswith(flag)
 
 
-def test_no_rate_is_none_where_the_model_takes_none():
-    assert build_model(ModelConfig(model="cnn4", drop_path=0.0), 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+def test_no_rate_is_none_where_the_model_takes_none(tmp_path):
+    save_file(build_model(ModelConfig(model="cnn4"), 4).state_dict(), tmp_path / "weights.safetensors")
+    for weights in (None, str(tmp_path / "weights.safetensors")):
+        model = build_model(ModelConfig(model="cnn4", drop=0.0, drop_path=0.0, init_weights=weights), 4)
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+        assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def test_an_encoder_is_no_classifier():

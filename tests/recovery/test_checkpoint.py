@@ -289,6 +289,14 @@ def test_a_buffer_may_be_infinite_from_the_start_but_never_nan(tmp_path, acceler
         save(tmp_path, whole, TrainState(step=2), best=True)
 
 
+def test_a_statistic_is_never_infinite(tmp_path, accelerator):
+    whole = trained(accelerator, steps=1)
+    (norm,) = (module for module in whole.parallel.module.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.running_var.fill_(math.inf)
+    with pytest.raises(Diverged, match="not finite after step 1"):
+        save(tmp_path, whole, TrainState(step=1), best=True)
+
+
 SAVABLE = [name for name in list_optimizers() if not name.startswith(("bnb", "fused", "adahessian"))]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,10 +231,11 @@ def test_data_that_have_moved_are_in_nobodys_way(here, main, scripts):
     assert states(main(text, "--list", *flags)[1]) == ["cut at step 1 of 2"]
     assert main(text, *flags)[0] == 0
     assert states(main(text, "--list", *flags)[1]) == ["finished"]
-    assert (
-        f"in the way: runs/s/small has other settings (--dataset {here}/moved -> "
-        in main(text, "--list", *flags[:-1], here / "nowhere")[1]
-    )
+    shutil.copytree(here / "moved", here / "other")
+    (here / "other/train/cat/0.png").unlink()
+    for place, said in (("other", f"other data than {here}/other"), ("nowhere", f"other settings (--dataset {here}/")):
+        (state,) = states(main(text, "--list", *flags[:-1], here / place)[1])
+        assert state.startswith(f"in the way: runs/s/small has {said}")
 
 
 def test_a_run_of_another_version_is_in_the_way(here, main):
