@@ -2,7 +2,7 @@
 
 timm adapts position and patch embeddings to the model's size. When the head differs it also stops being strict, and
 keys that fit nothing pass in silence. So the weights are loaded strictly into a model with *their* number of
-classes, and everything but the head is then copied: only a new head is ever left random.
+classes, and everything but the head is then copied: only a new head is ever left as it began.
 """
 
 from __future__ import annotations
@@ -199,7 +199,11 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
 
 
 def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
-    """`source` itself if it has as many classes as asked for, else a new model with all of it but the head."""
+    """`source` itself if it has as many classes as asked for, else a new model with all of it but the head.
+
+    A new head starts at zero (as in BiT and the ViT paper, Kolesnikov 2020 and Dosovitskiy 2021), so all classes alike:
+    what an architecture draws for a training from scratch is much too large beside trained features in some.
+    """
     had, wanted = cast(Any, source).num_classes, arguments["num_classes"]
     if had == wanted:
         if is_first_process():
@@ -212,9 +216,12 @@ def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> n
     left = [key for key in result.missing_keys if key not in head]
     if left or result.unexpected_keys:
         raise UsageError(f"{what}: no weights for {_some(left + result.unexpected_keys)}.")
+    for key, tensor in model.state_dict().items():
+        if key in head:
+            tensor.zero_()
     if is_first_process():
         had_words = f"the head of {had} classes is replaced by" if had else "there is no head, so it gets"
-        print(f"{what}: {had_words} a new one of {wanted}.", flush=True)
+        print(f"{what}: {had_words} a new one of {wanted}, which starts at zero.", flush=True)
     return model
 
 

@@ -67,7 +67,7 @@ class Features:
         if self.refusal:
             return [f"features    computed in every epoch: {self.refusal}"]
         sizes = " x ".join(f"{size:,}" for size in (self.rows, *self.shape))
-        return [f"features    computed once: {sizes}, {self.nbytes / MIB:,.0f} MiB"]
+        return [f"features    {sizes}, {self.nbytes / MIB:,.0f} MiB, are computed once, before the first step"]
 
 
 def decide(config: Config, data: TrainingData, model: nn.Module, accelerator: Accelerator) -> Features:
@@ -98,7 +98,7 @@ def _refused_by_settings(config: Config, data: TrainingData, engine: str) -> str
     if not isinstance(data.train, ResidentSet):
         return "the images are streamed"
     if changing := changes(config.augment):
-        return f"{', '.join(changing)} change the images"
+        return f"{', '.join(changing)} change the images (without them they would be computed once)"
     if config.model.compile:
         return "--compile compiles the whole model"
     if engine not in ("single", "ddp"):

@@ -140,11 +140,14 @@ def test_a_prefix_before_another_models_weights(cnn4_file, tmp_path):
 
 def test_head_of_another_size_is_replaced_aloud(cnn4_file, capsys, monkeypatch):
     model = _from(cnn4_file, 100)
-    said = f"--init-weights {cnn4_file}: the head of 10 classes is replaced by a new one of 100.\n"
+    said = (
+        f"--init-weights {cnn4_file}: the head of 10 classes is replaced by a new one of 100, which starts at zero.\n"
+    )
     assert capsys.readouterr().out == said
     state = load_file(cnn4_file)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, _row(state, name, value))]
     assert changed == ["fc.weight", "fc.bias"] and model.fc.weight.shape == (100, 256)
+    assert not model.eval()(torch.randn(2, 3, 32, 32)).any()  # no class is preferred
     monkeypatch.setenv("RANK", "1")
     _from(cnn4_file, 100)
     assert capsys.readouterr().out == ""
@@ -152,6 +155,24 @@ def test_head_of_another_size_is_replaced_aloud(cnn4_file, capsys, monkeypatch):
 
 def _row(state, name, value):
     return state[name] if state[name].shape == value.shape else torch.full_like(value, torch.nan)
+
+
+@pytest.mark.parametrize("name", ["volo_d1_224", "caformer_s18", "levit_128s", "deit_tiny_distilled_patch16_224"])
+def test_of_a_new_head_only_its_last_layers_are_zero(name, tmp_path):
+    """Else no gradient would ever reach it: these have two classifiers, one of several layers, and BatchNorms."""
+    size = {"levit_128s": 224}.get(name, 64)
+    torch.manual_seed(0)
+    save_file(
+        timm.create_model(name, **{"img_size": size} if "former" not in name else {}).state_dict(),
+        tmp_path / "w.safetensors",
+    )
+    model = build_model(ModelConfig(model=name, img_size=size, init_weights=str(tmp_path / "w.safetensors")), 3).eval()
+    images = torch.randn(2, 3, size, size)
+    assert not model(images).any()
+    torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1])).backward()
+    head = {key: model.get_parameter(key) for key in head_parameter_names(model)}
+    last = {key: weight for key, weight in head.items() if key.endswith("weight") and len(weight) == 3}
+    assert last and all(weight.grad.any() and not weight.any() for weight in last.values())
 
 
 def test_file_without_a_head(cnn4_file, tmp_path, capsys):
@@ -338,6 +359,7 @@ def test_pretrained_from_a_cache_made_by_hand(monkeypatch, tmp_path, capsys):
     assert not _differing(build_model(ModelConfig(model="vit_tiny", pretrained=True), 1000), original)
     ten = build_model(ModelConfig(model="vit_tiny", pretrained=True), 10)
     assert torch.equal(ten.blocks[3].mlp.fc1.weight, original.blocks[3].mlp.fc1.weight)
+    assert not ten.head.weight.any() and not ten.head.bias.any()
     assert "the head of 1000 classes is replaced by a new one of 10" in capsys.readouterr().out
 
 
