@@ -50,7 +50,8 @@ def _ahead(groups: Sequence[Group], means: Sequence[float], pairs: Sequence[dict
         if winner in (pair["a"], pair["b"]) and not pair["told_apart"]
     ]
     others = _listed(alike) if len(alike) <= _MOST_NAMES else f"{len(alike)} others"
-    sure = f"but can't be told apart from {others}" if alike else "by more than chance explains"
+    chance = "chance" if runs > len(groups) else "the choice of test images"  # all that single runs can tell
+    sure = f"but can't be told apart from {others}" if alike else f"by more than {chance} explains"
     return f"{winner} has the highest {accuracy}, {percent(max(means))}, {sure}"
 
 

@@ -60,10 +60,10 @@ class Study:
 def load_study(path: Path, further: Sequence[str] = ()) -> Study:
     """Read a study file and check each of its runs with train.py's own parser.
 
-    Its keys: ``recipes``, a list of files relative to it, or of ``{recipe: FILE, name: NAME, FLAG: value}``; ``grid``,
-    flags with lists of values, whose product is run for every recipe; ``common``, flags of all runs; ``name`` and
-    ``runs_dir`` (default: ``runs/NAME``). A recipe's own settings give way to ``common``, those to its entry's and the
-    grid's, and all to `further`.
+    Its keys: ``recipes``, a list of files relative to it, or of ``{recipe: FILE, name: NAME, FLAG: value}``, without a
+    file with a ``model``; ``grid``, flags with lists of values, whose product is run for every one of them; ``common``,
+    flags of all runs; ``name`` and ``runs_dir`` (default: ``runs/NAME``). A recipe's own settings give way to
+    ``common``, those to its entry's and the grid's, and all to `further`.
 
     Args:
         path: the file.
@@ -95,11 +95,11 @@ def load_study(path: Path, further: Sequence[str] = ()) -> Study:
     for entry in entries:
         recipe, stem, own = _entry(entry, path, source)
         if twice := [key for key in cells[0] if key in own]:
-            raise UsageError(f"{source}: {twice[0]} is in grid and in the entry of {recipe}; keep one.")
+            raise UsageError(f"{source}: {twice[0]} is in grid and in the entry of {stem}; keep one.")
         for cell in cells:
             label = "_".join([stem, *(_label(key, value) for key, value in cell.items())])
             flags = _flags(common | own | cell, f"{source}, run {label}")
-            run = _run(runs_dir / label, ["--config", recipe, *flags], further, source)
+            run = _run(runs_dir / label, [*recipe, *flags], further, source)
             _refuse_same_name(runs.get(label), run, source)
             runs[label] = run
     return Study(path, name, runs_dir, tuple(further), tuple(runs.values()))
@@ -113,14 +113,17 @@ def _settings(value: Any, key: str, source: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): item for name, item in value.items()}
 
 
-def _entry(entry: Any, path: Path, source: str) -> tuple[str, str, dict[str, Any]]:
-    """A recipe's file, the stem of its runs' names, and its own settings."""
+def _entry(entry: Any, path: Path, source: str) -> tuple[list[str], str, dict[str, Any]]:
+    """The flag of a recipe's file, if there is one, the stem of its runs' names, and the entry's own settings."""
     own = {"recipe": entry} if isinstance(entry, str) else _settings(entry, "an entry of recipes", source)
     recipe, name = own.pop("recipe", None), own.pop("name", None)
     if not isinstance(recipe, str):
-        raise UsageError(f"{source}: an entry of recipes is to be a file, or {{recipe: FILE, …}}, got {entry!r}.")
+        if recipe is not None or "model" not in own:
+            ways = "a file, {recipe: FILE, …} or {model: MODEL, …}"
+            raise UsageError(f"{source}: an entry of recipes is to be {ways}, got {entry!r}.")
+        return [], _checked_name(name or own["model"], "an entry's name", source), own
     file = os.path.normpath(path.parent / os.path.expanduser(recipe))
-    return file, _checked_name(name or Path(file).stem, "an entry's name", source), own
+    return ["--config", file], _checked_name(name or Path(file).stem, "an entry's name", source), own
 
 
 def _checked_name(name: Any, what: str, source: str) -> str:
@@ -192,8 +195,7 @@ def _refuse_same_name(other: StudyRun | None, run: StudyRun, source: str) -> Non
     if run.name.partition("-")[0] == "comparison":  # where evaluate.py puts it
         raise UsageError(f"{source}: a run cannot be called {run.name}; that is a comparison's. Give it another name.")
     if other is not None:
-        recipes = [found.arguments[1] for found in (other, run)]
         raise UsageError(
-            f"{source}: the entries of {recipes[0]} and {recipes[1]} both make a run called {run.name}; write one as"
-            f" {{recipe: FILE, name: ANOTHER}}."
+            f"{source}: two entries of recipes make a run called {run.name}; give one a name: {{recipe: FILE, name:"
+            " ANOTHER}."
         )

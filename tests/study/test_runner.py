@@ -18,6 +18,7 @@ from PIL import Image
 
 import train
 from cifar_dist.command_line import parse_command_line
+from cifar_dist.config import Config
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.errors import UsageError
 from cifar_dist.run_folder import is_running, run_lock
@@ -109,6 +110,17 @@ def test_names_and_precedence(main):
     assert {(c.run.epochs, c.data.dataset) for c in configs} == {(9, "a b")}
     assert configs[5].run.run_dir == "runs/x/big_lr5e-5_seed1"
     assert configs[5].run.resume == "auto"
+
+
+def test_an_entry_without_a_recipe_has_the_defaults(main):
+    out = main("recipes: [{model: cnn4}, {model: cnn4, name: long, epochs: 30}]\ncommon: {seed: 3}\n", "--list")[1]
+    assert names(out) == ["cnn4", "long"]
+    commands = [shlex.split(re.split("  +", line)[3])[2:] for line in out.splitlines()]
+    configs = [parse_command_line(command).config.flat() for command in commands]
+    plain = Config().flat() | {"model": "cnn4", "seed": 3, "resume": "auto"}
+    assert configs == [
+        plain | {"run_dir": "runs/s/cnn4"}, plain | {"run_dir": "runs/s/long", "epochs": 30},
+    ]  # fmt: skip
 
 
 def test_labels_of_switches_lists_and_paths(main):
@@ -329,7 +341,7 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [small.yaml]\ngrid: [lr]\n", [], "grid is to be a list of `flag: value` lines"),
         ("recipes: [small.yaml]\ngrid: {lr: [0.1, 1e-1]}\n", [], "lr in grid has 0.1 and '1e-1', whose runs"),
         ("recipes: [small.yaml]\ngrid: {seed: [0, 1, 0]}\n", [], "seed in grid has 0 and 0, whose runs would both"),
-        ("recipes: [small.yaml, ./small.yaml]\n", [], "entries of small.yaml and small.yaml both make a"),
+        ("recipes: [small.yaml, ./small.yaml]\n", [], "two entries of recipes make a run called small; give"),
         ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", [], "s.yaml, run small: --model cnn5: timm has no such"),
         ("recipes: [small.yaml]\ngrid: {model: [cnn4, cnn5]}\n", ["--list"], "run small_modelcnn5: --model cnn5"),
         ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", ["--slurm"], "Did you mean cnn4"),
@@ -339,7 +351,8 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [{name: x}]\n", [], "an entry of recipes is to be a file"),
         ("recipes: [{recipe: small.yaml, lr: 1, lr: 2}]\n", [], "'lr' is given twice"),
         ("recipes: [small.yaml]\ncommon: {lr: 1}\ngrid: {lr: [1]}\n", [], "lr is in grid and in common"),
-        ("recipes: [{recipe: small.yaml, lr: 1}]\ngrid: {lr: [1]}\n", [], "lr is in grid and in the entry of"),
+        ("recipes: [{recipe: 3, model: cnn4}]\n", [], "an entry of recipes is to be a file"),
+        ("recipes: [{recipe: small.yaml, lr: 1}]\ngrid: {lr: [1]}\n", [], "lr is in grid and in the entry of small"),
         ("recipes: [small.yaml]\ncommon: {run_dir: x}\n", [], "the study gives --run-dir itself"),
         ("recipes: [small.yaml]\ncommon: {ephocs: 3}\n", [], "unknown key 'ephocs'. Did you mean epochs?"),
         ("recipes: [small.yaml]\ngrid: {lr: [-1]}\n", [], "run small_lr-1: argument --lr: -1 is outside"),
