@@ -123,8 +123,8 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     """
     run, optim = config.run, config.optim
     micro, accumulation = micro_batches(config, num_processes)
-    _refuse_contradictions(config, sizes)
-    _refuse_augmentation(config)
+    refuse_contradictions(config)
+    _refuse_sizes(config, sizes)
     engine = engine or ("single" if num_processes == 1 else "ddp")
     _refuse_compiling(config, engine, accumulation)
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
@@ -153,10 +153,18 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     )
 
 
-def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
-    run, optim = config.run, config.optim
+def _refuse_sizes(config: Config, sizes: Sizes) -> None:
+    run = config.run
     if run.batch_size > sizes.num_train:
         raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
+    if run.patience and not sizes.num_val:
+        raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
+
+
+def refuse_contradictions(config: Config) -> None:
+    """Raise `UsageError` if settings contradict each other, whatever the data, the model and the processes."""
+    run, optim = config.run, config.optim
+    _refuse_augmentation(config)
     if optim.warmup_epochs >= run.epochs:
         raise UsageError(
             f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}, else nothing is left to"
@@ -167,8 +175,6 @@ def _refuse_contradictions(config: Config, sizes: Sizes) -> None:
             f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
             " take a whole number."
         )
-    if run.patience and not sizes.num_val:
-        raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
     if optim.min_lr and optim.sched in ("step", "constant"):
         raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
     if optim.min_lr > optim.lr:

@@ -74,7 +74,7 @@ def main() -> None:
         return
     if arguments.report:
         sys.exit(0 if compare(study, Signals().listen()) else FAILURE_STATUS)
-    check_models(study)
+    check_settings(study)
     found = standings(study)
     if arguments.list:
         put("".join(listed(study, found)))
@@ -148,17 +148,19 @@ def listed(study: Study, found: Sequence[Standing]) -> list[str]:
     ]
 
 
-def check_models(study: Study) -> None:
+def check_settings(study: Study) -> None:
     """Refuse now what train.py would refuse at the start of some run.
 
     Raises:
-        UsageError: a run's model has a name that there is not.
+        UsageError: a run's model has a name that there is not, or its settings contradict each other.
     """
     from cifar_dist.models import resolve_name  # takes seconds
+    from cifar_dist.plan import refuse_contradictions
 
-    for model, run in {run.config.model.model: run for run in reversed(study.runs)}.items():
+    for run in study.runs:
         try:
-            resolve_name(model)
+            resolve_name(run.config.model.model)
+            refuse_contradictions(run.config)
         except UsageError as error:
             raise UsageError(f"study {study.path}, run {run.name}: {error}") from None
 

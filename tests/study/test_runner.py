@@ -281,7 +281,7 @@ def test_a_run_that_is_running_is_left_to_that(here, main, scripts):
 
 def test_a_list_of_which_only_the_beginning_is_read(here):
     (here / "s.yaml").write_text("recipes: [small.yaml]\n")
-    code = "from cifar_dist.study import runner; runner.check_models = lambda _: None; runner.main()"
+    code = "from cifar_dist.study import runner; runner.check_settings = lambda _: None; runner.main()"
     command = f"{shlex.join([sys.executable, '-c', code, 's.yaml', '--list'])} | true"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
@@ -343,6 +343,8 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
         ("recipes: [small.yaml]\ngrid: {seed: [0, 1, 0]}\n", [], "seed in grid has 0 and 0, whose runs would both"),
         ("recipes: [small.yaml, ./small.yaml]\n", [], "two entries of recipes make a run called small; give"),
         ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", [], "s.yaml, run small: --model cnn5: timm has no such"),
+        ("recipes: [small.yaml]\ncommon: {warmup_epochs: 3}\n", [], "run small: --warmup-epochs 3 must be less than"),
+        ("recipes: [small.yaml]\ngrid: {crop_padding: [0, 32]}\n", ["--list"], "--crop-padding 32 must be less"),
         ("recipes: [small.yaml]\ngrid: {model: [cnn4, cnn5]}\n", ["--list"], "run small_modelcnn5: --model cnn5"),
         ("recipes: [small.yaml]\ncommon: {model: cnn5}\n", ["--slurm"], "Did you mean cnn4"),
         ("recipes: [{recipe: small.yaml, name: comparison}]\n", [], "cannot be called comparison;"),
@@ -403,7 +405,7 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # which may be ignored here, as under nohup
         "import pathlib; from cifar_dist.study import runner; runner.ROOT = pathlib.Path();"
         "runner.standing_of = lambda *_: runner.Standing(0, 0, False);"
-        "runner.check_models = lambda *_: None; runner.main()"
+        "runner.check_settings = lambda *_: None; runner.main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, "s.yaml"]
