@@ -145,7 +145,8 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
         values = yaml.safe_load(text)
         tree = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}: cannot be read ({error}).") from None
+        named = Path(f"{path}.yaml")
+        raise UsageError(f"{source}: cannot be read ({error}).{f' Did you mean {named}?' * named.is_file()}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

@@ -245,3 +245,11 @@ def test_bounds_that_belong_to_their_range():
     flags = "--seed 4294967295 --hflip 1 --mixup 0 --cutout 0 --crop-padding 0 --scale 1 1"
     config = parse_command_line(flags.split()).config
     assert (config.run.seed, config.augment.hflip, config.augment.scale) == (2**32 - 1, 1.0, (1.0, 1.0))
+
+
+def test_a_recipe_named_without_its_suffix_is_suggested(tmp_path):
+    (tmp_path / "mine.yaml").write_text("lr: 1\n")
+    with pytest.raises(UsageError, match=r"/mine: cannot be read \(.*\)\. Did you mean .*/mine\.yaml\?$"):
+        parse_command_line(["--config", str(tmp_path / "mine")])
+    with pytest.raises(UsageError, match=r"/other: cannot be read \(.*\)\.$"):
+        parse_command_line(["--config", str(tmp_path / "other")])
