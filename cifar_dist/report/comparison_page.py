@@ -97,32 +97,42 @@ def _warnings(members: Sequence[Member]) -> list[str]:
 def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
     """Accuracies of each run and means of repeats; then each run's other numbers."""
     rows: list[tuple[str, ...]] = []
-    further = [k for k in (3, 5) if k < len(members[0].scored.class_names)]
+    further = [f"top{k}" for k in (3, 5) if k < len(members[0].scored.class_names)]
     for group in groups:
-        if len(group.members) > 1:
-            mean = (mean_accuracy(members, group), *[""] * (4 + len(further)))
-            rows.append((group.name, f"mean of {len(group.members)} runs", *mean))
-        for number in group.members:
-            metrics, row = members[number].metrics, row_of(members[number], group.name)
+        runs = [members[number] for number in group.members]
+        found = [run.metrics | row_of(run, group.name) for run in runs]
+        if len(runs) > 1:
+            names = (*further, "error_rate", "train_top1", "val_top1")
+            means = (_mean_and_sd([one[name] for one in found], percent) for name in names)
+            rows.append((group.name, f"mean of {len(runs)} runs", mean_accuracy(members, group), "", *means))
+        for run, one in zip(runs, found, strict=True):
             rows.append(
                 (
                     group.name,
-                    members[number].name,
-                    percent(metrics["top1"]),
-                    interval(metrics["top1_interval"]),
-                    *(percent(metrics[f"top{k}"]) for k in further),
-                    percent(metrics["error_rate"]),
-                    *(_percent_or_dash(row[f"{name}_top1"]) for name in ("train", "val")),
+                    run.name,
+                    percent(one["top1"]),
+                    interval(one["top1_interval"]),
+                    *(percent(one[name]) for name in (*further, "error_rate")),
+                    *(_percent_or_dash(one[name]) for name in ("train_top1", "val_top1")),
                 )
             )
     strong = [number for number, row in enumerate(rows) if not row[3]]
-    header = ("settings", "run", "test", "95 % interval", *(f"top-{k}" for k in further), "error", "train", "val")
+    places = (name.replace("top", "top-") for name in further)
+    header = ("settings", "run", "test", "95 % interval", *places, "error", "train", "val")
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
         f" Train, and the train loss below, are taken {_while_training(members)}."
     )
-    return [Table(header, rows, strong), Text(explained), _other_numbers(members)]
+    return [Table(header, rows, strong), Text(explained), _other_numbers(members, groups)]
+
+
+def _mean_and_sd(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    """Mean and sample standard deviation of repeats; a dash where one lacks the number."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    return f"{shown(float(np.mean(known)))} ± {shown(float(np.std(known, ddof=1))).removesuffix(' %')}"
 
 
 def _while_training(members: Sequence[Member]) -> str:
@@ -130,21 +140,30 @@ def _while_training(members: Sequence[Member]) -> str:
     return found.pop() if len(found) == 1 else "while training, on what each run makes of its images and labels"
 
 
-def _other_numbers(members: Sequence[Member]) -> Table:
-    rows = []
-    for member in members:
-        metrics, train_loss = member.metrics, row_of(member, "")["final_train_loss"]
-        rows.append(
-            (
-                member.name,
-                f"{metrics['macro_avg']['f1']:.4f}",
-                f"{metrics['loss']:.4f}",
-                "–" if train_loss is None else f"{train_loss:.4f}",
-                f"{metrics['calibration']['before']['ece']:.4f}",
-                metrics["selected_on"],
-            )
+def _other_numbers(members: Sequence[Member], groups: Sequence[Group]) -> Table:
+    found = [
+        (
+            member.metrics["macro_avg"]["f1"],
+            member.metrics["loss"],
+            row_of(member, "")["final_train_loss"],
+            member.metrics["calibration"]["before"]["ece"],
         )
-    return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows)
+        for member in members
+    ]
+    rows, strong = list[tuple[str, ...]](), list[int]()
+    for group in groups:
+        if len(group.members) > 1:
+            columns = zip(*(found[number] for number in group.members), strict=True)
+            strong.append(len(rows))
+            rows.append((f"mean of {group.name}", *(_mean_and_sd(values, _four_digits) for values in columns), ""))
+        for number in group.members:
+            values = ("–" if value is None else _four_digits(value) for value in found[number])
+            rows.append((members[number].name, *values, members[number].metrics["selected_on"]))
+    return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows, strong)
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}"
 
 
 def _per_class(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
