@@ -13,9 +13,9 @@ from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
-from cifar_dist.report.headline import headline, highest, mean_accuracy, title
+from cifar_dist.report.headline import headline, highest, title
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import interval, percent, quantity, shown, taken, while_training
+from cifar_dist.report.tables import interval, mean_and_deviation, percent, quantity, shown, taken, while_training
 from cifar_dist.study.record import StudyRecord
 
 MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
@@ -102,9 +102,9 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
         runs = [members[number] for number in group.members]
         found = [run.metrics | row_of(run, group.name) for run in runs]
         if len(runs) > 1:
-            names = (*further, "error_rate", "train_top1", "val_top1")
-            means = (_mean_and_sd([one[name] for one in found], percent) for name in names)
-            rows.append((group.name, f"mean of {len(runs)} runs", mean_accuracy(members, group), "", *means))
+            names = ("top1", *further, "train_top1", "val_top1")
+            test, *places, train, val = (mean_and_deviation([one[name] for one in found], percent) for name in names)
+            rows.append((group.name, f"mean of {len(runs)} runs", test, "", *places, "", train, val))
         for run, one in zip(runs, found, strict=True):
             rows.append(
                 (
@@ -117,22 +117,22 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
                 )
             )
     strong = [number for number, row in enumerate(rows) if not row[3]]
-    places = (name.replace("top", "top-") for name in further)
-    header = ("settings", "run", "test", "95 % interval", *places, "error", "train", "val")
+    header = (
+        "settings",
+        "run",
+        "test",
+        "95 % interval",
+        *(f"top-{name[3:]}" for name in further),
+        "error",
+        "train",
+        "val",
+    )
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
         f" Train, and the train loss below, are taken {_while_training(members)}."
     )
     return [Table(header, rows, strong), Text(explained), _other_numbers(members, groups)]
-
-
-def _mean_and_sd(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    """Mean and sample standard deviation of repeats; a dash where one lacks the number."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "–"
-    return f"{shown(float(np.mean(known)))} ± {shown(float(np.std(known, ddof=1))).removesuffix(' %')}"
 
 
 def _while_training(members: Sequence[Member]) -> str:
@@ -155,7 +155,9 @@ def _other_numbers(members: Sequence[Member], groups: Sequence[Group]) -> Table:
         if len(group.members) > 1:
             columns = zip(*(found[number] for number in group.members), strict=True)
             strong.append(len(rows))
-            rows.append((f"mean of {group.name}", *(_mean_and_sd(values, _four_digits) for values in columns), ""))
+            rows.append(
+                (f"mean of {group.name}", *(mean_and_deviation(values, _four_digits) for values in columns), "")
+            )
         for number in group.members:
             values = ("–" if value is None else _four_digits(value) for value in found[number])
             rows.append((members[number].name, *values, members[number].metrics["selected_on"]))

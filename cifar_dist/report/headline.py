@@ -9,7 +9,7 @@ from typing import Any
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.members import Member, spread
 from cifar_dist.report.predictions import AVERAGED
-from cifar_dist.report.tables import percent
+from cifar_dist.report.tables import mean_and_deviation, percent
 
 _MOST_NAMES = 3
 
@@ -29,7 +29,8 @@ def headline(members: Sequence[Member], groups: Sequence[Group], pairs: Sequence
     if all(member.scored.about.checkpoint == "last" for member in members):
         images += ", each at its last checkpoint"
     if len(groups) == 1:
-        return f"{len(members)} runs with {mean_accuracy(members, groups[0])} on {images}."
+        mean = mean_and_deviation([member.metrics["top1"] for member in members], percent)
+        return f"{len(members)} runs with {mean} on {images}."
     means = [spread(members, group)["mean_top1"] for group in groups]
     return f"Of {len(members)} runs on {images}, {_ahead(groups, means, pairs, len(members))}."
 
@@ -58,12 +59,6 @@ def _ahead(groups: Sequence[Group], means: Sequence[float], pairs: Sequence[dict
 def highest(means: Sequence[float]) -> list[int]:
     """Numbers of the highest; means that differ by rounding alone are equal."""
     return [number for number, mean in enumerate(means) if math.isclose(mean, max(means), abs_tol=1e-9)]
-
-
-def mean_accuracy(members: Sequence[Member], group: Group) -> str:
-    """Mean and sample standard deviation of a group's accuracies."""
-    found = spread(members, group)
-    return f"{percent(found['mean_top1'])} ± {100 * found['std_top1']:.2f}"
 
 
 def _listed(names: Sequence[str]) -> str:

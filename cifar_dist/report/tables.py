@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cifar_dist.config import Config
 from cifar_dist.memory import MIB
@@ -44,6 +46,14 @@ SHOWN_SETTINGS = [
 def percent(value: float) -> str:
     """A fraction in percent."""
     return f"{100 * value:.2f} %"
+
+
+def mean_and_deviation(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    """Mean and sample standard deviation of repeats, a number as `shown`; a dash where one lacks the number."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    return f"{shown(float(np.mean(known)))} ± {shown(float(np.std(known, ddof=1))).removesuffix(' %')}"
 
 
 def interval(pair: Sequence[float]) -> str:
