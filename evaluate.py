@@ -32,8 +32,8 @@ else:
     from accelerate import Accelerator
 
     from cifar_dist import export, scoring
-    from cifar_dist.aim import Aim, choose_aims, is_done, precision_of
     from cifar_dist.distributed.group import on_main, say, start
+    from cifar_dist.eval_spec import EvalSpec, choose_specs, is_done, precision_of
     from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.tracking.wandb_run import log_report
@@ -55,40 +55,40 @@ def main(arguments: argparse.Namespace | None = None) -> None:
     if arguments.wandb_report:
         wandb_report.runs_by_project(runs)
     accelerator = start(precision_of(runs[0]), WAIT_SECONDS)
-    aims = on_main(accelerator, lambda: choose_aims(runs, arguments.checkpoint, arguments.data, arguments.tta))
-    on_main(accelerator, lambda: check_places(aims, arguments))
-    for run, aim in zip(runs, aims, strict=True):
-        report(run, aim, arguments, accelerator)
+    specs = on_main(accelerator, lambda: choose_specs(runs, arguments.checkpoint, arguments.data, arguments.tta))
+    on_main(accelerator, lambda: check_places(specs, arguments))
+    for run, spec in zip(runs, specs, strict=True):
+        report(run, spec, arguments, accelerator)
     if len(runs) > 1:
-        on_main(accelerator, lambda: compare(runs, aims, arguments))
+        on_main(accelerator, lambda: compare(runs, specs, arguments))
     accelerator.end_training()
 
 
-def check_places(aims: list[Aim], arguments: argparse.Namespace) -> None:
+def check_places(specs: list[EvalSpec], arguments: argparse.Namespace) -> None:
     """Refuse folders that can't be written before the time that scoring takes."""
-    if len(aims) > 1:
-        make_room(comparison_folder(aims, arguments))
+    if len(specs) > 1:
+        make_room(comparison_folder(specs, arguments))
     if arguments.export is not None:
         export.check(arguments.export, arguments.onnx)
 
 
-def report(run: Run, aim: Aim, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+def report(run: Run, spec: EvalSpec, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
     """Score a run, unless that has been done, write and announce its report, and export its model if asked to."""
-    done, subject = on_main(accelerator, lambda: is_done(run, aim)), None
+    done, loaded = on_main(accelerator, lambda: is_done(run, spec)), None
     if not done:
-        say(accelerator, f"scoring     {run.folder}, checkpoint {aim.which}")
+        say(accelerator, f"scoring     {run.folder}, checkpoint {spec.which}")
     if not done or arguments.export is not None:
-        subject = scoring.load_subject(run, aim, accelerator)
-    if subject is not None and not done:
-        scoring.score(subject)
+        loaded = scoring.load_run(run, spec, accelerator)
+    if loaded is not None and not done:
+        scoring.score(loaded)
 
     def publish() -> None:
-        written = write_report(run, aim.folder)
-        announce(written, aim.folder, again=done)
-        if not done and (run.folder / "wandb_id").exists() and aim.folder.name == "report":
+        written = write_report(run, spec.folder)
+        announce(written, spec.folder, again=done)
+        if not done and (run.folder / "wandb_id").exists() and spec.folder.name == "report":
             to_wandb(run, written)
-        if subject is not None and arguments.export is not None:
-            deliver(subject, written, arguments)
+        if loaded is not None and arguments.export is not None:
+            deliver(loaded, written, arguments)
 
     on_main(accelerator, publish)
 
@@ -115,29 +115,29 @@ def to_wandb(run: Run, written: Report) -> None:
     log_report(run.folder, run.config, run.last_step, numbers | facts, written.pictures, written.tables)
 
 
-def deliver(subject: scoring.Subject, written: Report, arguments: argparse.Namespace) -> None:
+def deliver(loaded: scoring.LoadedRun, written: Report, arguments: argparse.Namespace) -> None:
     """Export the model, and upload it if asked to."""
-    export.export_run(subject.run, subject.model, written.metrics, arguments.export)
+    export.export_run(loaded.run, loaded.model, written.metrics, arguments.export)
     if arguments.onnx:
-        export.export_onnx(subject.model, subject.input, arguments.export)
+        export.export_onnx(loaded.model, loaded.input, arguments.export)
     print(f"export      {arguments.export}", flush=True)
     if arguments.push_to_hub:
         print(f"Hub         {export.push_to_hub(arguments.export, arguments.push_to_hub)}", flush=True)
 
 
-def comparison_folder(aims: list[Aim], arguments: argparse.Namespace) -> Path:
+def comparison_folder(specs: list[EvalSpec], arguments: argparse.Namespace) -> Path:
     """Where the comparison goes: beside the runs, and called like the reports that it compares.
 
     A set that is another one for some runs only, since the others' own have moved there, is in its name.
     """
-    name = "comparison" + max((aim.folder.name for aim in aims), key=len).removeprefix("report")
+    name = "comparison" + max((spec.folder.name for spec in specs), key=len).removeprefix("report")
     return arguments.output or arguments.run_dirs[0].resolve().parent / name
 
 
-def compare(runs: list[Run], aims: list[Aim], arguments: argparse.Namespace) -> None:
+def compare(runs: list[Run], specs: list[EvalSpec], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
-    output = comparison_folder(aims, arguments)
-    found = write_comparison(runs, [aim.folder for aim in aims], output)
+    output = comparison_folder(specs, arguments)
+    found = write_comparison(runs, [spec.folder for spec in specs], output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")
     print(f"comparison  {found.page}", flush=True)

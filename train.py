@@ -20,9 +20,9 @@ if __name__ == "__main__":
 from contextlib import closing
 from pathlib import Path
 
-from cifar_dist.distributed.control import Verdict
+from cifar_dist.distributed.control import StepFlags
 from cifar_dist.distributed.group import on_main, start
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.stop_request import StopRequest
 from cifar_dist.run_folder import create_run_dir, run_lock
@@ -53,17 +53,17 @@ def main(command: CommandLine | None = None) -> None:
 
 def run(setup: Setup, run_dir: Path) -> None:
     """Train in a folder that is this training's alone, and may be asked to stop."""
-    lock, pace = run_lock(run_dir), Pace(setup.config.run)
+    lock, timer = run_lock(run_dir), CheckpointTimer(setup.config.run)
     on_main(setup.accelerator, lambda: create_run_dir(lock, setup.config, setup.plan, setup.data.facts))
-    saver = Saver(run_dir, setup.accelerator, pace, setup.config.run.keep_last)
-    with StopRequest(pace.time_is_up) as request:
-        train(Job(setup, run_dir, request, pace, saver))
+    saver = Saver(run_dir, setup.accelerator, timer, setup.config.run.keep_last)
+    with StopRequest(timer.time_is_up) as request:
+        train(Job(setup, run_dir, request, timer, saver))
     lock.release()
 
 
 def train(job: Job) -> None:
     """Train to the plan's last step; evaluate and checkpoint at the end of every epoch."""
-    config, plan, pace = job.setup.config, job.setup.plan, job.pace
+    config, plan, timer = job.setup.config, job.setup.plan, job.timer
     trained = prepare(job.setup)
     state = resume(job, trained)
 
@@ -75,23 +75,23 @@ def train(job: Job) -> None:
     with closing(feed.batches) as batches, Progress(job.run_dir, job.setup, feed, state) as progress, job.saver:
         stopped = False
         while not stopped and state.goes_on(plan, config.run.patience):
-            verdict = Verdict()
+            flags = StepFlags()
             if not state.owes_evaluation(plan):  # a run that was stopped within one begins with it
                 lr = schedule.apply(state.step)
                 trained.parallel.model.train()
-                with pace.step():
-                    share, verdict = train_step(stepper, batches(state.step), job.wish)
-                if verdict.bad:
-                    progress.say(decline(job, trained, state, batches, verdict))
+                with timer.step():
+                    share, flags = train_step(stepper, batches(state.step), job.flags)
+                if flags.refused:
+                    progress.say(decline(job, trained, state, batches, flags))
                 else:
                     trained.average()
-                if not verdict.lost:
-                    progress.stepped(state, None if verdict.bad else share, lr)
+                if not flags.lost:
+                    progress.stepped(state, None if flags.refused else share, lr)
 
-            stopped, saves, best = verdict.stop, verdict.save or pace.saves_at(state.step), False
+            stopped, saves, best = flags.stop, flags.save or timer.saves_at(state.step), False
             evaluates = state.owes_evaluation(plan) and not stopped
             with progress.paused():
-                if evaluates or not verdict.writing:  # an evaluation may take long, and end the run
+                if evaluates or not flags.writing:  # an evaluation may take long, and end the run
                     job.saver.finish()
                 if evaluates:
                     judgement = assess(job, trained, state, feed, progress)

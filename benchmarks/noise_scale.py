@@ -26,7 +26,7 @@ from cifar_dist.distributed.group import autocast, device_bytes, start
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import make_plan
 from cifar_dist.run_record import open_run
-from cifar_dist.scoring import Aim, Subject, load_subject
+from cifar_dist.scoring import EvalSpec, LoadedRun, load_run
 from cifar_dist.training.batches import ResidentBatches
 from cifar_dist.training.sizes import measure
 
@@ -44,13 +44,13 @@ def noise_scale(gradients: Iterable[torch.Tensor], batch: int) -> float:
     return noise / squared if squared > 0 else float("inf")
 
 
-def gradients(subject: Subject, batches: ResidentBatches, count: int) -> Iterator[torch.Tensor]:
+def gradients(loaded: LoadedRun, batches: ResidentBatches, count: int) -> Iterator[torch.Tensor]:
     """Gradients (P,) of as many steps as would come next."""
-    model, config = subject.model.train(), subject.run.config
+    model, config = loaded.model.train(), loaded.run.config
     for step in range(count):
         model.zero_grad()
-        for batch in batches(subject.stored.step + step):
-            with autocast(subject.accelerator.device, config.run.precision):
+        for batch in batches(loaded.stored.step + step):
+            with autocast(loaded.accelerator.device, config.run.precision):
                 logits = model(batch.images).float()
             smoothing = 0.0 if batch.targets.is_floating_point() else config.augment.smoothing
             losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
@@ -67,16 +67,16 @@ def main() -> None:
     run = open_run(args.run_dir)
     config = run.config
     accelerator = start(config.run.precision)
-    subject = load_subject(run, Aim("last", None, None, "none", config.run.precision, args.run_dir), accelerator)
+    loaded = load_run(run, EvalSpec("last", None, None, "none", config.run.precision, args.run_dir), accelerator)
     data = load_training_data(config.data, device_bytes(accelerator))
     if not isinstance(data.train, ResidentSet):
         raise UsageError(f"RUN_DIR {args.run_dir} streams its data; this works on resident images.")
-    plan = make_plan(config, measure(config, data, subject.model), 1)
+    plan = make_plan(config, measure(config, data, loaded.model), 1)
     parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
-    batches = ResidentBatches(data.train, config, plan, subject.input, parallel)  # type: ignore[arg-type]
+    batches = ResidentBatches(data.train, config, plan, loaded.input, parallel)  # type: ignore[arg-type]
     set_seed(0)
-    found = noise_scale(gradients(subject, batches, args.batches), plan.batch_size)
-    print(f"{args.run_dir}: after {subject.stored.step} steps with batches of {plan.batch_size}, the noise scale is")
+    found = noise_scale(gradients(loaded, batches, args.batches), plan.batch_size)
+    print(f"{args.run_dir}: after {loaded.stored.step} steps with batches of {plan.batch_size}, the noise scale is")
     print(f"{found:,.0f} images (from {args.batches} gradients)")
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.aim import Aim
 from cifar_dist.config import InputConfig
 from cifar_dist.cost.flops import count_flops
 from cifar_dist.cost.peak import device_peak
@@ -22,6 +21,7 @@ from cifar_dist.data.augment import VIEWS, Preprocess
 from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.group import check_agreement, first_failure, on_main, say
 from cifar_dist.errors import UsageError, first_line
+from cifar_dist.eval_spec import EvalSpec
 from cifar_dist.explain import Unexplained, attention_rollout, grad_cam, target_of
 from cifar_dist.models import build_model, count_parameters, input_config
 from cifar_dist.recovery import checkpoint
@@ -34,12 +34,12 @@ from cifar_dist.training.engine import Evaluator
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedRun:
     """A run's model with the weights of one of its checkpoints, on its device.
 
     Attributes:
         run: what was trained.
-        aim: how it is scored.
+        spec: how it is scored.
         stored: the checkpoint.
         model: in evaluation mode.
         input: what it expects of images.
@@ -47,20 +47,20 @@ class Subject:
     """
 
     run: Run
-    aim: Aim
+    spec: EvalSpec
     stored: Stored
     model: torch.nn.Module
     input: InputConfig
     accelerator: Accelerator
 
 
-def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
+def load_run(run: Run, spec: EvalSpec, accelerator: Accelerator) -> LoadedRun:
     """Build the run's model and give it the checkpoint's weights (their moving average if the run kept one).
 
     Raises:
         UsageError: there is no such checkpoint, or it is damaged or of another model.
     """
-    stored = on_main(accelerator, lambda: checkpoint.find(run.folder, aim.which))  # a training may go on meanwhile
+    stored = on_main(accelerator, lambda: checkpoint.find(run.folder, spec.which))  # a training may go on meanwhile
     if not accelerator.is_main_process:
         stored = checkpoint.find(run.folder, str(stored.folder))
     check_agreement(accelerator, {"checkpoint": stored.digest})
@@ -69,109 +69,109 @@ def load_subject(run: Run, aim: Aim, accelerator: Accelerator) -> Subject:
     try:
         model.load_state_dict(checkpoint.load_weights(stored))
     except RuntimeError:
-        raise UsageError(f"{run.folder}: checkpoint {aim.which} does not fit the model of its config.yaml.") from None
+        raise UsageError(f"{run.folder}: checkpoint {spec.which} does not fit the model of its config.yaml.") from None
     inputs = input_config(model, run.config.model)
-    return Subject(run, aim, stored, model.to(accelerator.device).eval(), inputs, accelerator)
+    return LoadedRun(run, spec, stored, model.to(accelerator.device).eval(), inputs, accelerator)
 
 
-def score(subject: Subject) -> None:
+def score(loaded: LoadedRun) -> None:
     """Score test and val, and save all that a report needs.
 
     Raises:
         UsageError: the data cannot be used, or the model predicts NaN.
     """
-    data = test_data(subject.run, subject.aim)
-    scored, val = score_test(subject, data), score_val(subject)
-    say(subject.accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
-    on_main(subject.accelerator, lambda: save_findings(subject, scored, val, data))
+    data = test_data(loaded.run, loaded.spec)
+    scored, val = score_test(loaded, data), score_val(loaded)
+    say(loaded.accelerator, "measuring   what the model looks at, its speed and memory; then its pictures are drawn")
+    on_main(loaded.accelerator, lambda: save_findings(loaded, scored, val, data))
 
 
-def test_data(run: Run, aim: Aim) -> TestData:
+def test_data(run: Run, spec: EvalSpec) -> TestData:
     """The run's own test split, or that of another set with the same classes.
 
     Raises:
         UsageError: the data cannot be used, or their classes are not the run's.
     """
-    if aim.other is not None:
-        return load_other_test_data(aim.other, run.config.data, run.environment["class_names"])
+    if spec.other is not None:
+        return load_other_test_data(spec.other, run.config.data, run.environment["class_names"])
     try:
-        data = load_test_data(aim.own)
+        data = load_test_data(spec.own)
     except UsageError as error:
         hint = f" If the data of {run.folder} have moved, score it with --data and their new place first."
-        raise UsageError(f"{error}{hint if aim.fingerprint is None else ''}") from None
+        raise UsageError(f"{error}{hint if spec.fingerprint is None else ''}") from None
     run.check_classes(data.class_names, data.name)
     return data
 
 
-def score_test(subject: Subject, data: TestData) -> Scored:
+def score_test(loaded: LoadedRun, data: TestData) -> Scored:
     """Predictions for the test split.
 
     Raises:
         UsageError: processes have other data, or the model predicts NaN.
     """
-    check_agreement(subject.accelerator, {"test split": data.fingerprint})
-    about = _about(subject, data.name, "test", data.fingerprint)
-    aim, named = subject.aim, subject.run.config.data.dataset
-    place = aim.other or (aim.own.dataset if aim.own.dataset != named else None)
-    scored = _score(subject, data.test, replace(about, own_data=aim.other is None, place=place))
+    check_agreement(loaded.accelerator, {"test split": data.fingerprint})
+    about = _about(loaded, data.name, "test", data.fingerprint)
+    spec, named = loaded.spec, loaded.run.config.data.dataset
+    place = spec.other or (spec.own.dataset if spec.own.dataset != named else None)
+    scored = _score(loaded, data.test, replace(about, own_data=spec.other is None, place=place))
     return replace(scored, files=data.files)
 
 
-def score_val(subject: Subject) -> Scored | None:
+def score_val(loaded: LoadedRun) -> Scored | None:
     """Predictions for the split that the run set apart to choose by, or None if it had none or it is not at hand."""
-    run, missing, val = subject.run, "", None
-    config = replace(subject.aim.own, data_mode=run.data_mode)
+    run, missing, val = loaded.run, "", None
+    config = replace(loaded.spec.own, data_mode=run.data_mode)
     try:
         val = load_val_data(config)
     except UsageError as error:
         missing = str(error)
-    if missing := first_failure(subject.accelerator, missing):
-        say(subject.accelerator, f"val         is not at hand, so no temperature is fitted ({missing})")
+    if missing := first_failure(loaded.accelerator, missing):
+        say(loaded.accelerator, f"val         is not at hand, so no temperature is fitted ({missing})")
         return None
     if val is None:
         return None
-    about = _about(subject, config.dataset, "val", str(run.environment.get("data_fingerprint")))
-    return _score(subject, val, about)
+    about = _about(loaded, config.dataset, "val", str(run.environment.get("data_fingerprint")))
+    return _score(loaded, val, about)
 
 
-def _about(subject: Subject, dataset: str, split: str, fingerprint: str) -> About:
-    aim, stored = subject.aim, subject.stored
+def _about(loaded: LoadedRun, dataset: str, split: str, fingerprint: str) -> About:
+    spec, stored = loaded.spec, loaded.stored
     return About(
-        dataset, split, fingerprint, aim.which, stored.step, stored.digest, tta=aim.tta, precision=aim.precision
+        dataset, split, fingerprint, spec.which, stored.step, stored.digest, tta=spec.tta, precision=spec.precision
     )
 
 
-def _score(subject: Subject, split: ResidentSet, about: About) -> Scored:
+def _score(loaded: LoadedRun, split: ResidentSet, about: About) -> Scored:
     """Logits of every image, each once, whatever the number of processes."""
-    preprocess = Preprocess(subject.input, subject.accelerator.device, torch.float32)
-    batch = subject.run.plan["micro_batch_size"]
-    evaluator = Evaluator(subject.accelerator, preprocess, batch, subject.aim.precision)
-    images = split.to(subject.accelerator.device)
+    preprocess = Preprocess(loaded.input, loaded.accelerator.device, torch.float32)
+    batch = loaded.run.plan["micro_batch_size"]
+    evaluator = Evaluator(loaded.accelerator, preprocess, batch, loaded.spec.precision)
+    images = split.to(loaded.accelerator.device)
     if about.tta == "none":
-        logits = evaluator.logits(subject.model, images)
+        logits = evaluator.logits(loaded.model, images)
     else:
         parts = [
-            evaluator.logits(subject.model, images, view).double().log_softmax(dim=1) + math.log(view.weight)
+            evaluator.logits(loaded.model, images, view).double().log_softmax(dim=1) + math.log(view.weight)
             for view in VIEWS[about.tta]
         ]
         logits = torch.stack(parts).logsumexp(dim=0).float()
     if not logits.isfinite().all():
         raise UsageError(
-            f"{subject.run.folder}: checkpoint {about.checkpoint} (step {about.step}) predicts NaN; the run diverged."
+            f"{loaded.run.folder}: checkpoint {about.checkpoint} (step {about.step}) predicts NaN; the run diverged."
         )
-    names = tuple(subject.run.environment["class_names"])
+    names = tuple(loaded.run.environment["class_names"])
     return Scored(split.ids.numpy(), split.labels.numpy(), logits.numpy(), names, about)
 
 
-def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evidence:
+def gather_evidence(loaded: LoadedRun, scored: Scored, test: ResidentSet) -> Evidence:
     """Pixels of the images that a report shows, with Grad-CAM and attention rollout of what was predicted for some."""
     chosen = choose(scored)
     explained, shown = torch.tensor(chosen.explained), torch.tensor(chosen.shown)
     found = Evidence(scored.ids[chosen.shown], test.images[shown].cpu().numpy(), scored.ids[chosen.explained])
-    device = subject.accelerator.device
-    images = Preprocess(subject.input, device, torch.float32)(test.images[explained].to(device))
+    device = loaded.accelerator.device
+    images = Preprocess(loaded.input, device, torch.float32)(test.images[explained].to(device))
     classes = torch.from_numpy(scored.predicted[chosen.explained]).to(device)
-    model, layer = subject.model, ""
+    model, layer = loaded.model, ""
     methods: dict[str, Callable[[], torch.Tensor | None]] = {
         "grad_cam": lambda: grad_cam(model, images, classes),
         "rollout": lambda: attention_rollout(model, images),
@@ -186,7 +186,7 @@ def gather_evidence(subject: Subject, scored: Scored, test: ResidentSet) -> Evid
         except RuntimeError as error:  # of the model's own code, or out of memory
             unexplained[name] = f"It failed: {first_line(error)}."
     if "grad_cam" in maps:
-        layer = target_of(model, subject.input.img_size).name
+        layer = target_of(model, loaded.input.img_size).name
     return replace(found, layer=layer, maps=maps, unexplained=unexplained)
 
 
@@ -194,33 +194,33 @@ def _bytes(maps: torch.Tensor) -> np.ndarray:
     return (maps * 255).round().to(torch.uint8).numpy()
 
 
-def measure_cost(subject: Subject) -> dict[str, Any]:
+def measure_cost(loaded: LoadedRun) -> dict[str, Any]:
     """What the model takes: parameters, FLOPs, and the time and memory of inference on this machine."""
-    parameters, trained = count_parameters(subject.model)
-    flops = count_flops(subject.model, subject.input.img_size)
-    speed = measure_speed(subject.model, subject.input, subject.accelerator.device, subject.aim.precision)
-    peak = device_peak(subject.accelerator.device, subject.aim.precision)
+    parameters, trained = count_parameters(loaded.model)
+    flops = count_flops(loaded.model, loaded.input.img_size)
+    speed = measure_speed(loaded.model, loaded.input, loaded.accelerator.device, loaded.spec.precision)
+    peak = device_peak(loaded.accelerator.device, loaded.spec.precision)
     return {
         "parameters": parameters,
         "trained_parameters": trained,
-        "img_size": subject.input.img_size,
+        "img_size": loaded.input.img_size,
         "flops": asdict(flops),
         "inference": asdict(speed),
         "peak": asdict(peak),
     }
 
 
-def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: TestData) -> None:
+def save_findings(loaded: LoadedRun, scored: Scored, val: Scored | None, data: TestData) -> None:
     """Save all that a report needs: maps and pixels, costs, the predictions of val and test."""
-    folder = subject.aim.folder
+    folder = loaded.spec.folder
     try:
         folder.mkdir(exist_ok=True)
         # Test's predictions are written last, and tell that all is there; pages are of earlier ones.
         scores = [predictions_file(folder, split) for split in ("test", "val")]
         for path in (*scores, *folder.glob("report.*"), folder / "metrics.json"):
             path.unlink(missing_ok=True)
-        gather_evidence(subject, scored, data.test).save(folder)
-        cost = json.dumps(_cost_or_nothing(subject), indent=1)
+        gather_evidence(loaded, scored, data.test).save(folder)
+        cost = json.dumps(_cost_or_nothing(loaded), indent=1)
         (folder / COST_FILE).write_text(cost + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename or folder} cannot be written ({error.strerror}); make way for it.") from None
@@ -229,10 +229,10 @@ def save_findings(subject: Subject, scored: Scored, val: Scored | None, data: Te
     save_predictions(folder, scored)
 
 
-def _cost_or_nothing(subject: Subject) -> dict[str, Any]:
+def _cost_or_nothing(loaded: LoadedRun) -> dict[str, Any]:
     """What `measure_cost` finds; nothing where the model's own code fails, which must not cost the report."""
     try:
-        return measure_cost(subject)
+        return measure_cost(loaded)
     except (RuntimeError, UsageError) as error:
         print(f"cost        is not measured: {first_line(error)}", flush=True)
         return {}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from cifar_dist import aim, scoring
+from cifar_dist import eval_spec, scoring
 from cifar_dist.config import Config
 from cifar_dist.data import load_test_data, load_training_data
 from cifar_dist.data.augment import VIEWS
@@ -46,7 +46,7 @@ def quickly(monkeypatch, fresh_accelerate):
     """What drawing and timing take is not what is tested here."""
     monkeypatch.setattr("cifar_dist.report.one_run._write_pictures", lambda *_: {})
     monkeypatch.setattr("cifar_dist.report.comparison_figures.write", lambda *_: {})
-    monkeypatch.setattr(scoring, "measure_cost", lambda subject: COST)
+    monkeypatch.setattr(scoring, "measure_cost", lambda loaded: COST)
 
 
 def commit_weights(folder, weights, best=True, step=20):
@@ -375,7 +375,7 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_scored(tmp_
         run_script(script, monkeypatch, *runs)
     (runs[1] / "environment.json").write_text(json.dumps(facts))
     marks = iter(["of a", "of b"])
-    monkeypatch.setattr(aim, "_fingerprint", lambda *_: next(marks))
+    monkeypatch.setattr(eval_spec, "_fingerprint", lambda *_: next(marks))
     with pytest.raises(UsageError, match=r"on data with other fingerprints \(of a and of b\); score both"):
         run_script(script, monkeypatch, *runs)
 

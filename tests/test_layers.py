@@ -31,7 +31,7 @@ LAYERS = [
     {"training", "run_record", "study"},
     {"cost"},
     {"report"},
-    {"export", "aim"},
+    {"export", "eval_spec"},
     {"scoring"},
 ]
 MODULES = sorted((ROOT / "cifar_dist").rglob("*.py"))

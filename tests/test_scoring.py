@@ -22,8 +22,8 @@ def two_checkpoints(tmp_path):
     return open_run(folder)
 
 
-def aim(run):
-    return scoring.Aim("best", run.config.data, None, None, "none", "fp32", run.folder / "report")
+def spec(run):
+    return scoring.EvalSpec("best", run.config.data, None, None, "none", "fp32", run.folder / "report")
 
 
 def ranks(work, count=2):
@@ -39,14 +39,14 @@ def ranks(work, count=2):
 
 
 def test_a_checkpoint_that_comes_meanwhile_is_scored_by_no_process(two_checkpoints, monkeypatch):
-    run, find, data = two_checkpoints, checkpoint.find, scoring.test_data(two_checkpoints, aim(two_checkpoints))
+    run, find, data = two_checkpoints, checkpoint.find, scoring.test_data(two_checkpoints, spec(two_checkpoints))
 
     def score(accelerator):
         late = accelerator.process_index == 1  # by then there is another best
         monkeypatch.setattr(
             checkpoint, "find", lambda folder, which: find(folder, "last" if late and which == "best" else which)
         )
-        scored = scoring.score_test(scoring.load_subject(run, aim(run), accelerator), data)
+        scored = scoring.score_test(scoring.load_run(run, spec(run), accelerator), data)
         return scored.about.step, scored.logits
 
     ((step, alone),) = ranks(lambda accelerator: score(accelerator), count=1)
@@ -58,11 +58,11 @@ def test_a_checkpoint_that_comes_meanwhile_is_scored_by_no_process(two_checkpoin
 
 def test_a_process_with_other_test_images_is_named(two_checkpoints, monkeypatch):
     def score(accelerator):
-        subject = scoring.load_subject(two_checkpoints, aim(two_checkpoints), accelerator)
-        data = scoring.test_data(two_checkpoints, aim(two_checkpoints))
+        loaded = scoring.load_run(two_checkpoints, spec(two_checkpoints), accelerator)
+        data = scoring.test_data(two_checkpoints, spec(two_checkpoints))
         if accelerator.process_index == 1:
             data = scoring.replace(data, fingerprint="another")
-        return scoring.score_test(subject, data)
+        return scoring.score_test(loaded, data)
 
     for message in ranks(score):
         assert "process 1" in message and "has another test split than process 0" in message
@@ -78,7 +78,7 @@ def test_val_that_one_process_lacks_is_scored_by_none(two_checkpoints, monkeypat
             return load(config)
 
         monkeypatch.setattr(scoring, "load_val_data", missing)
-        return scoring.score_val(scoring.load_subject(two_checkpoints, aim(two_checkpoints), accelerator))
+        return scoring.score_val(scoring.load_run(two_checkpoints, spec(two_checkpoints), accelerator))
 
     assert ranks(score) == [None, None]
 
@@ -91,5 +91,5 @@ def test_val_of_a_run_that_came_to_stream_is_all_that_is_decoded(
     assert streamed.mode == "stream"
     run.environment["data_mode"] = "stream"
     monkeypatch.setattr("cifar_dist.data.load_resident", lambda *_: pytest.fail("all of train is decoded"))
-    scored = scoring.score_val(scoring.load_subject(run, aim(run), start("fp32")))
+    scored = scoring.score_val(scoring.load_run(run, spec(run), start("fp32")))
     np.testing.assert_array_equal(scored.ids, streamed.val.ids)

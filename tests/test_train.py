@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 import train
 from cifar_dist import scoring
-from cifar_dist.aim import choose_aims
 from cifar_dist.command_line import load_config
 from cifar_dist.data import load_test_data
 from cifar_dist.distributed.ending import run_main
+from cifar_dist.eval_spec import choose_specs
 from cifar_dist.models import build_model, input_config
 from cifar_dist.run_record import open_run
 from cifar_dist.training import progress
@@ -128,8 +128,8 @@ def test_val_is_the_split_that_the_data_bring_for_it(start, tmp_path, capfd):
     assert score["val/top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert score["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
     AcceleratorState._reset_state(reset_partial_state=True)
-    subject = scoring.load_subject(run, choose_aims([run], "last", None, "none")[0], Accelerator(cpu=True))
-    np.testing.assert_allclose(scoring.score_val(subject).logits, logits, atol=1e-4)
+    loaded = scoring.load_run(run, choose_specs([run], "last", None, "none")[0], Accelerator(cpu=True))
+    np.testing.assert_allclose(scoring.score_val(loaded).logits, logits, atol=1e-4)
 
 
 def test_photographs_are_kept_at_32_pixels_only_for_those_who_ask(start, tmp_path, monkeypatch, capfd):

@@ -28,7 +28,7 @@ from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.recovery import checkpoint, saver
 from cifar_dist.recovery.checkpoint import Trained
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
 from cifar_dist.run_folder import processor
@@ -136,7 +136,7 @@ class Small:
         optimizer.step()
         accelerator = start("fp32", 60)
         self._trained = Trained(Replicated(accelerator, model, optimizer, None), self._ema)
-        self._saver = Saver(run_dir, accelerator, Pace(RunConfig()))
+        self._saver = Saver(run_dir, accelerator, CheckpointTimer(RunConfig()))
         if one_thread:
             saver.beside = at_once
 

@@ -35,7 +35,7 @@ from cifar_dist.distributed.group import start
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.recovery.checkpoint import Trained
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
 
@@ -79,7 +79,7 @@ class Training:
         self._trained = Trained(self._parallel, ModelEmaV3(model))
         self._images = torch.randn(BATCH, *size, device=accelerator.device)
         folder.mkdir(parents=True)
-        self.run_dir, self._saver = folder, Saver(folder, accelerator, Pace(RunConfig()))
+        self.run_dir, self._saver = folder, Saver(folder, accelerator, CheckpointTimer(RunConfig()))
         self._saved = 0
 
     def steps(self, count: int) -> None:

@@ -9,52 +9,42 @@ from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the processes agreed on after a step: alike on all of them; nothing, where there was none.
+class StepFlags:
+    """What one process says of a step, or what holds for all of them: then each is set if it is on some process.
 
     Attributes:
-        bad: the loss, or the gradient of the global batch, is not finite on some process.
-        stop: some process was asked to stop.
-        save: some process's clock says that a checkpoint is due.
-        writing: some process is still writing the last one.
-        lost: some process has no more data; the step is refused as a bad one.
+        refused: the step must not be made: the loss, or the gradient of the global batch, is not finite, or `lost`.
+        stop: this training was asked to stop.
+        save: a checkpoint is due by the clock.
+        writing: the last one is still being written.
+        lost: there are no more data.
     """
 
-    bad: bool = False
+    refused: bool = False
     stop: bool = False
     save: bool = False
     writing: bool = False
     lost: bool = False
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What this process tells the others after the step: to stop, to save, that it is still writing a checkpoint."""
+class FlagReduction:
+    """The flags of all processes put together, while the device is given more to do.
 
-    stop: bool = False
-    save: bool = False
-    writing: bool = False
-
-
-class Agreement:
-    """What the processes decide together about a step: under way, so that the device gets more to do meanwhile.
-
-    One reduction, if there are several processes, and, in `verdict`, the step's one host sync.
+    One reduction, if there are several processes, and, in `result`, the step's one host sync.
 
     Args:
         accelerator: of this process.
-        bad: bool (), on the device: whether something is not finite here.
-        wish: what this process would have the others do.
-        lost: whether this process has no data.
+        nonfinite: bool (), on the device: whether something is not finite here.
+        own: this process's flags otherwise.
 
     Attributes:
         refused: float32 (), on the device: 1 if the step must not be made, on whichever process, else 0.
     """
 
-    def __init__(self, accelerator: Accelerator, bad: torch.Tensor, wish: Wish, lost: bool):
-        self._own = (lost, wish.stop, wish.save, wish.writing)
+    def __init__(self, accelerator: Accelerator, nonfinite: torch.Tensor, own: StepFlags):
+        self._own = (own.stop, own.save, own.writing, own.lost)
         self._arrived: torch.cuda.Event | None = None
-        flags = (bad | lost).float().view(1)
+        flags = (nonfinite | own.lost).float().view(1)
         if accelerator.num_processes > 1:
             flags = torch.cat([flags, *(torch.full_like(flags, flag) for flag in self._own)])
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
@@ -64,25 +54,24 @@ class Agreement:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def verdict(self) -> Verdict:
+    def result(self) -> StepFlags:
         """Wait for the flags, and for nothing that the device was given since."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        bad, *others = (flag > 0 for flag in self._flags.tolist())
-        lost, stop, save, writing = others or self._own
-        return Verdict(bad=bad, stop=stop, save=save, writing=writing, lost=lost)
+        refused, *others = (flag > 0 for flag in self._flags.tolist())
+        return StepFlags(refused, *(others or self._own))
 
 
-def any_of(accelerator: Accelerator, wish: bool) -> bool:
-    """Whether some process wishes so: one reduction and a host sync."""
+def any_of(accelerator: Accelerator, own: bool) -> bool:
+    """Whether it is so on some process: one reduction and a host sync."""
     if accelerator.num_processes == 1:
-        return wish
-    flag = torch.tensor(float(wish), device=accelerator.device)
+        return own
+    flag = torch.tensor(float(own), device=accelerator.device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return flag.item() > 0
 
 
-class BeforeStep:
+class Snapshot:
     """What a forward pass changes although its step may be refused: buffers (BatchNorm) and random streams.
 
     Args:
@@ -98,7 +87,7 @@ class BeforeStep:
         # A list for each type: on a GPU torch copies the tensors of a mixed one by one.
         self._lists = [(buffers, [torch.empty_like(buffer) for buffer in buffers]) for buffers in of_type.values()]
 
-    def keep(self) -> None:
+    def take(self) -> None:
         """Remember the state before a step."""
         for buffers, kept in self._lists:
             torch._foreach_copy_(kept, buffers)
@@ -106,7 +95,7 @@ class BeforeStep:
         if self._device.type == "cuda":
             self._random.append(torch.cuda.get_rng_state(self._device))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Undo what the step has changed."""
         for buffers, kept in self._lists:
             torch._foreach_copy_(buffers, kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_dist.explain.held_still import held_still
+from cifar_dist.explain.frozen_in_eval import frozen_in_eval
 from cifar_dist.explain.target import (
     Target,
     Unexplained,
@@ -42,7 +42,7 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         Unexplained: no layer's output is a map.
     """
     maps = []
-    with held_still(model):
+    with frozen_in_eval(model):
         target = choose(model, images[:1])
         for some, wanted in zip(images.split(BATCH_SIZE), classes.split(BATCH_SIZE), strict=True):
             maps.append(_enlarge(_weighted_activations(model, target, some, wanted), images.shape[-1]))
@@ -69,7 +69,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor | None:
     if not has_class_token(model):
         return None
     prefix, maps = prefix_tokens(model), []
-    with held_still(model), torch.no_grad():
+    with frozen_in_eval(model), torch.no_grad():
         for some in images.split(BATCH_SIZE):
             seen = _rolled_out(model, some)[:, 0, prefix:, None]
             maps.append(_enlarge(tokens_to_map(0, seen)[:, 0], images.shape[-1]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.explain.held_still import held_still
+from cifar_dist.explain.frozen_in_eval import frozen_in_eval
 
 ToMap = Callable[[Tensor], Tensor]
 SMALLEST_SIDE = 4  # a coarser map says little about where; an earlier layer's is taken if it is finer
@@ -52,7 +52,7 @@ def target_of(model: nn.Module, img_size: int) -> Target:
         Unexplained: no layer's output is a map.
     """
     parameter = next(model.parameters())
-    with held_still(model):
+    with frozen_in_eval(model):
         return choose(model, torch.zeros(1, 3, img_size, img_size, device=parameter.device, dtype=parameter.dtype))
 
 

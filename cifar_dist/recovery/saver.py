@@ -23,7 +23,7 @@ from cifar_dist.distributed.group import gather, on_main
 from cifar_dist.errors import Diverged, UsageError, first_line
 from cifar_dist.recovery import checkpoint, store
 from cifar_dist.recovery.checkpoint import Trained
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.store import Files
 from cifar_dist.recovery.train_state import TrainState
 
@@ -51,13 +51,13 @@ class Saver:
     Args:
         run_dir: the run's folder.
         accelerator: of this process.
-        pace: is told when a checkpoint begins and what it took.
+        timer: is told when a checkpoint begins and what it took.
         keep_last: how many of the newest are kept, besides the best one.
     """
 
-    def __init__(self, run_dir: Path, accelerator: Accelerator, pace: Pace, keep_last: int = 2):
+    def __init__(self, run_dir: Path, accelerator: Accelerator, timer: CheckpointTimer, keep_last: int = 2):
         self._run_dir, self._root, self._keep_last = run_dir, run_dir / "checkpoints", keep_last
-        self._accelerator, self._pace = accelerator, pace
+        self._accelerator, self._timer = accelerator, timer
         self._begun: _Begun | None = None
 
     def __enter__(self) -> Saver:
@@ -85,7 +85,7 @@ class Saver:
         self.finish()
         if not best and on_main(self._accelerator, lambda: self._holds(state)):
             return
-        self._pace.save_begins()
+        self._timer.save_begins()
         began = time.monotonic()
         contents = checkpoint.contents(trained, state)
         if not on_main(self._accelerator, lambda: contents.finite):
@@ -117,7 +117,7 @@ class Saver:
             on_main(self._accelerator, lambda: shutil.rmtree(begun.aside, ignore_errors=True))
             raise self._refused(begun.step, failure)
         longest = max(seconds for _, seconds in found)
-        self._pace.save_took(begun.copy_seconds + longest + time.monotonic() - began)
+        self._timer.save_took(begun.copy_seconds + longest + time.monotonic() - began)
 
     def _holds(self, state: TrainState) -> bool:
         last = store.latest_manifest(self._root)

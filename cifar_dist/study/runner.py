@@ -26,7 +26,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.recovery import stop_request
 from cifar_dist.study.file import Study, StudyRun, load_study
 from cifar_dist.study.record import StudyRecord, forget_failure, note_failure, save_record
-from cifar_dist.study.state import Standing, standing_of, standings
+from cifar_dist.study.state import RunStatus, status_of, statuses
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.2
@@ -75,7 +75,7 @@ def main() -> None:
     if arguments.report:
         sys.exit(0 if compare(study, Signals().listen()) else FAILURE_STATUS)
     check_settings(study)
-    found = standings(study)
+    found = statuses(study)
     if arguments.list:
         put("".join(listed(study, found)))
         return
@@ -138,13 +138,13 @@ def arguments_of(study: Study, number: int) -> tuple[str, ...]:
     return study.runs[number].arguments
 
 
-def listed(study: Study, found: Sequence[Standing]) -> list[str]:
+def listed(study: Study, found: Sequence[RunStatus]) -> list[str]:
     """A line a run: number, state, name, command."""
-    states, names = max(len(str(standing)) for standing in found), max(len(run.name) for run in study.runs)
+    states, names = max(len(str(status)) for status in found), max(len(run.name) for run in study.runs)
     return [
-        f"{number:<{len(str(len(found) - 1))}}  {standing!s:{states}}  {run.name:{names}}  "
+        f"{number:<{len(str(len(found) - 1))}}  {status!s:{states}}  {run.name:{names}}  "
         f"{shlex.join(['python', 'train.py', *run.arguments])}\n"
-        for number, (run, standing) in enumerate(zip(study.runs, found, strict=True))
+        for number, (run, status) in enumerate(zip(study.runs, found, strict=True))
     ]
 
 
@@ -165,18 +165,18 @@ def check_settings(study: Study) -> None:
             raise UsageError(f"study {study.path}, run {run.name}: {error}") from None
 
 
-def refuse_what_is_in_the_way(study: Study, found: Sequence[Standing]) -> None:
+def refuse_what_is_in_the_way(study: Study, found: Sequence[RunStatus]) -> None:
     """Refuse, before anything runs, to work around folders that are not the study's.
 
     Raises:
         UsageError: a run's folder cannot be continued.
     """
-    stuck = [(run, standing) for run, standing in zip(study.runs, found, strict=True) if standing.in_the_way]
+    stuck = [(run, status) for run, status in zip(study.runs, found, strict=True) if status.in_the_way]
     if stuck:
-        (run, standing), more = stuck[0], len(stuck) - 1
+        (run, status), more = stuck[0], len(stuck) - 1
         others = f" (and {more} more, see --list)" if more else ""
         raise UsageError(
-            f"study {study.path}, run {run.name}{others}: {standing.in_the_way}; move {run.folder} away, give the"
+            f"study {study.path}, run {run.name}{others}: {status.in_the_way}; move {run.folder} away, give the"
             " recipe's entry a name, or the study another runs_dir."
         )
 
@@ -187,7 +187,7 @@ def train_all(study: Study, signals: Signals) -> list[StudyRun]:
     for number, run in enumerate(study.runs, 1):
         if signals.first:
             break
-        before = standing_of(run)  # as it is now: those before took hours
+        before = status_of(run)  # as it is now: those before took hours
         if not before.is_due:
             say(run, "finished before" if before.finished else "is running elsewhere, and left to that")
         elif not train(run, f"run {number} of {len(study.runs)} begins ({before})", signals):
@@ -210,7 +210,7 @@ def train(run: StudyRun, begins: str, signals: Signals) -> bool:
         note_failure(run.folder, status, reason)
         say(run, f"failed with status {status}")
         return False
-    after = standing_of(run)
+    after = status_of(run)
     say(run, str(after) if after.finished else f"{after}{_reason(run)}")
     return True
 
@@ -227,15 +227,15 @@ def _reason(run: StudyRun) -> str:
 
 def compare(study: Study, signals: Signals) -> bool:
     """Let evaluate.py report and compare the finished runs, and name the others; whether all are in the comparison."""
-    found = list(zip(study.runs, standings(study), strict=True))
-    finished = [str(run.folder) for run, standing in found if standing.finished]
+    found = list(zip(study.runs, statuses(study), strict=True))
+    finished = [str(run.folder) for run, status in found if status.finished]
     done = False
     if finished:
-        save_record(study.runs_dir, StudyRecord(study.name, {run.name: standing.in_full for run, standing in found}))
+        save_record(study.runs_dir, StudyRecord(study.name, {run.name: status.in_full for run, status in found}))
         done = signals.run([sys.executable, str(ROOT / "evaluate.py"), *finished]) == 0
-    for run, standing in found:
-        if not standing.finished:
-            say(run, f"not in the comparison, {standing.in_full}")
+    for run, status in found:
+        if not status.finished:
+            say(run, f"not in the comparison, {status.in_full}")
     if not finished:
         print(f"study       no run of {study.path} is finished, so there is nothing to compare", flush=True)
     elif not done:
@@ -247,12 +247,12 @@ def compare(study: Study, signals: Signals) -> bool:
     return done and len(finished) == len(found)
 
 
-def slurm_script(study: Study, found: Sequence[Standing], at_once: int) -> str:
+def slurm_script(study: Study, found: Sequence[RunStatus], at_once: int) -> str:
     """Shell commands that submit the unfinished runs as a job array, and the comparison after it."""
     word = ["--", *study.further] if study.further else []
     script = ["slurm/study.sbatch", str(study.path)]
     report = ["--nodes=1", *script, "--report", *word]
-    left = [number for number, standing in enumerate(found) if standing.is_due]
+    left = [number for number, status in enumerate(found) if status.is_due]
     if not left:
         return shlex.join(["sbatch", *report])
     name = f"study-{study.name}"

@@ -10,7 +10,7 @@ from cifar_dist.study.record import failure_of
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """Where a run stands.
 
     Attributes:
@@ -53,39 +53,39 @@ class Standing:
         return f"{self}: {reason}" if reason and str(self).startswith("failed") else str(self)
 
 
-def standings(study: Study) -> list[Standing]:
+def statuses(study: Study) -> list[RunStatus]:
     """Where each run stands."""
-    return [standing_of(run) for run in study.runs]
+    return [status_of(run) for run in study.runs]
 
 
-def standing_of(run: StudyRun) -> Standing:
+def status_of(run: StudyRun) -> RunStatus:
     """Where a run stands, by the counters of its newest checkpoint, which tell train.py too whether it goes on."""
-    standing = Standing(0, 0, finished=False, failure=failure_of(run.folder))
+    status = RunStatus(0, 0, finished=False, failure=failure_of(run.folder))
     if not run.folder.exists():
-        return standing  # without the seconds of importing
+        return status  # without the seconds of importing
     from cifar_dist.plan import Plan
     from cifar_dist.recovery import checkpoint, store
     from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running, read_json
 
     try:
         if changed := changed_settings(run.config):
-            return replace(standing, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
+            return replace(status, in_the_way=f"{run.folder} has other settings ({'; '.join(changed)})")
         choose_run_dir(run.config)
         if _has_other_data(run):
-            return replace(standing, in_the_way=f"{run.folder} has other data than {run.config.data.dataset}")
-        standing = replace(standing, running=is_running(run.folder))
+            return replace(status, in_the_way=f"{run.folder} has other data than {run.config.data.dataset}")
+        status = replace(status, running=is_running(run.folder))
         stored = store.latest_manifest(run.folder / "checkpoints")
         if stored is None:
-            return standing
+            return status
         state = checkpoint.state_of(stored)
         plan = Plan(**read_json(run.folder / "plan.json"))
     except (UsageError, OSError) as error:
-        return replace(standing, in_the_way=str(error).removeprefix("--resume auto: ").rstrip("."))
+        return replace(status, in_the_way=str(error).removeprefix("--resume auto: ").rstrip("."))
     except TypeError:
-        return replace(standing, in_the_way=f"{run.folder / 'plan.json'} is of another version of cifar-dist")
+        return replace(status, in_the_way=f"{run.folder / 'plan.json'} is of another version of cifar-dist")
     plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
     finished = not state.goes_on(plan, run.config.run.patience)
-    return replace(standing, step=state.step, total_steps=plan.total_steps, finished=finished)
+    return replace(status, step=state.step, total_steps=plan.total_steps, finished=finished)
 
 
 def _has_other_data(run: StudyRun) -> bool:

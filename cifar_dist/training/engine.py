@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from cifar_dist.data.augment import View
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed.control import Agreement, BeforeStep, Verdict, Wish, any_of
+from cifar_dist.distributed.control import FlagReduction, Snapshot, StepFlags, any_of
 from cifar_dist.distributed.group import autocast, total
 from cifar_dist.errors import UsageError
 from cifar_dist.parallel import Replicated
@@ -33,12 +33,12 @@ class Stepper:
 
     def __init__(self, parallel: Replicated, smoothing: float):
         self.parallel, self.smoothing = parallel, smoothing
-        self.before = BeforeStep(parallel.module, parallel.accelerator.device)
+        self.snapshot = Snapshot(parallel.module, parallel.accelerator.device)
 
 
 def train_step(
-    stepper: Stepper, micro_batches: Iterable[Batch], wish: Callable[[], Wish] = Wish
-) -> tuple[torch.Tensor, Verdict]:
+    stepper: Stepper, micro_batches: Iterable[Batch], own_flags: Callable[[], StepFlags] = StepFlags
+) -> tuple[torch.Tensor, StepFlags]:
     """One optimizer update from this process's micro-batches, unless a number in it is not finite.
 
     The update follows the mean loss over the real rows of the global batch, whatever the number of
@@ -47,15 +47,15 @@ def train_step(
     Args:
         stepper: the engine and the loss's settings.
         micro_batches: this process's part of the global batch; the last one says so.
-        wish: asked at its end what this process would have the others do; the verdict says so to all of them.
+        own_flags: asked at its end what this process has to tell the others.
 
     Returns:
         float64 (2,) on the device: this process's share of the global batch's mean loss and top-1 (summed over
-        processes they are the batch's), and what the processes agreed on.
+        processes they are the batch's), and the flags of all processes.
     """
     parallel = stepper.parallel
     device = parallel.accelerator.device
-    stepper.before.keep()
+    stepper.snapshot.take()
     share, lost = torch.zeros(2, dtype=torch.float64, device=device), False
     for batch in micro_batches:
         lost = lost or batch.lost
@@ -66,20 +66,20 @@ def train_step(
                 raise
             raise _no_room(len(batch.images)) from None
         if batch.last:
-            bad, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
-            bad = bad if bad_gradient is None else bad | bad_gradient
-            agreement = Agreement(parallel.accelerator, bad, wish(), lost)
-            updated = parallel.update_unless(agreement.refused)
-    verdict = agreement.verdict()  # meanwhile a GPU updates, and makes the next batch, which the loop's end began
-    if verdict.bad:
-        scaler = parallel.scaler_state() if verdict.lost else {}
+            nonfinite, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
+            nonfinite = nonfinite if bad_gradient is None else nonfinite | bad_gradient
+            reduction = FlagReduction(parallel.accelerator, nonfinite, replace(own_flags(), lost=lost))
+            updated = parallel.update_unless(reduction.refused)
+    flags = reduction.result()  # meanwhile a GPU updates, and makes the next batch, which the loop's end began
+    if flags.refused:
+        scaler = parallel.scaler_state() if flags.lost else {}
         parallel.drop()
         parallel.load_scaler(scaler)  # which has seen no overflow, but a step without data
     elif not updated and parallel.update():
-        verdict = replace(verdict, bad=True)
-    if verdict.bad:
-        stepper.before.put_back()
-    return share, verdict
+        flags = replace(flags, refused=True)
+    if flags.refused:
+        stepper.snapshot.restore()
+    return share, flags
 
 
 def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:

@@ -20,7 +20,7 @@ from cifar_dist.config import NO_AUGMENTATION, AugmentConfig, Config
 from cifar_dist.data import TrainingData
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.distributed.control import BeforeStep
+from cifar_dist.distributed.control import Snapshot
 from cifar_dist.distributed.group import autocast, device_bytes, engine_name, first_failure, say
 from cifar_dist.memory import MIB
 from cifar_dist.models import input_config
@@ -157,11 +157,11 @@ def _try(model: nn.Module, images: Tensor) -> tuple[tuple[int, ...], str]:
     """
     if not isinstance(cast(Any, model).get_classifier(), nn.Module):
         return (), "the model has several classifiers"
-    before, backbone = BeforeStep(model, images.device), Backbone(model)
-    before.keep()
+    snapshot, backbone = Snapshot(model, images.device), Backbone(model)
+    snapshot.take()
     trained = backbone.train()(images)
     draws, explains = backbone.draws, backbone.explains
-    before.put_back()
+    snapshot.restore()
     evaluated = backbone.eval()(images)
     model.train()
     shape = tuple(trained.shape[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3
 
-from cifar_dist.distributed.control import Verdict, Wish
+from cifar_dist.distributed.control import StepFlags
 from cifar_dist.distributed.group import first_failure, on_main, say, seed_process, shared_buffers
 from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.models.compilation import compile_model
@@ -17,8 +17,8 @@ from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import wrap
 from cifar_dist.recovery import checkpoint
 from cifar_dist.recovery.checkpoint import Trained
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.lost_work import lost_work
-from cifar_dist.recovery.pace import Pace
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.stop_request import StopRequest
 from cifar_dist.recovery.train_state import TrainState
@@ -37,12 +37,12 @@ class Job:
     setup: Setup
     run_dir: Path
     request: StopRequest
-    pace: Pace
+    timer: CheckpointTimer
     saver: Saver
 
-    def wish(self) -> Wish:
-        """What this process would have all do after a step."""
-        return Wish(stop=bool(self.request.reason), save=self.pace.wants_save, writing=self.saver.writing)
+    def flags(self) -> StepFlags:
+        """What this process has to tell the others after a step."""
+        return StepFlags(stop=bool(self.request.reason), save=self.timer.wants_save, writing=self.saver.writing)
 
     def save_at_once(self, trained: Trained, state: TrainState) -> None:
         """Commit a checkpoint before anything else."""
@@ -77,14 +77,14 @@ def resume(job: Job, trained: Trained) -> TrainState:
     return state
 
 
-def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, verdict: Verdict) -> str:
+def decline(job: Job, trained: Trained, state: TrainState, batches: Batches, flags: StepFlags) -> str:
     """What follows from a step that was refused: a word about one that is skipped or not made, or the end.
 
     Raises:
         Diverged: it was not finite, and may not be skipped; the last good state is saved.
         UsageError: there were no data for it; the last good state is saved.
     """
-    if verdict.lost:
+    if flags.lost:
         if not (reason := first_failure(job.setup.accelerator, batches.lost or "")):
             return "stopping    without a step whose data do not come"
         job.save_at_once(trained, state)

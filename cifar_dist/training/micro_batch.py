@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from cifar_dist.config import InputConfig
-from cifar_dist.distributed.control import BeforeStep, any_of
+from cifar_dist.distributed.control import Snapshot, any_of
 from cifar_dist.distributed.group import autocast
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
@@ -36,12 +36,12 @@ def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig
     """
     share, micro = plan.batch_size // plan.num_processes, plan.micro_batch_size
     model = model.to(accelerator.device).train()
-    before = BeforeStep(model, accelerator.device)
-    before.keep()
+    snapshot = Snapshot(model, accelerator.device)
+    snapshot.take()
     while True:
         sizes = (micro, input.img_size, plan.memory.optimizer)
         failed = any_of(accelerator, not _fits(accelerator, model, sizes, precision))
-        before.put_back()
+        snapshot.restore()
         model.zero_grad()
         if not failed:
             return micro

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config, InputConfig
-from cifar_dist.distributed.control import BeforeStep, any_of
+from cifar_dist.distributed.control import Snapshot, any_of
 from cifar_dist.distributed.group import gather, restart, say, wait_for
 from cifar_dist.errors import UsageError
 from cifar_dist.models import input_config
@@ -101,8 +101,8 @@ def measure_formats(config: Config, model: torch.nn.Module, accelerator: Acceler
     formats = [ComputeFormat(precision, layout) for precision in precisions for layout in layouts]
     most = config.run.micro_batch_size or max(config.run.batch_size // accelerator.num_processes, 1)
     inputs, model = input_config(model, config.model), model.to(device).train()
-    before = BeforeStep(model, device)
-    before.keep()
+    snapshot = Snapshot(model, device)
+    snapshot.take()
     try:
         count = _count(accelerator, model, inputs, formats[0], most)
         for each in formats[1:]:
@@ -110,7 +110,7 @@ def measure_formats(config: Config, model: torch.nn.Module, accelerator: Acceler
         times = [[_seconds(model, device, inputs, count, each) for each in formats] for _ in range(ROUNDS)]
     finally:
         model.to(memory_format=torch.contiguous_format)
-        before.put_back()
+        snapshot.restore()
         model.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.recovery import checkpoint, store
 from cifar_dist.recovery.checkpoint import Trained
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
 from tests.ranks import Ranks
@@ -131,7 +131,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, whole, monkeyp
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint.Contents, "write", late)
-    keeper = Saver(tmp_path, parallel.accelerator, Pace(RunConfig()))
+    keeper = Saver(tmp_path, parallel.accelerator, CheckpointTimer(RunConfig()))
     keeper.save(whole, TrainState(step=1))
     with torch.no_grad():
         for tensor in live.values():

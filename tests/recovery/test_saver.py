@@ -19,9 +19,9 @@ from cifar_dist.distributed.group import start
 from cifar_dist.errors import Diverged, UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
-from cifar_dist.recovery import checkpoint, pace, saver, store
+from cifar_dist.recovery import checkpoint, checkpoint_timer, saver, store
 from cifar_dist.recovery.checkpoint import Trained
-from cifar_dist.recovery.pace import Pace
+from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
 from cifar_dist.training.engine import Evaluator
@@ -65,7 +65,7 @@ def test_every_process_writes_what_it_was_at_the_time(tmp_path):
             return write(*arguments)
 
         checkpoint.Contents.write = late
-        keeper = Saver(tmp_path, accelerator, Pace(RunConfig()))
+        keeper = Saver(tmp_path, accelerator, CheckpointTimer(RunConfig()))
         random, average = torch.get_rng_state(), whole.ema.module[0].weight.clone()
         keeper.save(whole, TrainState(step=1))
         with torch.no_grad():
@@ -164,7 +164,7 @@ def test_the_time_of_a_save_is_that_of_its_work(tmp_path, monkeypatch, fresh_acc
     accelerator = start("fp32")
     whole = Trained(Replicated(accelerator, model, make_optimizer(model, OptimConfig()), None), None)
     now = [100.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint_timer.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(saver, "beside", at_once)
     write = checkpoint.Contents.write
 
@@ -173,7 +173,7 @@ def test_the_time_of_a_save_is_that_of_its_work(tmp_path, monkeypatch, fresh_acc
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint.Contents, "write", three_seconds)
-    took, clock = [], Pace(RunConfig(checkpoint_every="10s"))
+    took, clock = [], CheckpointTimer(RunConfig(checkpoint_every="10s"))
     monkeypatch.setattr(clock, "save_took", took.append)
     keeper = Saver(tmp_path, accelerator, clock)
     now[0] += 11

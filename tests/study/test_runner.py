@@ -24,7 +24,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.run_folder import is_running, run_lock
 from cifar_dist.study import runner
 from cifar_dist.study.record import failure_of
-from cifar_dist.study.state import Standing
+from cifar_dist.study.state import RunStatus
 from tests.conftest import ROOT
 
 RECIPE = "dataset: digits\nmodel: cnn4\nimg_size: 16\nepochs: 3\nbatch_size: 240\nhflip: 0\nwandb: disabled\n"
@@ -297,8 +297,8 @@ def test_a_study_given_to_train_is_told_where_it_belongs(here):
 def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     done = {0, 3, 5}
     monkeypatch.setattr(
-        "cifar_dist.study.state.standing_of",
-        lambda run: Standing(1, 2, finished=int(run.name[len("small_seed") :]) in done),
+        "cifar_dist.study.state.status_of",
+        lambda run: RunStatus(1, 2, finished=int(run.name[len("small_seed") :]) in done),
     )
     text = "recipes: [small.yaml]\ngrid: {seed: [0, 1, 2, 3, 4, 5, 6, 7, 8]}\n"
     status, out = main(text, "--slurm", "--at-once", 2, "--", "--dataset", "/data/my set")
@@ -404,7 +404,7 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
     code = (
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # which may be ignored here, as under nohup
         "import pathlib; from cifar_dist.study import runner; runner.ROOT = pathlib.Path();"
-        "runner.standing_of = lambda *_: runner.Standing(0, 0, False);"
+        "runner.status_of = lambda *_: runner.RunStatus(0, 0, False);"
         "runner.check_settings = lambda *_: None; runner.main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -55,8 +55,8 @@ def our_shares(config, model, data, steps, accelerator):
     shares = []
     for step in range(steps):
         schedule.apply(step)
-        share, verdict = train_step(stepper, batches(step))
-        assert not verdict.bad
+        share, flags = train_step(stepper, batches(step))
+        assert not flags.refused
         shares.append(share.tolist())
     return shares
 
@@ -234,14 +234,14 @@ def test_fp16_with_its_scaler_follows_fp32_and_refuses_a_bad_loss(clip_grad):
 
     for group in parallel.optimizer.param_groups:
         group["weight_decay"] = 0.0
-    assert not train_step(stepper, batch_of(pixels))[1].bad
+    assert not train_step(stepper, batch_of(pixels))[1].refused
     plain_step()
-    assert train_step(stepper, batch_of(pixels * math.nan))[1].bad  # changes nothing but the scale
+    assert train_step(stepper, batch_of(pixels * math.nan))[1].refused  # changes nothing but the scale
     assert scaler.get_scale() == 2.0**9
     before = scaler.state_dict()
     without_data = [dataclasses.replace(batch, lost=True) for batch in batch_of(pixels)]
     assert train_step(stepper, without_data)[1].lost and scaler.state_dict() == before  # not even the scale
-    assert not train_step(stepper, batch_of(pixels))[1].bad
+    assert not train_step(stepper, batch_of(pixels))[1].refused
     plain_step()
     for mine, theirs in zip(parallel.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
@@ -266,8 +266,8 @@ def test_a_device_that_refuses_a_step_itself_does_what_the_host_would(accelerato
         model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Dropout(0.5), nn.Linear(3072, 10))
         parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt=opt, lr=0.01))), 1.0)
         stepper = Stepper(parallel, 0.0)
-        verdicts = [train_step(stepper, batch_of(batch))[1].bad for batch in pixels]
-        assert verdicts == [step in spoiled for step in range(6)]
+        refused = [train_step(stepper, batch_of(batch))[1].refused for batch in pixels]
+        assert refused == [step in spoiled for step in range(6)]
         moments = [value for state in parallel.optimizer.state.values() for value in state.values()]
         states.append([*model.state_dict().values(), *moments])
     first = 2 if spoiled == [0] else 1  # until one was made, there is no state
@@ -281,7 +281,7 @@ def test_a_loss_scaler_steps_itself(monkeypatch):
     parallel = scaled_engine(None)
     stepper = Stepper(parallel, 0.0)
     for _ in range(2):
-        assert not train_step(stepper, batch_of(torch.randn(8, 3, 32, 32)))[1].bad
+        assert not train_step(stepper, batch_of(torch.randn(8, 3, 32, 32)))[1].refused
         assert not parallel.update_unless(torch.zeros(()))
 
 
@@ -291,7 +291,7 @@ def test_a_weights_first_step_is_not_made_on_the_device(accelerator, monkeypatch
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 10))
     parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt="momentum", lr=0.01))), None)
     model[1].requires_grad_(False)
-    assert not train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].bad
+    assert not train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].refused
     model[2].weight.grad = torch.ones_like(model[2].weight)
     assert parallel.update_unless(torch.ones(()))
     model[1].weight.grad = torch.ones_like(model[1].weight)
@@ -302,6 +302,6 @@ def test_fp16_gradients_that_overflow_at_every_scale_are_bad():
     parallel = scaled_engine(None)
     parallel.module[1].bias.register_hook(lambda gradient: gradient * math.inf)
     before = parallel.module[1].weight.detach().clone()
-    verdicts = [train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].bad for _ in range(15)]
-    assert verdicts == [False] * 14 + [True]
+    refused = [train_step(Stepper(parallel, 0.0), batch_of(torch.randn(8, 3, 32, 32)))[1].refused for _ in range(15)]
+    assert refused == [False] * 14 + [True]
     assert torch.equal(before, parallel.module[1].weight)

@@ -17,7 +17,7 @@ from cifar_dist.run_record import Run
 
 
 @dataclass(frozen=True)
-class Aim:
+class EvalSpec:
     """What a run is to be scored on, and how.
 
     Attributes:
@@ -39,7 +39,7 @@ class Aim:
     folder: Path
 
 
-def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) -> list[Aim]:
+def choose_specs(runs: Sequence[Run], which: str, other: str | None, tta: str) -> list[EvalSpec]:
     """What to score of each run, after seeing that these are the same images wherever the data are at hand.
 
     Args:
@@ -51,14 +51,14 @@ def choose_aims(runs: Sequence[Run], which: str, other: str | None, tta: str) ->
     Raises:
         UsageError: there is no such checkpoint, or the data cannot be used or are not the same.
     """
-    aims = [_choose(run, which, other, tta) for run in runs]
-    at_hand = [(run, aim.fingerprint) for run, aim in zip(runs, aims, strict=True) if aim.fingerprint is not None]
+    specs = [_choose(run, which, other, tta) for run in runs]
+    at_hand = [(run, spec.fingerprint) for run, spec in zip(runs, specs, strict=True) if spec.fingerprint is not None]
     for run, fingerprint in at_hand[1:]:
         check_fingerprints(at_hand[0][0], run, at_hand[0][1], fingerprint)
-    return aims
+    return specs
 
 
-def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
+def _choose(run: Run, wanted: str, other: str | None, tta: str) -> EvalSpec:
     which = wanted
     if which == "best" and checkpoint.exists(run.folder) and not checkpoint.keeps_best(run.folder):
         print("checkpoint  the run has no best one; the last is scored", flush=True)
@@ -71,7 +71,7 @@ def _choose(run: Run, wanted: str, other: str | None, tta: str) -> Aim:
         own, other = run.data_at(other), None
     fingerprint = _fingerprint(own, other)
     folder = report_folder(run.folder, "best" if wanted == "best" else which, other, fingerprint, tta)
-    return Aim(which, own, other, fingerprint, tta, precision_of(run), folder)
+    return EvalSpec(which, own, other, fingerprint, tta, precision_of(run), folder)
 
 
 def _named(run: Run, which: str) -> str:
@@ -110,14 +110,14 @@ def precision_of(run: Run) -> str:
     return "fp32" if precision == "fp16" and not torch.accelerator.is_available() else precision
 
 
-def is_done(run: Run, aim: Aim) -> bool:
+def is_done(run: Run, spec: EvalSpec) -> bool:
     """Whether a report's predictions are what scoring would find now; what is gone cannot have changed."""
-    scored = saved_scores(aim.folder)
+    scored = saved_scores(spec.folder)
     if scored is None:
         return False
     about = scored.about
-    if (about.checkpoint, about.tta, about.precision) != (aim.which, aim.tta, aim.precision):
+    if (about.checkpoint, about.tta, about.precision) != (spec.which, spec.tta, spec.precision):
         return False
-    if aim.fingerprint not in (None, about.fingerprint):
+    if spec.fingerprint not in (None, about.fingerprint):
         return False
-    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, aim.which).digest == about.digest
+    return not checkpoint.exists(run.folder) or checkpoint.find(run.folder, spec.which).digest == about.digest

@@ -13,7 +13,7 @@ from cifar_dist.recovery.stop_request import STARTED
 _FIRST_RESERVE = 0.05, 60.0  # until a checkpoint was timed: this share of the limit, this many seconds at most
 
 
-class Pace:
+class CheckpointTimer:
     """Follows ``--checkpoint-every`` and ``--time-limit``.
 
     Args:

@@ -6,15 +6,15 @@ import pytest
 
 from cifar_dist.argument_types import duration, seconds_of, steps_or_duration
 from cifar_dist.config import RunConfig
-from cifar_dist.recovery import pace
+from cifar_dist.recovery import checkpoint_timer
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A list whose only number is the time."""
     now = [1000.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace, "STARTED", 1000.0)
+    monkeypatch.setattr(checkpoint_timer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint_timer, "STARTED", 1000.0)
     return now
 
 
@@ -30,10 +30,10 @@ def test_durations():
 
 
 def test_checkpoints_by_steps_and_by_the_clock(clock):
-    by_steps = pace.Pace(RunConfig(checkpoint_every=3))
+    by_steps = checkpoint_timer.CheckpointTimer(RunConfig(checkpoint_every=3))
     assert [step for step in range(1, 8) if by_steps.saves_at(step)] == [3, 6]
     assert not by_steps.wants_save
-    by_clock = pace.Pace(RunConfig(checkpoint_every="10m"))
+    by_clock = checkpoint_timer.CheckpointTimer(RunConfig(checkpoint_every="10m"))
     assert not by_clock.saves_at(3)
     clock[0] += 599
     assert not by_clock.wants_save
@@ -47,7 +47,7 @@ def test_checkpoints_by_steps_and_by_the_clock(clock):
 
 
 def test_a_run_leaves_in_time_to_save(clock):
-    run = pace.Pace(RunConfig(time_limit="1h"))
+    run = checkpoint_timer.CheckpointTimer(RunConfig(time_limit="1h"))
     clock[0] = 1000 + 3600 - 61
     assert run.time_is_up() == ""
     clock[0] = 1000 + 3600 - 59  # no checkpoint was timed yet: a minute
@@ -60,11 +60,11 @@ def test_a_run_leaves_in_time_to_save(clock):
     assert run.time_is_up() == ""
     clock[0] += 2
     assert run.time_is_up() == "--time-limit 1h"
-    assert pace.Pace(RunConfig()).time_is_up() == ""
+    assert checkpoint_timer.CheckpointTimer(RunConfig()).time_is_up() == ""
 
 
 def test_a_short_limit_keeps_a_twentieth_until_a_checkpoint_was_timed(clock):
-    run = pace.Pace(RunConfig(time_limit="10m"))
+    run = checkpoint_timer.CheckpointTimer(RunConfig(time_limit="10m"))
     clock[0] = 1000 + 600 - 31
     assert run.time_is_up() == ""
     clock[0] += 2

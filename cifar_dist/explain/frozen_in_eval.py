@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def held_still(model: nn.Module) -> Iterator[None]:
+def frozen_in_eval(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, in fp32, with no weight asking for a gradient; all of it put back at the end."""
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
