@@ -76,8 +76,9 @@ class TrainState:
         return ends and self.judged_step != self.step
 
     def goes_on(self, plan: Plan, patience: int | None) -> bool:
-        """Whether there is something left to do; early stopping ends a run after `patience` epochs without a gain."""
-        if self.owes_evaluation(plan):
-            return True
-        out_of_patience = patience is not None and self.epochs_without_gain >= patience
-        return self.step < plan.total_steps and not out_of_patience
+        """Whether there is something left to do."""
+        return self.owes_evaluation(plan) or (self.step < plan.total_steps and not self.is_out_of_patience(patience))
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether early stopping ends the run: after `patience` epochs without a gain, or never if that is None."""
+        return patience is not None and self.epochs_without_gain >= patience

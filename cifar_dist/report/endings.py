@@ -40,9 +40,9 @@ def cut_warning(run: Run) -> str | None:
 
 def _out_of_patience(run: Run) -> bool:
     """Whether early stopping ended the run, judging its logged scores as training does."""
-    patience, state = run.config.run.patience, TrainState()
+    state = TrainState()
     (steps, top1), (_, losses) = run.series("val/top1"), run.series("val/loss")
     for step, right, loss in zip(steps, top1, losses, strict=True):
         whole_epoch = step % run.plan["steps_per_epoch"] == 0
         state.judge({"top1": right, "loss": loss}, run.config.run.min_delta, whole_epoch)
-    return patience is not None and state.epochs_without_gain >= patience
+    return state.is_out_of_patience(run.config.run.patience)
