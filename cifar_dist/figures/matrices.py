@@ -56,7 +56,7 @@ def _confusions(matrix: np.ndarray, class_names: Sequence[str], cells: np.ndarra
         axes.spines[:].set_visible(False)
         figure.colorbar(
             image, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1],
-            format=PercentFormatter(xmax=1, decimals=0), label=f"share of the true class{unit}",
+            format=PercentFormatter(xmax=1, decimals=0), label=f"share of the true class{unit}, square-root scale",
         )  # fmt: skip
         if count <= MOST_NAMED_CLASSES:
             _name_axes(axes, class_names, class_names, 10 if count <= MOST_NUMBERED_CLASSES else 7)

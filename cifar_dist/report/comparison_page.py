@@ -24,6 +24,7 @@ MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
 _Columns = dict[str, tuple[str, Callable[[float], str]]]
 _TRAINING: _Columns = {
     "parameters (M)": ("parameters", lambda count: quantity(count / 1e6)),
+    "trained (M)": ("trained_parameters", lambda count: quantity(count / 1e6)),
     "GFLOPs": ("gflops", quantity),
     "GMACs": ("gmacs", quantity),
     "GMACs without attention": ("gmacs_without_attention", quantity),
@@ -249,15 +250,17 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
 def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
     """What each group cost; of repeats the mean."""
     training, inference = [], []
-    for group in groups:
-        found = [row_of(members[number], group.name) for number in group.members]
+    each = [[row_of(members[number], group.name) for number in group.members] for group in groups]
+    whole = all(row["trained_parameters"] in (None, row["parameters"]) for found in each for row in found)
+    columns = {name: column for name, column in _TRAINING.items() if not (whole and name == "trained (M)")}
+    for group, found in zip(groups, each, strict=True):
         sizes, devices = (_each(row[name] for row in found) for name in ("inference_batch_size", "device"))
-        training.append((group.name, *(_mean(found, name, show) for name, show in _TRAINING.values())))
+        training.append((group.name, *(_mean(found, name, show) for name, show in columns.values())))
         cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
         inference.append((group.name, *cells, sizes, devices))
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
-        *_known(("settings", *_TRAINING), training),
+        *_known(("settings", *columns), training),
         *_known(("settings", *_INFERENCE, "batch size", "inference on"), inference),
         *repeats,
     ]

@@ -87,6 +87,7 @@ def row_of(member: Member, group: str) -> dict[str, Any]:
         "loss": metrics["loss"],
         "ece": metrics["calibration"]["before"]["ece"],
         "parameters": cost.get("parameters"),
+        "trained_parameters": cost.get("trained_parameters"),
         "gflops": cost.get("gflops"),
         "gmacs": cost.get("gmacs"),
         "gmacs_without_attention": cost.get("gmacs_without_attention"),

@@ -51,7 +51,7 @@ def test_normalized_confusion_matrix_shows_percent_of_the_true_class():
     shares = counted(true, predicted, normalize="true")
     expected = {(column, row): f"{100 * shares[row, column]:.1f}" for row in range(4) for column in range(4)}
     assert texts_of(figure.axes[0]) == expected
-    assert "share of the true class (numbers in %)" in labels_in(figure)
+    assert "share of the true class (numbers in %), square-root scale" in labels_in(figure)
 
 
 @pytest.mark.parametrize("draw", [figures.confusion_matrix, figures.normalized_confusion_matrix])
@@ -61,7 +61,7 @@ def test_confusion_matrix_of_100_classes_has_no_cell_texts_and_empty_rows_are_fi
     figure = draw(matrix, [f"class{i}" for i in range(100)])
     assert not texts_of(figure.axes[0])
     shown = labels_in(figure)
-    assert "class4" not in shown and "share of the true class" in shown
+    assert "class4" not in shown and "share of the true class, square-root scale" in shown
     assert "true class (number)" in shown
 
 

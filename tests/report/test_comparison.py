@@ -55,7 +55,13 @@ def compared(tmp_path, *runs):
 def three(tmp_path):
     """One clearly better than two that are alike."""
     return [
-        make(tmp_path, "sharp", make_scored(1, 3.0), model="cnn4", cost={**COST, "parameters": 2570}),
+        make(
+            tmp_path,
+            "sharp",
+            make_scored(1, 3.0),
+            model="cnn4",
+            cost={**COST, "parameters": 2570, "trained_parameters": 2570},
+        ),
         make(tmp_path, "dull", make_scored(seed=2), model="resnet18_cifar"),
         make(tmp_path, "blunt", make_scored(seed=3), model="vit_small_cifar"),
     ]
@@ -97,6 +103,14 @@ def test_groups_agree_as_their_runs_do_on_average(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_trained_parameters_are_shown_only_where_they_are_not_all(tmp_path):
+    whole = {**COST, "trained_parameters": COST["parameters"]}
+    runs = [make(tmp_path, name, make_scored(seed), cost=whole, lr=seed / 10) for seed, name in ((1, "a"), (2, "b"))]
+    markdown = compared(tmp_path, *runs).markdown
+    assert "| settings | parameters (M) | GFLOPs |" in markdown and "trained (M)" not in markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_images_that_only_one_run_gets_right(tmp_path, three):
     summary = compared(tmp_path, *three).summary
     right = np.stack([s.correct for s in (make_scored(1, 3.0), make_scored(2), make_scored(3))])
@@ -132,7 +146,8 @@ def test_everything_is_written(tmp_path, three):
             image.verify()
     markdown = (out / "comparison.md").read_text()
     assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
-    assert "| cnn4 | 0.00257 | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 4.00 |" in markdown
+    assert "| settings | parameters (M) | trained (M) | GFLOPs |" in markdown
+    assert "| cnn4 | 0.00257 | 0.00257 | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 1.00 | 4.00 |" in markdown
     assert "say nothing of other seeds" in markdown
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
     assert "that only one run gets right (its name), and what the surest of the others says" in markdown
