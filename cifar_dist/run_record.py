@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from cifar_dist.command_line import load_config
 from cifar_dist.config import Config, DataConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.run_folder import read_json
+from cifar_dist.run_log import LOG, read_log
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UsageError(f"RUN_DIR {folder}: no such folder; name the --run-dir of a finished run.")
-    missing = [n for n in ("config.yaml", "plan.json", "environment.json", "log.jsonl") if not (folder / n).is_file()]
+    missing = [n for n in ("config.yaml", "plan.json", "environment.json", LOG) if not (folder / n).is_file()]
     if missing and (inside := sorted(each.parent for each in folder.glob("*/config.yaml"))):
         raise UsageError(
             f"RUN_DIR {folder} is no run folder, but holds {len(inside)}, such as {inside[0]}; name those."
@@ -92,22 +92,15 @@ def open_run(folder: Path) -> Run:
     if missing:
         raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
     plan, environment = (read_json(folder / name) for name in ("plan.json", "environment.json"))
-    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _read_log(folder / "log.jsonl"))
+    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _records(folder))
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def _records(folder: Path) -> list[dict[str, Any]]:
     """The log's records. A torn last line, the mark of a killed run, is passed over."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
-                raise ValueError
-            records.append(record)
-        except ValueError:
-            if number < len(lines):
-                raise UsageError(f"{path}: line {number} is no log record; remove it to make the report.") from None
-    if not any("step" in record for record in records):
-        raise UsageError(f"{path} holds no record yet; train the run further (--resume auto) before its report.")
-    return [record for record in records if "step" in record]
+    log, lines = folder / LOG, list(read_log(folder))
+    records = [record for record in lines if record is not None]
+    if None in lines[:-1]:
+        raise UsageError(f"{log}: line {lines.index(None) + 1} is no log record; remove it to make the report.")
+    if not records:
+        raise UsageError(f"{log} holds no record yet; train the run further (--resume auto) before its report.")
+    return records

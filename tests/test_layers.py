@@ -22,7 +22,7 @@ LAYERS = [
         "metrics",
         "statistics",
     },
-    {"config", "durable", "distributed", "idle_flags", "other_flags"},
+    {"config", "durable", "distributed", "idle_flags", "other_flags", "run_log"},
     {"schedule"},
     {"command_line", "plan", "models", "optim", "data"},
     {"parallel", "tracking", "evaluate_arguments"},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cifar_dist.distributed import peers
 from cifar_dist.recovery.train_state import TrainState
+from cifar_dist.run_log import read_log
 
 _FILE = "progress.json"
 _EVERY_SECONDS = 1.0
@@ -42,9 +43,8 @@ def lost_work(run_dir: Path, state: TrainState) -> dict[str, float]:
     reached = [{"step": state.step, "seconds": state.seconds}]
     with suppress(OSError, ValueError, TypeError):  # none was written yet, or the machine lost power
         reached.append({**reached[0], **json.loads((run_dir / _FILE).read_text())})
-    with suppress(OSError, ValueError, TypeError):
-        for line in (run_dir / "log.jsonl").read_text().splitlines():
-            reached.append({**reached[0], **json.loads(line)})
+    with suppress(OSError):
+        reached += [{**reached[0], **record} for record in read_log(run_dir) if record is not None]
     return {
         "resumed_at_step": state.step,
         "steps_redone": max(one["step"] for one in reached) - state.step,

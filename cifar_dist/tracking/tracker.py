@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from cifar_dist.config import Config
 from cifar_dist.durable import replace_text
 from cifar_dist.plan import Plan
+from cifar_dist.run_log import LOG, read_log
 from cifar_dist.tracking.wandb_run import Mirror
 
 
@@ -58,8 +59,8 @@ class Tracker(Silent):
     """
 
     def __init__(self, run_dir: Path, config: Config, plan: Plan, first_step: int, judged_step: int):
-        _forget_after(run_dir / "log.jsonl", first_step, judged_step)
-        self._file: TextIO = (run_dir / "log.jsonl").open("a", encoding="utf-8")
+        _forget_after(run_dir, first_step, judged_step)
+        self._file: TextIO = (run_dir / LOG).open("a", encoding="utf-8")
         self._plan, self._selected_on = plan, config.data.select_on
         self._bar = None
         if sys.stderr.isatty():
@@ -158,19 +159,13 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _forget_after(log: Path, step: int, judged: int) -> None:
+def _forget_after(run_dir: Path, step: int, judged: int) -> None:
     """Drop training's records later than `step`, evaluations later than `judged`, and torn lines.
 
     A resumed run writes them again.
     """
-    if not log.exists():
+    if not (run_dir / LOG).exists():
         return
-    kept = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if record["step"] <= (judged if "val/loss" in record else step):
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    replace_text(log, "".join(kept))
+    records = [record for record in read_log(run_dir) if record is not None]
+    kept = [record for record in records if record["step"] <= (judged if "val/loss" in record else step)]
+    replace_text(run_dir / LOG, "".join(json.dumps(record) + "\n" for record in kept))
