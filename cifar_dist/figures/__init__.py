@@ -1,8 +1,15 @@
 """Pictures of a report and of a comparison: data in, matplotlib figure out, in one style; `save` writes one."""
 
-from cifar_dist.figures.classes import class_bars, top_confusions
+from cifar_dist.figures.classes import MOST_BARS, class_bars, top_confusions
 from cifar_dist.figures.curves import Curve, StepAxis, accuracy_curves, loss_curves, lr_curve
-from cifar_dist.figures.matrices import agreement_matrix, confusion_matrix, normalized_confusion_matrix, value_grid
+from cifar_dist.figures.matrices import (
+    MOST_NAMED_CLASSES,
+    MOST_NUMBERED_CLASSES,
+    agreement_matrix,
+    confusion_matrix,
+    normalized_confusion_matrix,
+    value_grid,
+)
 from cifar_dist.figures.reliability import Reliability, reliability_diagram
 from cifar_dist.figures.runs import RunCurves, accuracy_against, run_curves
 from cifar_dist.figures.sheets import (
@@ -18,6 +25,9 @@ from cifar_dist.figures.style import EVALUATION, OTHER, TRAIN, save, save_all
 
 __all__ = [
     "EVALUATION",
+    "MOST_BARS",
+    "MOST_NAMED_CLASSES",
+    "MOST_NUMBERED_CLASSES",
     "OTHER",
     "TRAIN",
     "ClassRow",

@@ -25,12 +25,14 @@ class Curve:
         steps: optimizer steps, ascending.
         values: a value per step.
         color: a colour of the style.
+        dashed: whether its line is.
     """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     color: str = OTHER
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def _step_figure(curves: Sequence[Curve], axis: StepAxis, label: str) -> tuple[F
             few = len(curve.steps) <= 30
             axes.plot(
                 curve.steps, curve.values, label=curve.label, color=curve.color, linewidth=1.5,
+                linestyle="--" if curve.dashed else "-",
                 marker="o" if few else None, markersize=4,
             )  # fmt: skip
         if axis.marked_step is not None:

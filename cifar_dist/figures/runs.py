@@ -124,7 +124,7 @@ def accuracy_against(
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, middle.min() - 0.005), max(high, middle.max() + 0.005))
         scale_accuracies(axes, [accuracies])
-        axes.set(xlabel=x_label, ylabel=ACCURACY)
+        axes.set(xlabel=x_label, ylabel=f"{ACCURACY} on test")
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -55,10 +55,13 @@ def figure_with_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def setting_styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each different label in order, the same in every figure of a comparison."""
+    """A colour and a marker for each different label in order, the same in every figure of a comparison.
+
+    Up to 35 pairs differ, and neighbours also in their marker, for whoever prints in grey.
+    """
     different = list(dict.fromkeys(labels))
     return {
-        label: (_SETTINGS[number % len(_SETTINGS)], _MARKERS[number // len(_SETTINGS) % len(_MARKERS)])
+        label: (_SETTINGS[number % len(_SETTINGS)], _MARKERS[number % len(_MARKERS)])
         for number, label in enumerate(different)
     }
 

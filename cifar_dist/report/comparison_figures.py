@@ -17,17 +17,17 @@ from cifar_dist.report.tables import shown
 
 CAPTIONS = {
     "curves": "Loss and accuracy of all runs against epochs",
-    "grid": "Test accuracy over the two settings that differ",
-    "gflops": "Accuracy against arithmetic",
-    "latency": "Accuracy against latency of one image",
-    "parameters": "Accuracy against size",
-    "training_time": "Accuracy against training time",
+    "grid": "Test accuracy over the two settings that differ, of repeats the mean; colours from lowest to highest",
+    "gflops": "Accuracy against arithmetic; bars are 95 % intervals, of the test images (Wilson's)",
+    "latency": "Accuracy against latency of one image; bars as before",
+    "parameters": "Accuracy against size; bars as before",
+    "training_time": "Accuracy against training time; bars as before",
     "agreement": "Share of test images that two runs give the same class",
     "only_right": "Some of the images that only one run gets right (its name), and what the surest of the others says",
     "grad_cam": "Grad-CAM of the same test images for every run, each for the class it predicts",
 }
 MOST_ALONE = 16
-_COSTS = {
+COSTS = {
     "gflops": ("GFLOPs per image", lambda cost: cost["gflops"]),
     "latency": ("latency of one image (ms)", lambda cost: 1e3 * cost["inference"]["latency_median_seconds"]),
     "parameters": ("parameters (M)", lambda cost: cost["parameters"] / 1e6),
@@ -45,7 +45,7 @@ def write(members: Sequence[Member], groups: Sequence[Group], output: Path) -> d
         "only_right": _only_right(members),
         "grad_cam": _same_images(members),
     }
-    drawn |= {name: _against(members, labels, name) for name in _COSTS}
+    drawn |= {name: _against(members, labels, name) for name in COSTS}
     return figures.save_all(drawn, output)
 
 
@@ -79,7 +79,7 @@ def _curves(members: Sequence[Member], labels: Sequence[str]) -> Figure:
 
 
 def _against(members: Sequence[Member], labels: Sequence[str], name: str) -> Figure:
-    x_label, cost_of = _COSTS[name]
+    x_label, cost_of = COSTS[name]
     metrics = [member.metrics for member in members]
 
     def cost(found: dict) -> float:

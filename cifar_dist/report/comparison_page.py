@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cifar_dist.memory import MIB
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import comparison_figures
+from cifar_dist.report.comparison_cost import cost_tables, each_of
 from cifar_dist.report.endings import cut_warning, steps_of, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.headline import headline, highest, title
 from cifar_dist.report.members import Member, missing, row_of, spread
-from cifar_dist.report.tables import interval, mean_and_deviation, percent, quantity, shown, taken, while_training
+from cifar_dist.report.tables import interval, mean_and_deviation, percent, shown, while_training
 from cifar_dist.study.record import StudyRecord
 
 MOST_CLASSES, MOST_SETTINGS = 20, 8  # of a table of single classes
-
-# Columns of the studies' tables: which number of a run, and how it is shown.
-_Columns = dict[str, tuple[str, Callable[[float], str]]]
-_TRAINING: _Columns = {
-    "parameters (M)": ("parameters", lambda count: quantity(count / 1e6)),
-    "trained (M)": ("trained_parameters", lambda count: quantity(count / 1e6)),
-    "GFLOPs": ("gflops", quantity),
-    "GMACs": ("gmacs", quantity),
-    "GMACs without attention": ("gmacs_without_attention", quantity),
-    "training time": ("training_seconds", taken),
-    "memory, training (MiB)": ("training_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
-    "MFU (%)": ("mfu", lambda share: f"{100 * share:,.1f}"),
-}
-_INFERENCE: _Columns = {
-    "memory, inference (MiB)": ("inference_peak_memory_bytes", lambda count: f"{count / MIB:,.0f}"),
-    "latency (ms)": ("latency_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
-    "p95 (ms)": ("latency_p95_seconds", lambda seconds: f"{1e3 * seconds:,.2f}"),
-    "images/s": ("images_per_second", "{:,.0f}".format),
-}
 
 
 def comparison_page(
@@ -52,10 +33,11 @@ def comparison_page(
         return [Picture(pictures[name], captions[name]) for name in names if name in pictures]
 
     empty = [Text(words)] if (words := comparison_figures.map_words(members)) else []
-    best = highest([spread(members, group)["mean_top1"] for group in groups])[0]
+    best = {groups[n].name for n in highest([spread(members, group)["mean_top1"] for group in groups])}
     absent = missing(study, members) if study else {}
     if study and absent:
-        warnings.append(f"{len(absent)} of the {len(study.runs)} runs of this study are missing.")
+        are = "is" if len(absent) == 1 else "are"
+        warnings.append(f"{len(absent)} of the {len(study.runs)} runs of this study {are} missing.")
     if not about.own_data:
         warnings.insert(0, f"{about.dataset} is another set than the runs' own, of which train and val are.")
     return Page(
@@ -69,8 +51,8 @@ def comparison_page(
             Section("Settings", _settings(members, groups)),
             Section("Accuracy", [*_accuracies(members, groups), *drawn("grid", "curves")]),
             Section("Accuracy per class", _per_class(members, groups)),
-            Section("Which is better", _verdicts(pairs, groups[best].name, len(members) > len(groups))),
-            Section("Cost", [*_costs(members, groups), *drawn("gflops", "latency", "parameters", "training_time")]),
+            Section("Which is better", _verdicts(pairs, groups, best)),
+            Section("Cost", [*cost_tables(members, groups), *drawn(*comparison_figures.COSTS)]),
             Section(
                 "Where they differ", [*_only(members, groups), *empty, *drawn("agreement", "only_right", "grad_cam")]
             ),
@@ -133,6 +115,9 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
         f" Train, and the train loss below, are taken {_while_training(members)}."
     )
+    if len(groups) > 2:
+        explained += " The highest of several test accuracies flatters its setting: what is to be chosen, rather than"
+        explained += " compared, is chosen by val."
     return [Table(header, rows, strong), Text(explained), _other_numbers(members, groups)]
 
 
@@ -193,7 +178,7 @@ def _settings(members: Sequence[Member], groups: Sequence[Group]) -> list[Text |
     again = "Runs with the same settings and the same seed are no repeats; they are compared with each other."
     rows = [(name.replace("_", " "), *(shown(group.settings[name]) for group in groups)) for name in names]
     for name, label in (("num_processes", "processes"), ("device", "trained on")):
-        found = [_each(members[number].run.environment.get(name) for number in group.members) for group in groups]
+        found = [each_of(members[number].run.environment.get(name) for number in group.members) for group in groups]
         rows += [(label, *found)] if len(set(found)) > 1 else []
     if not rows:
         return [Text(f"All settings are the same. {again}")] if twice else []
@@ -213,7 +198,7 @@ def _percent_or_dash(value: float | None) -> str:
     return "–" if value is None else percent(value)
 
 
-def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Text | Table]:
+def _verdicts(pairs: list[dict[str, Any]], groups: Sequence[Group], best: set[str]) -> list[Text | Table]:
     """A sentence for each pair, of many only for those with the best; a table of all."""
     if not pairs:
         return [Text("All runs have the same settings but the seed: there is nothing to compare.")]
@@ -236,51 +221,20 @@ def _verdicts(pairs: list[dict[str, Any]], best: str, repeats: bool) -> list[Tex
             " chance."
         )
     header = ("pair", "difference (points)", f"95 % interval{alone}", "p", "p, corrected", "same prediction", "test")
-    seeds = " Several runs of one setting are repeats: what differs between their seeds counts too." * repeats
+    lone, seeds = [group.name for group in groups if len(group.members) == 1], ""
+    if len(lone) < len(groups):
+        seeds = " Several runs of one setting are repeats: what differs between their seeds counts too. Same prediction"
+        seeds += " is the mean over pairs of their runs."
+        assumed = "Seeds are taken to matter there as in the other setting of a pair, which only repeats can tell."
+        seeds += f" Trained once: {'; '.join(lone)}. {assumed}" * bool(lone)
     single = [pair["test"].startswith("McNemar") for pair in pairs]
     methods = " Of two single runs the interval is Newcombe's (1998) and the test McNemar's." * any(single)
     methods += " Of repeats, interval and test are Student's t over images and seeds." * (not all(single))
     return [
-        *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best in (pair["a"], pair["b"])),
+        *(Text(pair["verdict"], strong=True) for pair in pairs if len(pairs) <= 3 or best & {pair["a"], pair["b"]}),
         Table(header, rows),
         Text(f"Tests are paired: they look at the same images.{methods}{corrected}{seeds}"),
     ]
-
-
-def _costs(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
-    """What each group cost; of repeats the mean."""
-    training, inference = [], []
-    each = [[row_of(members[number], group.name) for number in group.members] for group in groups]
-    whole = all(row["trained_parameters"] in (None, row["parameters"]) for found in each for row in found)
-    columns = {name: column for name, column in _TRAINING.items() if not (whole and name == "trained (M)")}
-    for group, found in zip(groups, each, strict=True):
-        sizes, devices = (_each(row[name] for row in found) for name in ("inference_batch_size", "device"))
-        training.append((group.name, *(_mean(found, name, show) for name, show in columns.values())))
-        cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
-        inference.append((group.name, *cells, sizes, devices))
-    repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
-    return [
-        *_known(("settings", *columns), training),
-        *_known(("settings", *_INFERENCE, "batch size", "inference on"), inference),
-        *repeats,
-    ]
-
-
-def _known(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[Table]:
-    """A table without the columns in which nothing is known; none if that is all but the first."""
-    kept = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
-    table = Table([header[column] for column in kept], [tuple(row[column] for column in kept) for row in rows])
-    return [table] if len(kept) > 1 else []
-
-
-def _each(values: Iterable[Any]) -> str:
-    """The different values that are known."""
-    return "; ".join(str(value) for value in dict.fromkeys(values) if value is not None) or "–"
-
-
-def _mean(rows: Sequence[dict[str, Any]], name: str, show: Callable[[float], str]) -> str:
-    known = [row[name] for row in rows if row[name] is not None]
-    return show(float(np.mean(known))) if known else "–"
 
 
 def _only(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Text]:
@@ -294,7 +248,7 @@ def _only(members: Sequence[Member], groups: Sequence[Group]) -> list[Table | Te
     rows = [(f"only {name}", f"{(always[row] & (ever.sum(axis=0) == 1)).sum():,}") for row, name in enumerate(sides)]
     every, none = correct.all(axis=0).sum(), (~correct).all(axis=0).sum()
     some = correct.shape[1] - every - none - (always & (ever.sum(axis=0) == 1)).sum()
-    rows += [("several, or only some repeats", f"{some:,}")] * bool(some)
+    rows += [("several, or only some repeats" if len(groups) < len(members) else "several", f"{some:,}")] * bool(some)
     rows += [("all", f"{every:,}"), ("none", f"{none:,}")]
     words = "A setting with repeats is right where all its runs are, and wrong where none is."
     return [Table(("right", "images"), rows), *[Text(words)] * (1 < len(groups) < len(members))]

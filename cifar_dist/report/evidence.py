@@ -31,6 +31,7 @@ class Chosen:
         mistakes: the most confident wrong predictions, the worst first.
         suspects: images whose label looks wrong, the most suspicious first; none where the model is too unsure to tell.
         num_suspects: how many there are in all.
+        num_doubted: and with those that the model predicts as they are labelled: they tell how sure it is.
     """
 
     shared: list[int]
@@ -40,6 +41,7 @@ class Chosen:
     mistakes: list[int]
     suspects: list[int]
     num_suspects: int
+    num_doubted: int
 
     @property
     def explained(self) -> list[int]:
@@ -65,8 +67,9 @@ def choose(scored: Scored) -> Chosen:
         return int(rows[confidence[rows].argmax()]) if len(rows) else None
 
     wrong = np.flatnonzero(~scored.correct)
-    suspects = label_issues(scored.probabilities, scored.labels)
-    told = can_tell(len(suspects), len(scored.labels), mean_probability(scored.probabilities, scored.labels))
+    doubted = label_issues(scored.probabilities, scored.labels)
+    told = can_tell(len(doubted), len(scored.labels), mean_probability(scored.probabilities, scored.labels))
+    suspects = doubted[~scored.correct[doubted]]  # as in cleanlab: a class never predicted has a low threshold
     return Chosen(
         shared=[int(of_class[number][0]) for number in present[:SHARED]],
         classes=classes,
@@ -75,6 +78,7 @@ def choose(scored: Scored) -> Chosen:
         mistakes=wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist(),
         suspects=suspects[:SUSPECTS].tolist() if told else [],
         num_suspects=len(suspects),
+        num_doubted=len(doubted),
     )
 
 

@@ -30,7 +30,7 @@ def headline(members: Sequence[Member], groups: Sequence[Group], pairs: Sequence
         images += ", each at its last checkpoint"
     if len(groups) == 1:
         mean = mean_and_deviation([member.metrics["top1"] for member in members], percent)
-        return f"{len(members)} runs with {mean} on {images}."
+        return f"{len(members)} runs of one setting have a mean accuracy of {mean} (standard deviation) on {images}."
     means = [spread(members, group)["mean_top1"] for group in groups]
     return f"Of {len(members)} runs on {images}, {_ahead(groups, means, pairs, len(members))}."
 
@@ -41,19 +41,22 @@ def _ahead(groups: Sequence[Group], means: Sequence[float], pairs: Sequence[dict
     best, named = highest(means), [group.name for group in groups]
     if len(best) == len(groups):
         return f"{'both' if len(best) == 2 else f'all {len(best)}'} {what} have the same {accuracy}"
-    if len(best) > 1:
-        first = _listed([named[number] for number in best]) if len(best) <= _MOST_NAMES else f"{len(best)} {what}"
-        return f"{first} share the highest {accuracy}, {percent(max(means))}"
-    winner = named[best[0]]
-    alike = [
-        pair["b"] if pair["a"] == winner else pair["a"]
+    winners = {named[number] for number in best}
+    alike = list(dict.fromkeys(
+        name
         for pair in pairs
-        if winner in (pair["a"], pair["b"]) and not pair["told_apart"]
-    ]
+        if not pair["told_apart"] and len({pair["a"], pair["b"]} & winners) == 1
+        for name in (pair["a"], pair["b"])
+        if name not in winners
+    ))  # fmt: skip
     others = _listed(alike) if len(alike) <= _MOST_NAMES else f"{len(alike)} others"
     chance = "chance" if runs > len(groups) else "the choice of test images"  # all that single runs can tell
     sure = f"but can't be told apart from {others}" if alike else f"by more than {chance} explains"
-    return f"{winner} has the highest {accuracy}, {percent(max(means))}, {sure}"
+    first = _listed(sorted(winners, key=named.index)) if len(best) <= _MOST_NAMES else f"{len(best)} {what}"
+    if len(best) > 1:
+        return f"{first} share the highest {accuracy}, {percent(max(means))}, {sure}"
+    alone = " in a single run" * (runs > len(groups) and len(groups[best[0]].members) == 1)
+    return f"{first} has the highest {accuracy}, {percent(max(means))}{alone}, {sure}"
 
 
 def highest(means: Sequence[float]) -> list[int]:

@@ -57,9 +57,9 @@ def spread(members: Sequence[Member], group: Group) -> dict[str, Any]:
 
 
 def missing(study: StudyRecord, members: Sequence[Member]) -> dict[str, str]:
-    """The study's runs that are neither among these nor finished, and where they stood."""
+    """The study's runs that are not among these, and where they stood."""
     here = {member.run.folder.resolve().name for member in members}
-    return {name: stood for name, stood in study.runs.items() if name not in here and stood != "finished"}
+    return {name: stood for name, stood in study.runs.items() if name not in here}
 
 
 def row_of(member: Member, group: str) -> dict[str, Any]:

@@ -98,11 +98,20 @@ def _selected_on(run: Run, scored: Scored) -> str:
 def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
     warnings, trained_on = [cut] if (cut := cut_warning(run)) else [], run.environment.get("data_fingerprint")
     own_data = scored.about.own_data
-    names = [name for number, name in enumerate(scored.class_names) if number not in scored.labels]
-    if names:
+    absent = [number for number in range(len(scored.class_names)) if number not in scored.labels]
+    if absent:
         warnings.append(
-            f"The images are of {len(scored.class_names) - len(names)} of the {len(scored.class_names)} classes; macro"
-            f" means are over these, without {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
+            f"The images are of {len(scored.class_names) - len(absent)} of the {len(scored.class_names)} classes; macro"
+            f" means are over these, without {_listed(scored, absent)}."
+        )
+    never = sorted(set(scored.labels.tolist()) - set(scored.predicted.tolist()))
+    if len(set(scored.predicted.tolist())) == 1 and never:
+        only = scored.class_names[scored.predicted[0]]
+        warnings.append(f"Every image is taken for {only}: the accuracy is that class's share of the images.")
+    elif never:
+        warnings.append(
+            f"Never predicted, though there are images of {'it' if len(never) == 1 else 'them'}:"
+            f" {_listed(scored, never)}. Precision of 0 in 0 predictions counts as 0 in macro means."
         )
     if selected_on == "test" and own_data:
         warnings.append(TEST_SELECTED)
@@ -111,6 +120,12 @@ def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
             f"The data set has changed since training (fingerprint {trained_on}, now {scored.about.fingerprint})."
         )
     return warnings
+
+
+def _listed(scored: Scored, classes: list[int]) -> str:
+    """Names of classes, of many the first."""
+    names = [scored.class_names[number] for number in classes[:MOST_NAMED]]
+    return ", ".join(names) + (", …" if len(classes) > MOST_NAMED else "")
 
 
 def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> dict[str, Any]:

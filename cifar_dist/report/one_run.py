@@ -138,7 +138,7 @@ def _curves(found: Found) -> dict[str, Figure | None]:
 
     def curves(name: str) -> list[figures.Curve]:
         both = [
-            figures.Curve("train", *run.series(f"train/{name}"), figures.TRAIN),
+            figures.Curve("train", *run.series(f"train/{name}"), figures.TRAIN, dashed=True),
             figures.Curve(run.evaluation_split, *run.series(f"val/{name}"), figures.EVALUATION),
         ]
         return [curve for curve in both if curve.steps]
@@ -146,7 +146,7 @@ def _curves(found: Found) -> dict[str, Figure | None]:
     return {
         "loss": figures.loss_curves(curves("loss"), axis),
         "accuracy": figures.accuracy_curves(curves("top1"), axis),
-        "lr": figures.lr_curve(_schedule(run), figures.Curve("log", *run.series("lr"), figures.EVALUATION), axis),
+        "lr": figures.lr_curve(_schedule(run), figures.Curve("logged", *run.series("lr"), figures.EVALUATION), axis),
     }
 
 
@@ -164,6 +164,7 @@ def _of_classes(found: Found) -> dict[str, Figure | None]:
     off = matrix - np.diag(np.diag(matrix))
     most = [divmod(int(cell), len(names)) for cell in np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]]
     pairs = [(names[true], names[guess], int(off[true, guess])) for true, guess in most if off[true, guess]]
+    numbered = len(names) <= figures.MOST_NUMBERED_CLASSES  # else the two matrices are one picture
     calibration, scored = metrics["calibration"], found.scored
     panels = [_reliability(scored, "as trained", calibration["before"]["ece"])]
     if calibration["after"]:
@@ -172,7 +173,7 @@ def _of_classes(found: Found) -> dict[str, Figure | None]:
         panels.append(_reliability(temperature_scaled(scored, temperature), title, calibration["after"]["ece"]))
     return {
         "confusion_matrix": figures.confusion_matrix(matrix, names),
-        "confusion_shares": figures.normalized_confusion_matrix(matrix, names),
+        "confusion_shares": figures.normalized_confusion_matrix(matrix, names) if numbered else None,
         "class_accuracy": figures.class_bars(names, recalls, metrics["top1"]),
         "confusions": figures.top_confusions(pairs) if pairs else None,
         "reliability": figures.reliability_diagram(panels),
@@ -189,9 +190,10 @@ def _reliability(scored: Scored, title: str, ece: float) -> figures.Reliability:
 def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
     """The report for people: the result first, then how it came about."""
     run, scored, metrics = found.run, found.scored, found.metrics
+    captions = sheets.captions(len(scored.class_names))
 
     def shown(*names: str) -> list[Picture]:
-        return [Picture(pictures[name], sheets.CAPTIONS[name]) for name in names if name in pictures]
+        return [Picture(pictures[name], captions[name]) for name in names if name in pictures]
 
     files = {
         "counts": folder / "confusion_matrix.csv",

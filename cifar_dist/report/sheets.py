@@ -17,7 +17,7 @@ from cifar_dist.statistics.label_errors import MOST_SUSPECTED, can_tell, mean_pr
 CAPTIONS = {
     "loss": "Loss against steps",
     "accuracy": "Top-1 accuracy against steps",
-    "lr": "Learning rate against steps: what the settings say for each, and what the log holds",
+    "lr": "Learning rate against steps: what the settings say for each, and what was logged",
     "class_accuracy": "Accuracy of each class; the dashed line is the mean over all images",
     "confusion_matrix": "Confusion matrix: number of images",
     "confusion_shares": "Confusion matrix: percent of the true class",
@@ -32,6 +32,18 @@ CAPTIONS = {
 
 METHODS = ("grad_cam", "rollout")
 _EVEN = 0.8  # of its highest value, below which no other of a map is that is nearly one colour
+
+
+def captions(classes: int) -> dict[str, str]:
+    """What is said below each picture of so many classes."""
+    said = dict(CAPTIONS)
+    if classes > figures.MOST_BARS:
+        said["class_accuracy"] = said["class_accuracy"].replace("each class", f"the {figures.MOST_BARS} least accurate")
+    if classes > figures.MOST_NUMBERED_CLASSES:
+        said["confusion_matrix"] = "Confusion matrix: shares of the true class as shades"
+    if classes > figures.MOST_NAMED_CLASSES:
+        said["confusion_matrix"] += "; classes by their number in the table above"
+    return said
 
 
 def of_images(scored: Scored, chosen: Chosen, evidence: Evidence) -> dict[str, Figure | None]:
@@ -89,15 +101,15 @@ def as_seen(image: np.ndarray, size: int) -> np.ndarray:
 def mistake_words(scored: Scored, chosen: Chosen) -> str:
     """How many images are wrong, and how many labels look wrong or why this model cannot tell."""
     count, suspected, wrong = len(scored.labels), chosen.num_suspects, int((~scored.correct).sum())
+    doubted = chosen.num_doubted
     trust = mean_probability(scored.probabilities, scored.labels)
     are = "is given another class than its label" if wrong == 1 else "are given other classes than their labels"
     words = f"{wrong:,} of {count:,} images {are}."
     by = "by confident learning (Northcutt et al., 2021)"
-    if not can_tell(suspected, count, trust):
+    if not can_tell(doubted, count, trust):
         why = (
-            f"{by} {suspected:,} would be suspected, and even the worst of well-known test sets have no more than a"
-            " tenth"
-            if suspected > MOST_SUSPECTED * count
+            f"{by} {doubted:,} would be suspected, and even the worst of well-known test sets have no more than a tenth"
+            if doubted > MOST_SUSPECTED * count
             else f"on average it gives a label a probability of only {trust:.2f}, and {by}, which compares with that,"
             " its doubts would be taken for wrong labels"
         )
@@ -109,7 +121,8 @@ def mistake_words(scored: Scored, chosen: Chosen) -> str:
     )
     shown = f" The {len(chosen.suspects)} most suspicious are shown." if suspected > len(chosen.suspects) else ""
     return (
-        f"{words} {are} {by}: the model finds another class at least as likely as it usually finds that class.{shown}"
+        f"{words} {are} {by}: the model predicts another class, and finds it at least as likely as it usually finds"
+        f" that class.{shown}"
         " The less accurate a model, the more it suspects wrongly."
     )
 

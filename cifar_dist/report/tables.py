@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_dist import figures
 from cifar_dist.config import Config
 from cifar_dist.memory import MIB
 from cifar_dist.metrics.calibration import BINS
@@ -134,14 +135,20 @@ def while_training(config: Config) -> str:
 def per_class(metrics: dict[str, Any]) -> Table:
     """Precision, recall, F1 and support of each class, with their means."""
 
-    def row(name: str, values: dict[str, Any], support: int) -> tuple[str, ...]:
-        of_images = (f"{values[key]:.4f}" if support else "–" for key in ("recall", "f1"))
-        return (name, f"{values['precision']:.4f}", *of_images, f"{support:,}")
+    def row(name: str, values: dict[str, Any], support: int, predicted: bool = True) -> tuple[str, ...]:
+        known = {"precision": predicted, "recall": support, "f1": support}
+        return (name, *(f"{values[key]:.4f}" if known[key] else "–" for key in known), f"{support:,}")
 
-    rows = [row(values["name"], values, values["support"]) for values in metrics["classes"]]
+    predicted = np.any(metrics["confusion_matrix"], axis=0)
+    classes = zip(metrics["classes"], predicted, strict=True)
+    rows = [row(values["name"], values, values["support"], guessed) for values, guessed in classes]
     for name, key in (("macro mean", "macro_avg"), ("weighted mean", "weighted_avg")):
         rows.append(row(name, metrics[key], metrics["num_samples"]))
-    return Table(("class", "precision", "recall", "F1", "support"), rows, strong=[len(rows) - 2, len(rows) - 1])
+    header: tuple[str, ...] = ("class", "precision", "recall", "F1", "support")
+    if len(predicted) > figures.MOST_NAMED_CLASSES:  # pictures call them by their numbers
+        header = ("number", *header)
+        rows = [(f"{number}" if number < len(predicted) else "", *cells) for number, cells in enumerate(rows)]
+    return Table(header, rows, strong=[len(rows) - 2, len(rows) - 1])
 
 
 def calibration(metrics: dict[str, Any]) -> Table:

@@ -100,7 +100,7 @@ def test_points_stand_at_cost_and_accuracy_with_their_interval():
         np.testing.assert_allclose(line.get_data(), [[x], [y]])
         np.testing.assert_allclose(bars.get_segments()[0], [[x, low], [x, high]])
     assert axes.get_xscale() == "linear"
-    assert {"ViT", "Swin", "latency (ms)", "top-1 accuracy"} <= labels_in(figure)
+    assert {"ViT", "Swin", "latency (ms)", "top-1 accuracy on test"} <= labels_in(figure)
 
 
 def test_costs_over_more_than_a_factor_of_ten_are_logarithmic_and_a_zero_is_not():

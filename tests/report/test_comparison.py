@@ -213,10 +213,17 @@ def test_a_warning_names_its_runs_unless_it_is_of_all(tmp_path):
         ),
         ([(1, 0.1, 0), (1, 0.2, 0)], "Of 2 runs on 300 test images of pets, both runs have the same accuracy."),
         ([(1, lr, 0) for lr in (1, 2, 3)], "Of 3 runs on 300 test images of pets, all 3 runs have the same accuracy."),
-        ([(1, 0.1, 0), (2, 0.2, 0), (2, 0.3, 0)], "cnn4, lr 0.2 and cnn4, lr 0.3 share the highest accuracy, 55.33 %."),
+        (
+            [(1, 0.1, 0), (2, 0.2, 0), (2, 0.3, 0)],
+            "cnn4, lr 0.2 and cnn4, lr 0.3 share the highest accuracy, 55.33 %, but",
+        ),
         (
             [(1, 0.1, 0), (2, 0.2, 0), (1, 0.2, 1), (1, 0.3, 0)],
             "pets, cnn4, lr 0.2 has the highest mean accuracy, 53.50 %, but",
+        ),
+        (
+            [(1, 0.2, 0), (1, 0.2, 1), (2, 0.1, 0)],
+            "pets, cnn4, lr 0.1 has the highest mean accuracy, 55.33 % in a single run, but",
         ),
         (
             [(2, 0.1, 0), (3, 0.1, 1), (6, 0.1, 2), (11, 0.2, 0), (2, 0.2, 1), (3, 0.2, 2)],
@@ -341,6 +348,12 @@ def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     assert "**2 of the 4 runs of this study are missing.**" in found.markdown
     assert "| blunt | new |\n| bad | failed with status 2: --lr \\| is bad. |" in found.markdown
     save_record(tmp_path, dataclasses.replace(record, runs=dict.fromkeys(("sharp", "dull", "more"), "finished")))
+    found = compared(tmp_path, *three[:2])
+    assert (
+        "**1 of the 3 runs of this study is missing.**" in found.markdown
+    )  # as one who leaves out a bad seed must say
+    assert "| more | finished |" in found.markdown
+    save_record(tmp_path, dataclasses.replace(record, runs=dict.fromkeys(("sharp", "dull"), "finished")))
     found = compared(tmp_path, *three[:2])
     assert found.title.startswith("Study mine: ")
     assert "issing" not in found.markdown
@@ -469,7 +482,8 @@ def test_repeats_alone_have_no_verdict(tmp_path):
     found = compared(tmp_path, *runs)
     assert found.verdicts == []
     accuracies = [100 * make_scored(seed=s).correct.mean() for s in range(2)]
-    said = f"**2 runs with {np.mean(accuracies):.2f} % ± {np.std(accuracies, ddof=1):.2f} on 300 test images of pets"
+    mean = f"{np.mean(accuracies):.2f} % ± {np.std(accuracies, ddof=1):.2f} (standard deviation)"
+    said = f"**2 runs of one setting have a mean accuracy of {mean} on 300 test images of pets"
     assert found.markdown.splitlines()[2].startswith(said)
     assert "there is nothing to compare" in (tmp_path / "out" / "comparison.md").read_text()
 

@@ -28,8 +28,9 @@ from statsmodels.stats.proportion import proportion_confint
 from cifar_dist.errors import UsageError
 from cifar_dist.page import plain
 from cifar_dist.report import report_folder, write_report
-from cifar_dist.report.evidence import load_evidence
+from cifar_dist.report.evidence import choose, load_evidence
 from cifar_dist.report.predictions import Scored, load_predictions, save_predictions
+from cifar_dist.report.sheets import captions
 from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from cifar_dist.statistics.label_errors import label_issues
@@ -512,14 +513,66 @@ def test_a_class_without_images_counts_nothing_and_is_said(tmp_path, monkeypatch
 
 def test_a_model_that_would_suspect_more_than_a_tenth_of_the_labels_shows_none(run):
     """98 of 300, as half of its predictions are wrong; of the better model of the other tests 17."""
-    report, page = write(run), (run / "report" / "report.md")
-    assert report.metrics["suspected_label_errors"] == len(
-        label_issues(make_scored().probabilities, make_scored().labels)
-    )
+    report, page, scored = write(run), (run / "report" / "report.md"), make_scored()
+    doubted = label_issues(scored.probabilities, scored.labels)
+    assert report.metrics["suspected_label_errors"] == (scored.predicted[doubted] != scored.labels[doubted]).sum()
+    assert len(doubted) == 98 and " 98 would be suspected" in page.read_text()
     assert "label_errors" not in report.pictures and "Images whose label may be wrong" not in page.read_text()
     assert (
         "This model is too unsure to tell which labels are wrong themselves: by confident learning" in page.read_text()
     )
+
+
+def test_an_image_that_is_predicted_as_labelled_is_no_suspect():
+    """Class 1 is never predicted, and has 0.01 on average; images of class 0 that have as much of it are right."""
+    labels = (np.arange(100) >= 95).astype(int)
+    rare = np.where(np.arange(100) < 4, 0.02, np.where(labels == 1, 0.01, 0.001))
+    probabilities = np.column_stack([1 - rare, rare])
+    assert label_issues(probabilities, labels).tolist()[:4] == [0, 1, 2, 3]
+    scored = dataclasses.replace(make_scored(), ids=np.arange(100), labels=labels, logits=np.log(probabilities))
+    chosen = choose(dataclasses.replace(scored, class_names=("common", "rare")))
+    assert chosen.num_suspects == len(chosen.suspects) == 0 and chosen.num_doubted == 4
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("guesses", "said", "row"),
+    [
+        (
+            [0],
+            "Every image is taken for cat: the accuracy is that class's share of the images.",
+            "| dog | – | 0.0000 |",
+        ),
+        ([0, 3, 4, 5], "Never predicted, though there are images of them: dog, a|b. Precision of 0 in", "| dog | – |"),
+        ([0, 1, 3, 4, 5], "Never predicted, though there are images of it: a|b. Precision of 0 in", "| a\\|b | – |"),
+    ],
+)
+def test_classes_that_are_never_predicted_are_said(tmp_path, guesses, said, row):
+    folder, scored = make_run(tmp_path / "run"), make_scored()
+    logits = np.eye(6, dtype=np.float32)[np.resize(guesses, 300)]
+    save_report(folder, dataclasses.replace(scored, logits=logits))
+    assert any(warning.startswith(said) for warning in write(folder).metrics["warnings"])
+    assert row in (folder / "report" / "report.md").read_text()
+
+
+def test_of_many_classes_one_matrix_is_drawn_and_classes_have_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("cifar_dist.figures.save_all", lambda figures, _: drawn.append(figures) or {})
+    labels, names = np.resize(np.arange(120), 300), tuple(f"kind{number}" for number in range(120))
+    scored = dataclasses.replace(make_scored(), labels=labels, logits=np.eye(120, dtype=np.float32)[labels])
+    folder = make_run(tmp_path / "run", environment=ENVIRONMENT | {"class_names": names})
+    save_report(folder, dataclasses.replace(scored, class_names=names))
+    write(folder)
+    assert drawn[0]["confusion_matrix"] is not None and drawn[0]["confusion_shares"] is None
+    page = (folder / "report" / "report.md").read_text()
+    assert "| 119 | kind119 | 1.0000 |" in page and "|  | **macro mean** | **1.0000** |" in page
+
+
+@pytest.mark.parametrize(("classes", "said"), [(20, "number of images"), (21, "as shades"), (41, "in the table above")])
+def test_a_matrix_is_said_to_show_what_it_shows(classes, said):
+    assert captions(classes)["confusion_matrix"].endswith(said)
+    assert "100 least accurate" in captions(101)["class_accuracy"]
+    assert "each class" in captions(100)["class_accuracy"]
 
 
 def test_a_model_that_doubts_most_labels_suspects_none(tmp_path):
