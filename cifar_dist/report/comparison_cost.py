@@ -17,7 +17,7 @@ from cifar_dist.report.tables import quantity, taken
 _Columns = dict[str, tuple[str, Callable[[float], str]]]
 _TRAINING: _Columns = {
     "parameters (M)": ("parameters", lambda count: quantity(count / 1e6)),
-    "trained (M)": ("trained_parameters", lambda count: quantity(count / 1e6)),
+    "of them trained (M)": ("trained_parameters", lambda count: quantity(count / 1e6)),
     "GFLOPs": ("gflops", quantity),
     "GMACs": ("gmacs", quantity),
     "GMACs without attention": ("gmacs_without_attention", quantity),
@@ -37,16 +37,17 @@ def cost_tables(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
     """What each group cost; of repeats the mean."""
     training, inference = [], []
     each = [[row_of(members[number], group.name) for number in group.members] for group in groups]
-    whole = all(row["trained_parameters"] in (None, row["parameters"]) for found in each for row in found)
-    columns = {name: column for name, column in _TRAINING.items() if not (whole and name == "trained (M)")}
     for group, found in zip(groups, each, strict=True):
         sizes, devices = (each_of(row[name] for row in found) for name in ("inference_batch_size", "device"))
-        training.append((group.name, *(_mean(found, name, show) for name, show in columns.values())))
+        size, trained, *others = (_mean(found, name, show) for name, show in _TRAINING.values())
+        training.append((group.name, size, "all" if trained == size else trained, *others))
         cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
         inference.append((group.name, *cells, sizes, devices))
+    if all(row[2] == "all" for row in training):
+        training = [(*row[:2], "–", *row[3:]) for row in training]
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [
-        *_known(("settings", *columns), training),
+        *_known(("settings", *_TRAINING), training),
         *_known(("settings", *_INFERENCE, "batch size", "inference on"), inference),
         *repeats,
     ]

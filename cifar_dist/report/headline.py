@@ -51,7 +51,9 @@ def _ahead(groups: Sequence[Group], means: Sequence[float], pairs: Sequence[dict
     ))  # fmt: skip
     others = _listed(alike) if len(alike) <= _MOST_NAMES else f"{len(alike)} others"
     chance = "chance" if runs > len(groups) else "the choice of test images"  # all that single runs can tell
-    sure = f"but can't be told apart from {others}" if alike else f"by more than {chance} explains"
+    lone = runs > len(groups) and any(len(group.members) == 1 for group in groups)
+    assumed = ", if seeds matter alike in all settings" * lone
+    sure = f"but can't be told apart from {others}" if alike else f"by more than {chance} explains{assumed}"
     first = _listed(sorted(winners, key=named.index)) if len(best) <= _MOST_NAMES else f"{len(best)} {what}"
     if len(best) > 1:
         return f"{first} share the highest {accuracy}, {percent(max(means))}, {sure}"

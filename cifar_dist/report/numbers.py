@@ -125,7 +125,7 @@ def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
 def _listed(scored: Scored, classes: list[int]) -> str:
     """Names of classes, of many the first."""
     names = [scored.class_names[number] for number in classes[:MOST_NAMED]]
-    return ", ".join(names) + (", …" if len(classes) > MOST_NAMED else "")
+    return ", ".join(names) + (f" and {len(classes) - MOST_NAMED} more" if len(classes) > MOST_NAMED else "")
 
 
 def _calibration(scored: Scored, val: Scored | None, found: dict[str, Any]) -> dict[str, Any]:

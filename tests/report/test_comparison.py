@@ -146,8 +146,8 @@ def test_everything_is_written(tmp_path, three):
             image.verify()
     markdown = (out / "comparison.md").read_text()
     assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
-    assert "| settings | parameters (M) | trained (M) | GFLOPs |" in markdown
-    assert "| cnn4 | 0.00257 | 0.00257 | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 1.00 | 4.00 |" in markdown
+    assert "| settings | parameters (M) | of them trained (M) | GFLOPs |" in markdown
+    assert "| cnn4 | 0.00257 | all | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 1.00 | 4.00 |" in markdown
     assert "say nothing of other seeds" in markdown
     assert f"{100 * metrics[0]['top1']:.2f} %" in markdown
     assert "that only one run gets right (its name), and what the surest of the others says" in markdown
@@ -241,6 +241,18 @@ def test_the_highest_accuracy_may_be_shared_and_is_of_repeats_a_mean(tmp_path, r
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_a_single_run_beside_repeats_takes_for_granted_is_said(tmp_path):
+    """Its seeds are taken to scatter as the others' do."""
+    runs = [make(tmp_path, f"r{n}", make_scored(n + 1), lr=0.2, seed=n) for n in range(3)]
+    markdown = compared(tmp_path, *runs, make(tmp_path, "best", make_scored(9, 5.0), lr=0.1)).markdown
+    assert " in a single run, by more than chance explains, if seeds matter alike in all settings." in markdown
+    assert "Trained once: cnn4, lr 0.1. Seeds are taken to matter there as in the other setting of a pair" in markdown
+    again = make(tmp_path, "again", make_scored(8, 5.0), lr=0.1, seed=7)
+    markdown = compared(tmp_path, *runs, make(tmp_path, "first", make_scored(9, 5.0), lr=0.1), again).markdown
+    assert ", by more than chance explains." in markdown and "Trained once" not in markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_the_headline_says_from_which_the_best_cannot_be_told_apart(tmp_path):
     """A run that is right nearly always, one that differs from it in a single image, and two that guess."""
     best = make_scored(seed=1, sharpness=9)
@@ -254,9 +266,10 @@ def test_the_headline_says_from_which_the_best_cannot_be_told_apart(tmp_path):
         f"m0 has the highest accuracy, {100 * best.correct.mean():.2f} %, but can't be told apart from m1.**"
     )
     alone, repeated = runs[0], make(tmp_path, "again", scored[0], model="m0", seed=1)
-    for others, explained in (([], "the choice of test images"), ([repeated], "chance")):
+    assumed = "chance explains, if seeds matter alike in all settings"
+    for others, explained in (([], "the choice of test images explains"), ([repeated], assumed)):
         first_line = compared(tmp_path, alone, *others, *runs[2:]).markdown.splitlines()[2]
-        assert first_line.endswith(f", by more than {explained} explains.**")
+        assert first_line.endswith(f", by more than {explained}.**")
     assert [pair["told_apart"] for pair in compared(tmp_path, *runs[:3]).summary["pairs"]] == [False, True, True]
 
 
