@@ -132,7 +132,7 @@ def _refuse_other_numbers(file: Path, found: State, model: nn.Module) -> None:
 
 def _within(found: State, arguments: dict[str, Any]) -> dict[str, State]:
     """The model's weights in a file that holds more, by the prefix that all of them have there."""
-    head, own = _head_names(arguments), create(arguments).state_dict()
+    head, own = head_names(arguments), create(arguments).state_dict()
     names = [key for key in own if key not in head and not key.endswith("num_batches_tracked")]
     prefixes = [key.removesuffix(names[0]) for key in found if f".{key}".endswith(f".{names[0]}")]
     return {
@@ -180,7 +180,8 @@ def _tensors(state: dict[str, Any]) -> State:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _head_names(arguments: dict[str, Any]) -> set[str]:
+def head_names(arguments: dict[str, Any]) -> set[str]:
+    """Keys of the classifiers that the model's configuration in timm names."""
     return {f"{name}.{kind}" for name in classifier_names(arguments["pretrained_cfg"]) for kind in ("weight", "bias")}
 
 
@@ -198,27 +199,33 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
     return 0
 
 
-def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
-    """`source` itself if it has as many classes as asked for, else a new model with all of it but the head.
+def with_new_head(arguments: dict[str, Any]) -> nn.Module:
+    """The model as it is drawn, but with a head that starts at zero, so with all classes alike.
 
-    A new head starts at zero (as in BiT and the ViT paper, Kolesnikov 2020 and Dosovitskiy 2021), so all classes alike:
-    what an architecture draws for a training from scratch is much too large beside trained features in some.
+    As in BiT and the ViT paper (Kolesnikov 2020, Dosovitskiy 2021). What timm draws for few classes is much too large
+    in some families: an EfficientNet's first loss of ten classes is 7, beside trained features 12, where ln 10 is 2.3.
     """
+    model, head = create(arguments), head_names(arguments)
+    for key, tensor in model.state_dict().items():
+        if key in head:
+            tensor.zero_()
+    return model
+
+
+def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
+    """`source` itself if it has as many classes as asked for, else a new model with all of it but the head."""
     had, wanted = cast(Any, source).num_classes, arguments["num_classes"]
     if had == wanted:
         if is_first_process():
             print(f"{what}: loaded, with the head of {had} classes.", flush=True)
         return source
-    model = create(arguments)
-    head = _head_names(arguments)
+    model = with_new_head(arguments)
+    head = head_names(arguments)
     body = {key: value for key, value in source.state_dict().items() if key not in head}
     result = model.load_state_dict(body, strict=False)
     left = [key for key in result.missing_keys if key not in head]
     if left or result.unexpected_keys:
         raise UsageError(f"{what}: no weights for {_some(left + result.unexpected_keys)}.")
-    for key, tensor in model.state_dict().items():
-        if key in head:
-            tensor.zero_()
     if is_first_process():
         had_words = f"the head of {had} classes is replaced by" if had else "there is no head, so it gets"
         print(f"{what}: {had_words} a new one of {wanted}, which starts at zero.", flush=True)

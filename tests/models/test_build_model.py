@@ -1,6 +1,7 @@
 """build_model's flags other than weights, freezing, and the input a model expects."""
 
 import copy
+import math
 
 import pytest
 import timm
@@ -8,10 +9,18 @@ import torch
 from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
+from torch.nn import functional as F
 
 from cifar_dist.config import InputConfig, ModelConfig
 from cifar_dist.errors import UsageError
-from cifar_dist.models import build_model, count_parameters, head_parameter_names, input_config, resolve_name
+from cifar_dist.models import (
+    NATIVE,
+    build_model,
+    count_parameters,
+    head_parameter_names,
+    input_config,
+    resolve_name,
+)
 
 
 def _error(num_classes=10, **settings):
@@ -110,8 +119,29 @@ def test_no_rate_is_none_where_the_model_takes_none(tmp_path):
 
 def test_an_encoder_is_no_classifier():
     assert _error(model="toy_without_rates") == (
-        "--model toy_without_rates: timm has it as an encoder, without a classifier; take another."
+        "--model toy_without_rates: it has no classifier (get_classifier()); take another."
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tf_efficientnet_lite0", "dla34", "mnasnet_small", "resnet18", "deit_tiny_distilled_patch16_224", "mixer_s32_224"],
+)
+def test_a_training_from_scratch_begins_with_all_classes_alike(name):
+    """As timm draws them the first two begin at losses of 7.3 and 5.8."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(model=name, img_size=64), 10)
+    logits = model(torch.randn(4, 3, 64, 64))
+    assert not logits.any()
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    assert model.get_parameter(head_parameter_names(model)[0]).grad.norm() > 0.01
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_native_models_first_loss_is_near_that_of_equal_classes(name):
+    torch.manual_seed(0)
+    logits = build_model(ModelConfig(model=name), 10)(torch.randn(8, 3, 32, 32))
+    assert F.cross_entropy(logits, torch.arange(8)).item() == pytest.approx(math.log(10), rel=0.2)
 
 
 def test_every_classifier_of_a_frozen_model_is_trained():
