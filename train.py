@@ -1,6 +1,6 @@
 """Train or fine-tune an image classifier: one command on one CPU, one GPU or many nodes.
 
-python train.py --dataset digits --model cnn4
+python train.py --dataset digits --model cnn4 --hflip 0
 accelerate launch train.py --model swin_base --pretrained --lr 5e-5
 """
 

@@ -62,7 +62,9 @@ def keep_ledger(folder: Path, process: int, processes: int, first: int, last: in
         given = []
         rows, weights = batches._own(step)
         found = [
-            pair for batch in batches(step) for pair in zip(checksums(batch.images), batch.labels.tolist(), strict=True)
+            pair
+            for batch in batches(step)
+            for pair in zip(checksums(batch.images), batch.targets.tolist(), strict=True)
         ]
         for row, weight, (number, label) in zip(rows.tolist(), weights.tolist(), found, strict=True):
             if weight > 0:

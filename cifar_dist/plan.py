@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from cifar_dist.config import Config
+from cifar_dist.config import Config, OptimConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
@@ -149,7 +149,11 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         lr_last=lr.apply(total - 1),
         checkpoint_bytes=checkpoint_bytes(load),
         memory=usage(engine, num_processes, load, accumulation > 1),
-        notes=(*_depends_on_processes(config, sizes, num_processes, micro), *_keeps_initial_weights(config, total)),
+        notes=(
+            *_batch_norm(config, sizes, num_processes, micro, accumulation),
+            *_keeps_initial_weights(config, total),
+            *_defaults_of_others(config),
+        ),
     )
 
 
@@ -242,14 +246,30 @@ def memory_load(config: Config, sizes: Sizes) -> Load:
     )
 
 
-def _depends_on_processes(config: Config, sizes: Sizes, num_processes: int, micro: int) -> list[str]:
-    """What makes results depend on the number of processes, a line each."""
-    if num_processes == 1 or not sizes.has_batch_norm or config.model.sync_bn:
+def _batch_norm(config: Config, sizes: Sizes, num_processes: int, micro: int, accumulation: int) -> list[str]:
+    """What makes BatchNorm, and so results, depend on how a batch is cut up, in a line."""
+    together = num_processes == 1 or config.model.sync_bn
+    if not sizes.has_batch_norm or (together and accumulation == 1):
         return []
-    return [
-        f"batch norm  statistics per process: over {micro} images, so results depend on the number of processes;"
-        f" --sync-bn takes them over all {num_processes * micro}"
-    ]
+    images, depends = micro * (num_processes if together else 1), []
+    depends += [] if together else ["the number of processes"]
+    depends += [] if accumulation == 1 else ["--micro-batch-size"]
+    whose = "per micro-batch" if together else "per process"
+    cure = "" if together else f"; --sync-bn takes them over all {num_processes * micro}"
+    return [f"batch norm  statistics {whose}: over {images} images, so results depend on {' and '.join(depends)}{cure}"]
+
+
+def _defaults_of_others(config: Config) -> list[str]:
+    """Defaults that suit AdamW, or photographs, and not what was asked for, a line each."""
+    lines, optim, usual = [], config.optim, OptimConfig()
+    if optim.opt in ("sgd", "momentum"):
+        left = [f"--lr {optim.lr:g}"] * (optim.lr == usual.lr)
+        left += [f"--weight-decay {optim.weight_decay:g}"] * (optim.weight_decay == usual.weight_decay)
+        if left:
+            lines.append(f"note        {' and '.join(left)} as for AdamW; SGD's are about 0.1 and 5e-4")
+    if config.data.dataset == "digits" and config.augment.hflip:
+        lines.append(f"note        --hflip {config.augment.hflip:g} mirrors digits, which makes others of them; take 0")
+    return lines
 
 
 def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:

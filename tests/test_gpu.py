@@ -38,7 +38,7 @@ def trained(opt, spoiled, graphs):
     parallel = Replicated(accelerator, model, fuse(make_optimizer(model, OptimConfig(opt=opt, lr=0.01))), 1.0)
     stepper, labels = Stepper(parallel, 0.1), torch.arange(BATCH, device=device) % 10
     weights = torch.full((BATCH,), 1 / BATCH, device=device)
-    refused = [train_step(stepper, [Batch(images, labels, labels, weights, last=True)])[1].refused for images in pixels]
+    refused = [train_step(stepper, [Batch(images, labels, weights, last=True)])[1].refused for images in pixels]
     assert refused == [step in spoiled for step in range(STEPS)]
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = model.state_dict() | {"random": torch.cuda.get_rng_state(device)}

@@ -148,8 +148,26 @@ def test_what_depends_on_the_number_of_processes_is_said():
         " takes them over all 128"
     )
     assert plan(*argv, "--sync-bn", processes=4, sizes=normed).notes == ()
+    both = plan(*argv, "--micro-batch-size", "8", processes=4, sizes=normed).notes[0]
+    assert "over 8 images, so results depend on the number of processes and --micro-batch-size; --sync-bn" in both
+    assert plan(*argv, "--micro-batch-size", "8", "--sync-bn", processes=4, sizes=normed).notes == (
+        "batch norm  statistics per micro-batch: over 32 images, so results depend on --micro-batch-size",
+    )
+    alone = plan(*argv, "--micro-batch-size", "2", sizes=normed).notes
+    assert alone == ("batch norm  statistics per micro-batch: over 2 images, so results depend on --micro-batch-size",)
+    assert plan("--micro-batch-size", "2").notes == ()
     assert plan(*argv, processes=1, sizes=normed).notes == ()
     assert plan(processes=4).notes == ()
+
+
+def test_defaults_that_do_not_suit_are_said():
+    sgd = "as for AdamW; SGD's are about 0.1 and 5e-4"
+    assert plan("--opt", "sgd").notes == (f"note        --lr 0.001 and --weight-decay 0.05 {sgd}",)
+    assert plan("--opt", "momentum", "--lr", "0.1").notes == (f"note        --weight-decay 0.05 {sgd}",)
+    assert plan("--opt", "sgd", "--lr", "0.1", "--weight-decay", "5e-4").notes == plan("--opt", "adamw").notes == ()
+    mirrored = plan("--dataset", "digits").notes
+    assert mirrored == ("note        --hflip 0.5 mirrors digits, which makes others of them; take 0",)
+    assert plan("--dataset", "digits", "--hflip", "0").notes == ()
 
 
 def test_a_plan_that_selects_on_test_says_so():

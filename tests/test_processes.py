@@ -212,7 +212,7 @@ def test_a_bad_step_leaves_statistics_and_random_streams_as_they_were():
         pixels, labels, weights = torch.randn(8, 3, 32, 32), torch.arange(8), torch.full((8,), 1 / 8)
         pixels[3, 0, 0, 0] = math.nan
         before = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-        _, flags = train_step(Stepper(parallel, 0.0), [Batch(pixels, labels, labels, weights, last=True)])
+        _, flags = train_step(Stepper(parallel, 0.0), [Batch(pixels, labels, weights, last=True)])
         assert flags.refused
         assert torch.equal(before[1], torch.get_rng_state())
         return all(torch.equal(before[0][k], v) for k, v in model.state_dict().items())
@@ -229,7 +229,7 @@ def test_a_bad_gradient_of_a_good_loss_is_seen_on_all_processes():
             model[1].bias.register_hook(lambda gradient: gradient * math.inf)
         parallel = Replicated(accelerator, model, make_optimizer(model, OptimConfig()), None)
         pixels, labels, weights = torch.randn(8, 3, 32, 32), torch.arange(8), torch.full((8,), 1 / 8)
-        share, flags = train_step(Stepper(parallel, 0.0), [Batch(pixels, labels, labels, weights, last=True)])
+        share, flags = train_step(Stepper(parallel, 0.0), [Batch(pixels, labels, weights, last=True)])
         assert share.isfinite().all()
         return flags.refused
 
@@ -287,8 +287,7 @@ def test_a_step_says_no_more_than_gradients_and_one_control_reduction(micro_batc
         parallel = Replicated(accelerator, model, make_optimizer(model, OptimConfig(opt="momentum")), None)
         labels, weights = torch.arange(8), torch.full((8,), 1 / 8 / micro_batches)
         batches = [
-            Batch(torch.randn(8, 3, 32, 32), labels, labels, weights, last=n == micro_batches - 1)
-            for n in range(micro_batches)
+            Batch(torch.randn(8, 3, 32, 32), labels, weights, last=n == micro_batches - 1) for n in range(micro_batches)
         ]
         stepper, meter = Stepper(parallel, 0.0), Meter(accelerator, 16)
         for _ in range(2):  # DDP arranges its buckets in the first steps

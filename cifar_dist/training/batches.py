@@ -30,7 +30,6 @@ class Batch:
     Attributes:
         images: (B, 3, H, W), augmented and normalised; or features (B, F), see `features`.
         targets: int64 (B,) or, under mixup and CutMix, float (B, K).
-        labels: int64 (B,), the classes before mixing.
         weights: float32 (B,): 1 / (real rows of the global batch), or 0 for a filled row.
         last: whether it is the step's last one.
         lost: whether there were no data for it; the step must not be made.
@@ -38,7 +37,6 @@ class Batch:
 
     images: torch.Tensor
     targets: torch.Tensor
-    labels: torch.Tensor
     weights: torch.Tensor
     last: bool
     lost: bool = False
@@ -120,7 +118,7 @@ class Batches:
             if self._mixing is not None:
                 images, targets = self._mixing(images, part.labels, part.ids, epoch)
             last = micro == plan.grad_accum_steps - 1
-            yield Batch(images, targets, part.labels, part.weights, last, lost=self.lost is not None)
+            yield Batch(images, targets, part.weights, last, lost=self.lost is not None)
 
     def _input(self, part: Part, epoch: int) -> torch.Tensor:
         """What the model is given for these rows, before mixing."""

@@ -94,7 +94,8 @@ def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
         loss = (losses * batch.weights).sum()
         # The gradient of a loss that is not finite is made so too: every engine, and every process, sees it.
         parallel.backward(loss * torch.where(loss.detach().isfinite(), math.nan if lost else 1.0, math.nan))
-    correct = (logits.detach().argmax(1) == batch.labels) * batch.weights
+    labels = batch.targets.argmax(1) if soft else batch.targets  # of a mixed image the class it has most of
+    correct = (logits.detach().argmax(1) == labels) * batch.weights
     return torch.stack([loss.detach(), correct.sum()])
 
 

@@ -23,7 +23,7 @@ from cifar_dist.data.resident import ResidentSet
 from cifar_dist.distributed.control import Snapshot
 from cifar_dist.distributed.group import autocast, device_bytes, engine_name, first_failure, say
 from cifar_dist.memory import MIB
-from cifar_dist.models import input_config
+from cifar_dist.models import head_parameter_names, input_config
 from cifar_dist.ordering import steps_per_epoch
 from cifar_dist.plan import Plan
 from cifar_dist.recovery.checkpoint import Trained
@@ -152,6 +152,8 @@ class Backbone(nn.Module):
 def _try(model: nn.Module, images: Tensor) -> tuple[tuple[int, ...], str]:
     """Pass images through the model as it trains and as it is evaluated; it stays as it is, but for its mode.
 
+    Its heads are drawn meanwhile: as long as they are zero, what one of them adds to the logits is not seen.
+
     Returns:
         Shape of one image's features, and why they cannot be computed once.
     """
@@ -159,11 +161,17 @@ def _try(model: nn.Module, images: Tensor) -> tuple[tuple[int, ...], str]:
         return (), "the model has several classifiers"
     snapshot, backbone = Snapshot(model, images.device), Backbone(model)
     snapshot.take()
+    heads = [model.get_parameter(name) for name in head_parameter_names(model)]
+    kept, generator = [head.clone() for head in heads], torch.Generator().manual_seed(0)
+    for head in heads:
+        head.copy_(torch.randn(head.shape, generator=generator))
     trained = backbone.train()(images)
     draws, explains = backbone.draws, backbone.explains
     snapshot.restore()
     evaluated = backbone.eval()(images)
     model.train()
+    for head, before in zip(heads, kept, strict=True):
+        head.copy_(before)
     shape = tuple(trained.shape[1:])
     if not explains or not backbone.explains:
         return shape, "the logits are not the classifier's result alone"

@@ -33,6 +33,8 @@ from cifar_dist.training.preview import check_preview, write_preview
 from cifar_dist.training.sizes import measure
 from cifar_dist.training.whitening import whiten
 
+HIGHEST_TO_FINE_TUNE = 3e-4  # the learning rate, by AdamW, of all weights of a transformer at once
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -145,6 +147,7 @@ def settle(
         "streams": data.mode == "stream",
     }
     lines += idle_flags(command.given, config.flat() | facts) + layer_decay_lines(config, model)
+    lines += fine_tuning_lines(config, model)
     say(accelerator, *lines, *(engine_lines(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
 
@@ -157,6 +160,17 @@ def layer_decay_lines(config: Config, model: nn.Module) -> list[str]:
     share = full_rate_share(model, set(head_parameter_names(model)), decay)
     few = f"{share:.0%} of the weights below the head, in which timm sees few layers, keep the full rate"
     return [f"note        --layer-decay {decay:g}: {few}"] * (share > 0.5)
+
+
+def fine_tuning_lines(config: Config, model: nn.Module) -> list[str]:
+    """What to say of a learning rate by which a transformer forgets what it was pretrained on."""
+    optim, pretrained = config.optim, config.model.pretrained or config.model.init_weights
+    whole = config.model.freeze == "none" and optim.layer_decay is None
+    if not (pretrained and whole and "adam" in optim.opt and optim.lr > HIGHEST_TO_FINE_TUNE):
+        return []
+    if not any("attn" in name for name, _ in model.named_modules()):
+        return []
+    return [f"note        --lr {optim.lr:g} is high for a pretrained transformer, with AdamW usually 1e-5 to 1e-4"]
 
 
 def image_lines(config: Config, inputs: InputConfig) -> list[str]:

@@ -121,7 +121,10 @@ PLAIN = {"crop_padding": 0, "hflip": 0.0}
         ({}, "while training, on augmented images, "),
         (PLAIN, "while training, "),
         ({**PLAIN, "smoothing": 0.1}, "while training with label smoothing 0.1, "),
-        ({**PLAIN, "mixup": 0.2}, "while training, on augmented images with mixup, "),
+        (
+            {**PLAIN, "mixup": 0.2},
+            "while training, on augmented images with mixup (a mixed image is of the class it has most of), ",
+        ),
         ({**PLAIN, "aa": "trivial"}, "while training, on augmented images, "),
     ],
 )

@@ -144,6 +144,19 @@ def test_mixup_trains_and_does_not_depend_on_what_was_drawn_before(accelerator, 
     assert not torch.equal(first.targets, next(batches(4)).targets)
 
 
+def test_of_a_mixed_image_the_class_that_it_has_most_of_is_the_right_one(accelerator):
+    shares = torch.tensor([[0.1, 0.9, 0.0], [0.7, 0.0, 0.3], [0.4, 0.6, 0.0], [0.0, 0.2, 0.8]])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(3))  # logits are the pixels
+    pixels = torch.tensor([[0.0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 1]]).view(4, 3, 1, 1)
+    parallel = Replicated(accelerator, model, make_optimizer(model, OptimConfig(lr=1e-3)), None)
+    batch = Batch(pixels, shares, torch.full((4,), 0.25), last=True)
+    share, _ = train_step(Stepper(parallel, 0.1), [batch])
+    expected = -(shares * torch.log_softmax(pixels.flatten(1), 1)).sum(1).mean()  # smoothed by mixing already
+    assert share.tolist() == pytest.approx([expected.item(), 0.75])
+
+
 def test_batches_made_ahead_are_those_that_are_asked_for(accelerator):
     """As on a GPU: each micro-batch is made once, and the next step's first one before it is asked for."""
     flags = ["--batch-size", "16", "--micro-batch-size", "8", "--model", "cnn4", "--epochs", "2", "--cutmix", "1.0"]
@@ -212,7 +225,7 @@ def scaled_engine(clip_grad):
 
 def batch_of(pixels):
     labels = torch.arange(len(pixels))
-    return [Batch(pixels, labels, labels, torch.full((len(pixels),), 1 / len(pixels)), last=True)]
+    return [Batch(pixels, labels, torch.full((len(pixels),), 1 / len(pixels)), last=True)]
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])

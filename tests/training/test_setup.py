@@ -1,10 +1,11 @@
-"""What the plan says of images."""
+"""What the plan says of images, and of a learning rate."""
 
 import pytest
 
 from cifar_dist.command_line import parse_command_line
-from cifar_dist.config import InputConfig
-from cifar_dist.training.setup import image_lines
+from cifar_dist.config import InputConfig, ModelConfig
+from cifar_dist.models import build_model
+from cifar_dist.training.setup import fine_tuning_lines, image_lines
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,24 @@ def test_sizes_and_every_augmentation_that_is_on_are_said(flags, size, images, a
     first, second = image_lines(parse_command_line(flags.split()).config, inputs)
     assert first.startswith(f"images      {images}")
     assert second.startswith("augment     ") and second.endswith(augment)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        ("vit_tiny", "--lr 1e-3", True),
+        ("vit_tiny", "--lr 1e-4", False),
+        ("vit_tiny", "--lr 1e-3 --layer-decay 0.75", False),
+        ("vit_tiny", "--lr 1e-3 --freeze backbone", False),
+        ("vit_tiny", "--lr 0.1 --opt sgd", False),
+        ("resnet18", "--lr 1e-3", False),
+    ],
+)
+def test_a_rate_by_which_a_transformer_forgets_is_said(model, flags, said):
+    built = build_model(ModelConfig(model=model, img_size=32), 10)
+    lines = [
+        fine_tuning_lines(parse_command_line([*given, *flags.split()]).config, built)
+        for given in (["--init-weights", "x.pth"], [])
+    ]
+    note = ["note        --lr 0.001 is high for a pretrained transformer, with AdamW usually 1e-5 to 1e-4"]
+    assert lines == [note if said else [], []]
