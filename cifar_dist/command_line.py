@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 import typing
@@ -22,7 +23,7 @@ import yaml
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
 from cifar_dist.errors import UsageError
-from cifar_dist.other_flags import suggestion
+from cifar_dist.other_flags import suggestions
 
 
 def path(text: str) -> Path:
@@ -31,17 +32,25 @@ def path(text: str) -> Path:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, said once per job; `source` says what file they are about, if any."""
+    """argparse whose errors are one line, said once per job.
+
+    Attributes:
+        source: what file they are about, if any.
+        elsewhere: where flags belong that are not known, if that can be said of all.
+    """
 
     source: str = ""
+    elsewhere: str = ""
 
     def error(self, message: str) -> typing.NoReturn:
         """Leave with status 2, naming the nearest flags to one that is not known."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            name, known = unknown.partition(" ")[0].partition("=")[0], list(self._option_string_actions)
-            stray = " Data are named by --dataset." if "/" in name and "--dataset" in known else ""
-            message += f".{suggestion(name, known) if name.startswith('-') else stray}"
+            names = [word.partition("=")[0] for word in unknown.split(" ") if re.match("--?[a-zA-Z]", word)]
+            known = list(self._option_string_actions)
+            stray = " Data are named by --dataset." if "/" in unknown and "--dataset" in known else ""
+            elsewhere = "" if all(suggestions([name], known) for name in names) else self.elsewhere
+            message += f".{suggestions(names, known)}{elsewhere if names else stray}"
         if message.startswith("argument --resume: invalid choice"):
             message += "; to go on in a folder: --run-dir FOLDER --resume auto"
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
@@ -188,9 +197,10 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
         UsageError: there is no such flag, a switch is neither true nor false, or there are several values for one.
     """
     defaults, argv = Config().flat(), []
+    if unknown := [name for name in settings if name not in defaults]:
+        keys = f"key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}"
+        raise UsageError(f"{source}: unknown {keys}.{suggestions(unknown, list(defaults))}")
     for name, value in settings.items():
-        if name not in defaults:
-            raise UsageError(f"{source}: unknown key {name!r}.{suggestion(name, list(defaults))}")
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue

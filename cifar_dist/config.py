@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -236,7 +237,9 @@ class RunConfig:
     wandb: str | None = option(
         None, "Weights & Biases (default: online if logged in, else offline)", choices=("online", "offline", "disabled")
     )
-    wandb_project: str = option("cifar-dist", "Weights & Biases project")
+    wandb_project: str = option(
+        os.environ.get("WANDB_PROJECT") or "cifar-dist", "Weights & Biases project; by default that of $WANDB_PROJECT"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ OTHERS_NAMES = {
     "output": "run_dir", "experiment": "run_dir", "resume_from_checkpoint": "resume", "checkpoint_hist": "keep_last",
     "save_total_limit": "keep_last", "save_steps": "checkpoint_every", "recovery_interval": "checkpoint_every",
     "log_interval": "log_every", "logging_steps": "log_every", "report_to": "wandb",
-    "project_name": "wandb_project",
+    "project_name": "wandb_project", "wandb_project_name": "wandb_project", "amp_dtype": "precision",
+    "run_name": "run_dir", "name": "run_dir", "logging_dir": "run_dir", "ckpt_path": "init_weights",
+    "checkpoint_path": "init_weights", "weights": "init_weights", "load": "init_weights",
+    "start_epoch": "resume", "freeze_backbone": "freeze", "freeze_encoder": "freeze", "linear_probe": "freeze",
+    "data_seed": "split_seed", "remix": "mixup", "num_train_steps": "max_steps", "iterations": "max_steps",
+    "resize": "data_size", "image_column_name": "image_column", "label_column_name": "label_column",
+    "optim": "opt", "weight_averaging": "model_ema_decay", "time_limit_hours": "time_limit",
 }  # fmt: skip
 _CROPS = " Random crops are --crop-padding's, or --scale's, whose ratios go from 3/4 to 4/3."
 _PROCESSES = " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N …"
@@ -35,6 +41,12 @@ _TEST = " Test is a folder, or a split, of its own: docs/data.md shows how to se
 _WEIGHTS = " Every image counts the same; the report has balanced accuracy and macro F1."
 _PARTS = " train.py trains and watches val; evaluate.py scores test."
 _OPTIMIZER = " The optimizer's other numbers are timm's."
+_EPOCHS = " val is scored, and a checkpoint saved, after every epoch; the best one is kept and reported."
+_LAUNCHER = " Engines are the launcher's to choose: accelerate launch --config_file accelerate_configs/…"
+_TRACKERS = " Numbers go to W&B and to log.jsonl, which pandas reads."
+_TRAIN = " All of train is used; --val-fraction 0.9 leaves a tenth of it, and --max-steps ends a trial early."
+_HUB = " evaluate.py RUN_DIR --export DIR --push-to-hub NAME/REPO does that."
+_EXACT = " Runs repeat themselves to the last bit as they are."
 NO_SETTINGS = {
     "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
     "gpus": _PROCESSES, "num_gpus": _PROCESSES, "devices": _PROCESSES, "num_processes": _PROCESSES,
@@ -50,9 +62,23 @@ NO_SETTINGS = {
     "grad_checkpointing": _MEMORY, "gradient_checkpointing": _MEMORY,
     "do_train": _PARTS, "do_eval": _PARTS, "do_predict": _PARTS,
     "validation_dir": " val is the set's own split, or --val-fraction of train.",
-    "max_train_samples": " All of train is used; --max-steps ends a trial early.",
+    "max_train_samples": _TRAIN, "subset": _TRAIN, "train_fraction": _TRAIN, "limit_train_batches": _TRAIN,
+    "train_size": _TRAIN, "eval_strategy": _EPOCHS, "evaluation_strategy": _EPOCHS, "eval_steps": _EPOCHS,
+    "save_strategy": _EPOCHS, "val_interval": _EPOCHS, "load_best_model_at_end": _EPOCHS, "eval_metric": _EPOCHS,
+    "metric_for_best_model": _EPOCHS, "deepspeed": _LAUNCHER, "fsdp": _LAUNCHER, "zero_stage": _LAUNCHER,
+    "strategy": _LAUNCHER, "tensorboard": _TRACKERS, "logger": _TRACKERS, "log_wandb": _TRACKERS,
+    "deterministic": _EXACT, "j": " There are no loader workers to be set.", "loss": _LOSS, "criterion": _LOSS,
+    "model_kwargs": " Of a model's own arguments there are --img-size, --drop and --drop-path.",
+    "crop_pct": " Evaluation sees whole images.",
+    "bn_momentum": " BatchNorm is timm's.", "bn_eps": " BatchNorm is timm's.",
+    "decoupled_decay": " AdamW's and LAMB's weight decay is so, Adam's and SGD's is not: --opt.",
+    "dry_run": " --plan prints what would run.", "evaluate": _PARTS, "eval_only": _PARTS, "test_only": _PARTS,
+    "k_fold": " Splits are drawn by --split-seed; there are no folds.",
+    "kfold": " Splits are drawn by --split-seed; there are no folds.",
+    "ignore_mismatched_sizes": " A head of another size is replaced by itself.",
+    "trust_remote_code": " Models are timm's.", "tokenizer_name": " Models are timm's.",
     "overwrite_output_dir": " A run's folder is never overwritten: name another --run-dir, or go on by --resume auto.",
-    "push_to_hub": " evaluate.py RUN_DIR --export DIR --push-to-hub NAME/REPO does that.",
+    "push_to_hub": _HUB, "hub_model_id": _HUB,
     "betas": _OPTIMIZER, "opt_betas": _OPTIMIZER, "opt_eps": _OPTIMIZER, "adam_beta1": _OPTIMIZER,
     "adam_beta2": _OPTIMIZER, "adam_epsilon": _OPTIMIZER,
     "test_fraction": _TEST, "test_size": _TEST, "test_split": _TEST,
@@ -67,3 +93,10 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     plain = name.lstrip("-").replace("-", "_").lower()
     ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
     return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
+
+
+def suggestions(names: Sequence[str], known: Sequence[str]) -> str:
+    """`suggestion` for a single name, or for each of several after its name."""
+    if len(names) == 1:
+        return suggestion(names[0], known)
+    return "".join(f" {name}:{suggestion(name, known) or ' no such setting.'}" for name in names)

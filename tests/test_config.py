@@ -167,8 +167,13 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--gpus", "2"], "unrecognized arguments: --gpus 2. How many processes there are is the launcher's to say"),
         (["--local-rank", "2"], "unrecognized arguments: --local-rank 2. Ranks come from the environment"),
         (["--fold", "2"], "unrecognized arguments: --fold 2. (see --help)"),
+        (
+            ["--amp", "-j", "4", "--lr", "1", "--fold=2", "--torchcompile"],
+            "unrecognized arguments: --amp -j 4 --fold=2 --torchcompile. --amp: Did you mean --precision? -j: There are"
+            " no loader workers to be set. --fold: no such setting. --torchcompile: Did you mean --compile? (see",
+        ),
         (["--report_to", "wandb"], "unrecognized arguments: --report-to wandb. Did you mean --wandb? (see --help)"),
-        (["--do_train", "--do_eval"], "--do-train --do-eval. train.py trains and watches val; evaluate.py scores"),
+        (["--do_train", "--do_eval"], "--do-train --do-eval. --do-train: train.py trains and watches val; evaluate.py"),
         (["--resume", "runs/a"], "; to go on in a folder: --run-dir FOLDER --resume auto"),
         (["--mixup", "0.2", "0.3"], "unrecognized arguments: 0.3. (see --help)"),
         (["/data/cifar"], "unrecognized arguments: /data/cifar. Data are named by --dataset."),
@@ -194,6 +199,10 @@ def test_what_others_call_our_settings_is_none_of_ours():
     "text, said",
     [
         ("learning_rate: 1\n", "unknown key 'learning_rate'. Did you mean lr?"),
+        (
+            "learning_rate: 1\nlr: 2\nzzz: 3\n",
+            "unknown keys 'learning_rate', 'zzz'. learning_rate: Did you mean lr? zzz: no such setting.",
+        ),
         ("batchsize: 1\n", "Did you mean batch_size"),
         ("lr: [\n", "not valid YAML at line"),
         ("lr: [1, 2]\n", "lr takes one value, got [1, 2]"),

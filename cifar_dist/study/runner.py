@@ -111,6 +111,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         allow_abbrev=False,
         description="Run a study's runs one after another: skip what is finished, go on with what was cut, compare.",
     )
+    parser.elsewhere = " Flags of train.py go after --, and are for all runs."
     parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study: recipes, and a grid over them")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--list", action="store_true", help="a line a run: number, state, name, command")

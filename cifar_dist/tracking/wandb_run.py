@@ -30,7 +30,7 @@ QUEUE_LENGTH = 10_000  # records that W&B may be behind
 
 
 def _asked(config: Config) -> str | None:
-    return config.run.wandb or os.environ.get("WANDB_MODE")
+    return config.run.wandb or os.environ.get("WANDB_MODE") or None
 
 
 def wandb_mode(config: Config) -> str:
@@ -154,9 +154,11 @@ class Mirror:
 def _init(run_dir: Path, config: Config, mode: str) -> Any:
     import wandb
 
+    if not os.environ.get("WANDB_MODE"):
+        os.environ.pop("WANDB_MODE", None)  # W&B takes none for one
     return wandb.init(
         project=config.run.wandb_project,
-        name=run_dir.name,
+        name=os.environ.get("WANDB_NAME") or run_dir.name,
         id=_identity(run_dir / "wandb_id"),
         resume="allow",
         mode=mode,  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.page import Table
@@ -120,8 +121,9 @@ class Fake:
         self._call("login")
         return True
 
-    def init(self, mode, settings, **_):
+    def init(self, mode, settings, **named):
         self.modes.append(mode)
+        self.named = named
         self.settings = settings
         self._call("init")
         self._call(f"init {mode}")
@@ -153,6 +155,33 @@ def fake(monkeypatch):
 
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "named"),
+    [
+        ({}, [], ("cifar-dist", "folder")),
+        ({"WANDB_NAME": "first", "WANDB_MODE": ""}, [], ("cifar-dist", "first")),
+        ({}, ["--wandb-project", "other"], ("other", "folder")),
+    ],
+)
+def test_project_and_name_reach_w_and_b(monkeypatch, fake, tmp_path, given, flags, named):
+    module = fake()
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    config = parse_command_line(["--wandb", "offline", *flags]).config
+    (tmp_path / "folder").mkdir()
+    Mirror(tmp_path / "folder", config).close()
+    assert (module.named["project"], module.named["name"]) == named
+    assert os.environ.get("WANDB_MODE") != ""  # which W&B would refuse
+
+
+def test_the_environments_project_is_the_default():
+    program = "from cifar_dist.command_line import parse_command_line as p; print(p([]).config.run.wandb_project)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "WANDB_PROJECT": "thesis"}, capture_output=True, text=True
+    )
+    assert done.stdout == "thesis\n"
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
