@@ -271,7 +271,7 @@ def _local_path(dataset: str) -> Path:
     if path.exists():
         raise UsageError(f"--dataset {dataset}: a file of no known form; give {LOCAL_FORMS}.")
     if os.sep in dataset or dataset.startswith((".", "~")):
-        raise UsageError(f"--dataset {dataset}: no such file or folder.")
+        raise UsageError(f"--dataset {dataset}: no such file or folder.{did_you_mean(path.name, list(NAMES))}")
     raise UsageError(
         f"--dataset {dataset}: no such data set or path.{did_you_mean(dataset, list(NAMES))} Known are "
         f"{', '.join(NAMES)}, and local paths: {LOCAL_FORMS}."

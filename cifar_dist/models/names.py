@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import timm
-from timm.models import get_arch_pretrained_cfgs, parse_model_name, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint, parse_model_name, split_model_name_tag
 
 from cifar_dist.errors import UsageError, did_you_mean
-from cifar_dist.models import airbench, cifar_variants, cnn4, wide_resnet
+from cifar_dist.models import airbench, cifar_variants, cnn4, wide_resnet  # noqa: F401 - each registers its models
 
 ALIASES = {
     "swin_tiny": "swin_tiny_patch4_window7_224",
@@ -25,7 +25,7 @@ ALIASES = {
     "deit_base": "deit_base_patch16_224",
     "nfnet_f0": "dm_nfnet_f0.dm_in1k",
 }
-NATIVE = tuple(sorted(name for module in (airbench, cifar_variants, cnn4, wide_resnet) for name in module.default_cfgs))
+NATIVE = tuple(name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(__package__))
 
 
 def resolve_name(name: str) -> str:
@@ -40,7 +40,7 @@ def resolve_name(name: str) -> str:
     try:
         source, identifier = parse_model_name(name)
     except ValueError as error:
-        raise UsageError(f"--model {name}: {error}") from None
+        raise UsageError(f"--model {name}: {_no_name(name) or error}") from None
     if source == "local-dir" and not (Path(identifier) / "config.json").is_file():
         raise UsageError(f"--model {name}: {identifier} is not a model folder (it has no config.json).")
     if source is not None:
@@ -54,6 +54,18 @@ def resolve_name(name: str) -> str:
         tags = ", ".join(known) or "none"
         raise UsageError(f"--model {name}: {architecture} has no tag {tag!r}; there are: {tags}.")
     return name
+
+
+def _no_name(name: str) -> str:
+    """What is meant by a path or an address without its source, which timm refuses."""
+    if name.endswith(".py"):
+        return "a model of your own goes into cifar_dist/models, and is called by its name (docs/settings.md)."
+    if "/" not in name:
+        return ""
+    return (
+        f"no name of timm's; its models on the Hub are hf-hub:{name}, in a folder local-dir:{name}, and those of"
+        " transformers have other names in timm, such as vit_base_patch16_224."
+    )
 
 
 def _nearest(name: str) -> str:

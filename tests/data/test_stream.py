@@ -97,7 +97,7 @@ def seen(batches, steps):
             colours = (batch.images[:, :, 0, 0] * 255).round().long()
             numbers = colours[:, 0] * 65536 + colours[:, 1] * 256 + colours[:, 2]
             there = batch.weights > 0
-            assert torch.equal(numbers[there] % 3, batch.labels[there])
+            assert torch.equal(numbers[there] % 3, batch.targets[there])
             ids += numbers[there].tolist()
         found.append(ids)
     batches.close()

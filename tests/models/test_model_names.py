@@ -48,7 +48,7 @@ def test_local_folder(tmp_path):
         ("cnn4.nope", "no tag 'nope'"),
         ("xyzzy", "no such model"),
         ("", "no such model"),
-        ("timm/resnet18", "'hf-hub:timm/resnet18'"),
+        ("timm/resnet18", "hf-hub:timm/resnet18, in a folder"),
         ("ftp:resnet18", "Unknown model source 'ftp'"),
         ("hf-hub:", "no model id"),
         ("local-dir:/nowhere/at/all", "config.json"),
