@@ -193,7 +193,10 @@ class RunConfig:
 
     epochs: int = option(10, "epochs to train, which the schedule spans", type=positive_int)
     max_steps: int | None = option(
-        None, "stop after this many optimizer steps in all; the schedule still spans --epochs", type=positive_int
+        None,
+        "stop after this many optimizer steps in all, 0 to make a run of given weights as they are; the schedule still "
+        "spans --epochs",
+        type=non_negative_int,
     )
     batch_size: int = option(128, "images per optimizer step, over all processes (HF: total batch)", type=positive_int)
     micro_batch_size: int | None = option(

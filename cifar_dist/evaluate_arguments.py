@@ -13,7 +13,10 @@ DESCRIPTION = "Score a run's best checkpoint on its test split and write its rep
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = OneLineParser(prog="evaluate.py", allow_abbrev=False, description=DESCRIPTION)
-    parser.elsewhere = " A run is scored by the settings in its folder, as it was trained."
+    parser.elsewhere = (
+        " A run is scored by the settings in its folder, as it was trained; weights from elsewhere become one by"
+        " train.py --init-weights FILE --max-steps 0."
+    )
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=path, nargs="+", help="folders of runs that train.py made")
     parser.add_argument(
         "--checkpoint",

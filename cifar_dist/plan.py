@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from cifar_dist.config import Config, OptimConfig
+from cifar_dist.config import Config, OptimConfig, RunConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
@@ -109,6 +109,11 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: in
     return micro, share // micro
 
 
+def steps_in_all(config: RunConfig, schedule_steps: int) -> int:
+    """How many steps of its schedule a run makes."""
+    return schedule_steps if config.max_steps is None else min(schedule_steps, config.max_steps)
+
+
 def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | None = None) -> Plan:
     """Derive every number of the run.
 
@@ -129,7 +134,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     _refuse_compiling(config, engine, accumulation)
     updates = steps_per_epoch(sizes.num_train, run.batch_size)
     schedule_steps = run.epochs * updates
-    total = min(schedule_steps, run.max_steps or schedule_steps)
+    total = steps_in_all(run, schedule_steps)
     warmup_steps = math.ceil(optim.warmup_epochs * updates - 1e-6)  # a step before its end is of it
     lr, load = schedule_without_model(optim, run.epochs, updates), memory_load(config, sizes)
     return Plan(
@@ -146,7 +151,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         warmup_steps=warmup_steps,
         lr_first=lr.apply(0),
         lr_after_warmup=lr.apply(warmup_steps),
-        lr_last=lr.apply(total - 1),
+        lr_last=lr.apply(max(total - 1, 0)),
         checkpoint_bytes=checkpoint_bytes(load),
         memory=usage(engine, num_processes, load, accumulation > 1),
         notes=(
@@ -276,7 +281,7 @@ def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:
     """What keeps much of the weights that the run begins with, a line each."""
     lines, model = [], config.model
     decay = config.optim.model_ema_decay or 0.0
-    if (kept := decay**total_steps) > 0.1:
+    if decay and total_steps and (kept := decay**total_steps) > 0.1:
         lines.append(
             f"average     after {total_steps:,} steps {kept:.0%} of the moving average, which is evaluated in place of"
             f" the weights, will still be the initial ones: --model-ema-decay {decay:g} is too high for so few"

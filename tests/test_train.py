@@ -22,6 +22,8 @@ from cifar_dist.data import load_test_data
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.eval_spec import choose_specs
 from cifar_dist.models import build_model, input_config
+from cifar_dist.report import write_report
+from cifar_dist.report.predictions import save_predictions
 from cifar_dist.run_record import open_run
 from cifar_dist.training import progress
 from cifar_dist.training.engine import Meter
@@ -65,6 +67,20 @@ def assert_same_state(one, other):
     assert tensors.keys() == other_tensors.keys()
     assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
     assert plain == other_plain
+
+
+def write_report_of(run_dir):
+    """Numbers of a run's report, as evaluate.py would write it, without costs."""
+    run = open_run(run_dir)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (spec,) = choose_specs([run], "best", None, "none")
+    loaded = scoring.load_run(run, spec, Accelerator(cpu=True))
+    data = scoring.test_data(run, spec)
+    scored = scoring.score_test(loaded, data)
+    save_predictions(spec.folder, scored)
+    scoring.gather_evidence(loaded, scored, data.test).save(spec.folder)
+    (spec.folder / "cost.json").write_text("{}")
+    return write_report(run, spec.folder).metrics
 
 
 def test_a_run_goes_on_and_is_scored_where_its_data_lie_now(start, tmp_path):
@@ -227,6 +243,25 @@ def test_a_run_cut_in_the_middle_of_an_epoch_ends_as_the_whole_one(start, tmp_pa
     assert steps == sorted(set(steps))
 
 
+def test_no_steps_make_a_run_of_given_weights_which_may_go_on(start, tmp_path, capfd):
+    first, given, whole = (tmp_path / name for name in ("first", "given", "whole"))
+    assert start(*DIGITS, "--epochs", 1, "--run-dir", first) == 0
+    (score,) = [record for record in records(first) if "val/top1" in record]
+    settings = [*DIGITS, "--epochs", 2, "--init-weights", first]
+    assert start(*settings, "--max-steps", 0, "--run-dir", given) == 0
+    weights = [load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (first, given)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    (found,) = records(given)
+    assert found == {**score, "step": 0, "epoch": 0.0}
+    report = write_report_of(given)
+    assert report["warnings"][0] == "Nothing was trained in this run: its weights are those that it was given."
+    assert start(*settings, "--max-steps", 0, "--run-dir", given, "--resume", "auto") == 0
+    assert "finished    at step 0 of 0: nothing is left to train" in capfd.readouterr().out
+    assert start(*settings, "--run-dir", whole) == 0
+    assert start(*settings, "--run-dir", given, "--resume", "auto") == 0
+    assert_same_state(whole, given)
+
+
 def test_images_that_fill_up_an_epoch_are_not_counted_as_speed(start, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
@@ -292,11 +327,11 @@ def test_plan_prints_and_leaves_nothing(start, tmp_path, monkeypatch, capsys):
 def test_flags_that_do_nothing_with_this_data_model_or_number_of_processes_are_noted(start, capsys):
     idle = ["--momentum", 0.8, "--interpolation", "bicubic", "--shuffle-window", 64, "--sync-bn"]
     assert start(*DIGITS, "--plan", "--opt", "adam", *idle) == 0
-    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    noted = [line for line in capsys.readouterr().out.splitlines() if " does nothing without " in line]
     assert {line.split()[1] for line in noted} == {flag for flag in idle if str(flag).startswith("--")}
     busy = ["--opt", "sgd", "--crop-padding", 0, "--scale", 0.5, 1, "--data-mode", "stream"]
     assert start(*DIGITS, "--plan", *idle[:-1], *busy) == 0
-    assert "note " not in capsys.readouterr().out
+    assert " does nothing without " not in capsys.readouterr().out
 
 
 def test_val_fraction_0_trains_on_everything_and_best_is_last(start, tmp_path):

@@ -198,7 +198,11 @@ def _open_other(config: DataConfig, dataset: str) -> Source:
     try:
         return open_source(found, ("test",))
     except UsageError as error:
-        message = str(error).replace("--dataset", "--data").replace("or a DatasetDict", "CLASS/*.png, or a DatasetDict")
+        message = (
+            str(error)
+            .replace("--dataset", "--data")
+            .replace("or a DatasetDict", "CLASS/*.png, *_data.npy with *_labels.npy, or a DatasetDict")
+        )
         raise UsageError(message) from None
 
 

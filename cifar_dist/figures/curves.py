@@ -104,7 +104,7 @@ def _step_figure(curves: Sequence[Curve], axis: StepAxis, label: str) -> tuple[F
         to_epochs = (lambda steps: np.asarray(steps) / per_epoch, lambda epochs: np.asarray(epochs) * per_epoch)
         epochs = axes.secondary_xaxis("top", functions=to_epochs)
         epochs.set_xlabel("epoch")
-        several = max((curve.steps[-1] for curve in curves), default=0) >= 3 * per_epoch
+        several = max((curve.steps[-1] for curve in curves if curve.steps), default=0) >= 3 * per_epoch
         epochs.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=several))
         epochs.spines["top"].set_visible(False)
         if len(curves) > 1 or axis.marked_step is not None:

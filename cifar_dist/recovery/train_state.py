@@ -24,7 +24,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    judged_step: int = 0
+    judged_step: int = -1
 
     def judge(self, scores: dict[str, float], min_delta: float, whole_epoch: bool = True) -> bool:
         """Take in scores of the selecting split, ``top1`` and ``loss``; whether they are the best so far.
@@ -72,7 +72,7 @@ class TrainState:
 
     def owes_evaluation(self, plan: Plan) -> bool:
         """Whether an epoch, or the run, ends here and has not been evaluated yet."""
-        ends = self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps
+        ends = self.step == plan.total_steps or (self.step % plan.steps_per_epoch == 0 and self.step > 0)
         return ends and self.judged_step != self.step
 
     def goes_on(self, plan: Plan, patience: int | None) -> bool:

@@ -35,6 +35,8 @@ def cut_warning(run: Run) -> str | None:
     """What a report of a run must say that was not trained to its end; None of one that was."""
     if not was_cut(run):
         return None
+    if steps_trained(run) == 0:
+        return "Nothing was trained in this run: its weights are those that it was given."
     return f"The run was not trained to the end of its schedule: it was cut after {steps_of(run)}."
 
 
@@ -43,6 +45,6 @@ def _out_of_patience(run: Run) -> bool:
     state = TrainState()
     (steps, top1), (_, losses) = run.series("val/top1"), run.series("val/loss")
     for step, right, loss in zip(steps, top1, losses, strict=True):
-        whole_epoch = step % run.plan["steps_per_epoch"] == 0
+        whole_epoch = step > 0 and step % run.plan["steps_per_epoch"] == 0
         state.judge({"top1": right, "loss": loss}, run.config.run.min_delta, whole_epoch)
     return state.is_out_of_patience(run.config.run.patience)

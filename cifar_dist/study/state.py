@@ -63,7 +63,7 @@ def status_of(run: StudyRun) -> RunStatus:
     status = RunStatus(0, 0, finished=False, failure=failure_of(run.folder))
     if not run.folder.exists():
         return status  # without the seconds of importing
-    from cifar_dist.plan import Plan
+    from cifar_dist.plan import Plan, steps_in_all
     from cifar_dist.recovery import checkpoint, store
     from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running, read_json
 
@@ -83,7 +83,7 @@ def status_of(run: StudyRun) -> RunStatus:
         return replace(status, in_the_way=str(error).removeprefix("--resume auto: ").rstrip("."))
     except TypeError:
         return replace(status, in_the_way=f"{run.folder / 'plan.json'} is of another version of cifar-dist")
-    plan = replace(plan, total_steps=min(plan.schedule_steps, run.config.run.max_steps or plan.schedule_steps))
+    plan = replace(plan, total_steps=steps_in_all(run.config.run, plan.schedule_steps))
     finished = not state.goes_on(plan, run.config.run.patience)
     return replace(status, step=state.step, total_steps=plan.total_steps, finished=finished)
 

@@ -25,7 +25,7 @@ from cifar_dist.distributed.group import autocast, device_bytes, engine_name, fi
 from cifar_dist.memory import MIB
 from cifar_dist.models import head_parameter_names, input_config
 from cifar_dist.ordering import steps_per_epoch
-from cifar_dist.plan import Plan
+from cifar_dist.plan import Plan, steps_in_all
 from cifar_dist.recovery.checkpoint import Trained
 from cifar_dist.training.batches import Batches, Part, ResidentBatches
 from cifar_dist.training.engine import Evaluator, Stopped
@@ -104,7 +104,7 @@ def _refused_by_settings(config: Config, data: TrainingData, engine: str) -> str
     if engine not in ("single", "ddp"):
         return f"{engine} cuts up the model"
     epoch = steps_per_epoch(len(data.train), config.run.batch_size)
-    return "the run is shorter than an epoch" if (config.run.max_steps or epoch) < epoch else ""
+    return "the run is shorter than an epoch" if steps_in_all(config.run, epoch) < epoch else ""
 
 
 def changes(augment: AugmentConfig) -> list[str]:

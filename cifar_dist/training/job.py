@@ -110,7 +110,7 @@ def assess(job: Job, trained: Trained, state: TrainState, feed: Feed, progress: 
             scores = feed.evaluator.scores(trained.judged, feed.val, stop=lambda: bool(job.request.reason))
     except Stopped:
         return None
-    whole_epoch = state.step % job.setup.plan.steps_per_epoch == 0
+    whole_epoch = state.step > 0 and state.step % job.setup.plan.steps_per_epoch == 0
     best = state.judge(scores, job.setup.config.run.min_delta, whole_epoch)
     progress.evaluated(state, scores, best)
     return best
