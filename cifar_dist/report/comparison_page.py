@@ -100,16 +100,10 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
                 )
             )
     strong = [number for number, row in enumerate(rows) if not row[3]]
-    header = (
-        "settings",
-        "run",
-        "test",
-        "95 % interval",
-        *(f"top-{name[3:]}" for name in further),
-        "error",
-        "train",
-        "val",
-    )
+    tops = (f"top-{name[3:]}" for name in further)
+    header: tuple[str, ...] = ("settings", "run", "test", "95 % interval", *tops, "error", "train", "val")
+    if all(row[0] == row[1] for row in rows):  # as of a study's runs without repeats
+        header, rows = header[1:], [row[1:] for row in rows]
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"

@@ -146,6 +146,7 @@ def test_everything_is_written(tmp_path, three):
             image.verify()
     markdown = (out / "comparison.md").read_text()
     assert "| model | cnn4 | resnet18_cifar | vit_small_cifar |" in markdown
+    assert "| settings | run | test |" in markdown
     assert "| settings | parameters (M) | of them trained (M) | GFLOPs |" in markdown
     assert "| cnn4 | 0.00257 | all | 4.00 |" in markdown and "| resnet18_cifar | 2.00 | 1.00 | 4.00 |" in markdown
     assert "say nothing of other seeds" in markdown
@@ -357,6 +358,7 @@ def test_a_study_is_named_and_so_are_its_missing_runs(tmp_path, three):
     save_record(tmp_path, record)
     found = compared(tmp_path, *three[:2])
     assert found.title == "Study mine: sharp against dull"  # as people have called them
+    assert "| run | test |" in found.markdown  # without names of settings, which are those of the runs
     assert found.summary["study"] == {"name": "mine", "missing": {"blunt": "new", "bad": failed}}
     assert "**2 of the 4 runs of this study are missing.**" in found.markdown
     assert "| blunt | new |\n| bad | failed with status 2: --lr \\| is bad. |" in found.markdown
