@@ -34,7 +34,15 @@ else:
     from cifar_dist import export, scoring
     from cifar_dist.distributed.group import on_main, say, start
     from cifar_dist.eval_spec import EvalSpec, choose_specs, is_done, precision_of
-    from cifar_dist.report import Report, check_runs, make_room, wandb_report, write_comparison, write_report
+    from cifar_dist.report import (
+        Report,
+        check_runs,
+        left_out,
+        make_room,
+        wandb_report,
+        write_comparison,
+        write_report,
+    )
     from cifar_dist.run_record import Run, open_run
     from cifar_dist.tracking.wandb_run import log_report
 
@@ -137,6 +145,8 @@ def comparison_folder(specs: list[EvalSpec], arguments: argparse.Namespace) -> P
 def compare(runs: list[Run], specs: list[EvalSpec], arguments: argparse.Namespace) -> None:
     """Write and announce the comparison."""
     output = comparison_folder(specs, arguments)
+    if others := left_out(output, runs):
+        print(f"replacing   a comparison that had {', '.join(others)}, too; --output takes another folder")
     found = write_comparison(runs, [spec.folder for spec in specs], output)
     for sentence in found.verdicts:
         print(f"verdict     {sentence}")

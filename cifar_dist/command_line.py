@@ -48,9 +48,10 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown != message:
             names = [word.partition("=")[0] for word in unknown.split(" ") if re.match("--?[a-zA-Z]", word)]
             known = list(self._option_string_actions)
-            stray = " Data are named by --dataset." if "/" in unknown and "--dataset" in known else ""
+            is_name = re.match("[a-zA-Z./~]", unknown) and "--dataset" in known
+            stray = " Data are named by --dataset, models by --model." if is_name else ""
             elsewhere = "" if all(suggestions([name], known) for name in names) else self.elsewhere
-            message += f".{suggestions(names, known)}{elsewhere if names else stray}"
+            message += f".{elsewhere or suggestions(names, known) if names else stray}"
         if message.startswith("argument --resume: invalid choice"):
             message += "; to go on in a folder: --run-dir FOLDER --resume auto"
         leave(USAGE_STATUS, f"{self.source}: {message}" if self.source else f"{message} (see --help)")
@@ -155,7 +156,9 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
         tree = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         named = Path(f"{path}.yaml")
-        raise UsageError(f"{source}: cannot be read ({error}).{f' Did you mean {named}?' * named.is_file()}") from None
+        raise UsageError(
+            f"{source}: cannot be read ({_reason(error)}).{f' Did you mean {named}?' * named.is_file()}"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -164,6 +167,10 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
         raise UsageError(f"{source}: the file is to be a list of `key: value` lines.")
     _refuse_twice(tree, source)
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _refuse_twice(node: Any, source: str) -> None:

@@ -11,9 +11,9 @@ OTHERS_NAMES = {
     "lr_scheduler_type": "sched", "lr_scheduler": "sched", "scheduler": "sched", "eta_min": "min_lr",
     "max_grad_norm": "clip_grad", "gradient_clip_val": "clip_grad", "num_epochs": "epochs",
     "num_train_epochs": "epochs", "max_epochs": "epochs", "max_train_steps": "max_steps",
-    "warmup_steps": "warmup_epochs", "warmup_ratio": "warmup_epochs", "early_stopping_patience": "patience",
+    "early_stopping_patience": "patience",
     "bs": "batch_size", "batch": "batch_size", "train_batch_size": "batch_size",
-    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
     "grad_accum_steps": "micro_batch_size", "accumulate_grad_batches": "micro_batch_size",
     "arch": "model", "model_name": "model", "model_name_or_path": "model", "initial_checkpoint": "init_weights",
     "finetune": "init_weights", "input_size": "img_size", "image_size": "img_size", "drop_rate": "drop",
@@ -29,7 +29,7 @@ OTHERS_NAMES = {
     "run_name": "run_dir", "name": "run_dir", "logging_dir": "run_dir", "ckpt_path": "init_weights",
     "checkpoint_path": "init_weights", "weights": "init_weights", "load": "init_weights",
     "start_epoch": "resume", "freeze_backbone": "freeze", "freeze_encoder": "freeze", "linear_probe": "freeze",
-    "data_seed": "split_seed", "remix": "mixup", "num_train_steps": "max_steps", "iterations": "max_steps",
+    "remix": "mixup", "num_train_steps": "max_steps", "iterations": "max_steps",
     "resize": "data_size", "image_column_name": "image_column", "label_column_name": "label_column",
     "optim": "opt", "weight_averaging": "model_ema_decay", "time_limit_hours": "time_limit",
 }  # fmt: skip
@@ -46,6 +46,8 @@ _LAUNCHER = " Engines are the launcher's to choose: accelerate launch --config_f
 _TRACKERS = " Numbers go to W&B and to log.jsonl, which pandas reads."
 _TRAIN = " All of train is used; --val-fraction 0.9 leaves a tenth of it, and --max-steps ends a trial early."
 _HUB = " evaluate.py RUN_DIR --export DIR --push-to-hub NAME/REPO does that."
+_WARMUP = " Did you mean --warmup-epochs, which is in epochs?"
+_PER_DEVICE = " Did you mean --batch-size, which is over all processes?"
 _EXACT = " Runs repeat themselves to the last bit as they are."
 NO_SETTINGS = {
     "device": " Devices are the launcher's to choose: accelerate_configs/, or CUDA_VISIBLE_DEVICES.",
@@ -71,11 +73,13 @@ NO_SETTINGS = {
     "model_kwargs": " Of a model's own arguments there are --img-size, --drop and --drop-path.",
     "crop_pct": " Evaluation sees whole images.",
     "bn_momentum": " BatchNorm is timm's.", "bn_eps": " BatchNorm is timm's.",
-    "decoupled_decay": " AdamW's and LAMB's weight decay is so, Adam's and SGD's is not: --opt.",
+    "decoupled_decay": " AdamW's weight decay is so, Adam's and SGD's is not: --opt.",
+    "warmup_steps": _WARMUP, "warmup_ratio": _WARMUP, "per_device_train_batch_size": _PER_DEVICE,
+    "data_seed": " --split-seed draws val, --seed all else.",
     "dry_run": " --plan prints what would run.", "evaluate": _PARTS, "eval_only": _PARTS, "test_only": _PARTS,
     "k_fold": " Splits are drawn by --split-seed; there are no folds.",
     "kfold": " Splits are drawn by --split-seed; there are no folds.",
-    "ignore_mismatched_sizes": " A head of another size is replaced by itself.",
+    "ignore_mismatched_sizes": " A head of another size is replaced without being asked.",
     "trust_remote_code": " Models are timm's.", "tokenizer_name": " Models are timm's.",
     "overwrite_output_dir": " A run's folder is never overwritten: name another --run-dir, or go on by --resume auto.",
     "push_to_hub": _HUB, "hub_model_id": _HUB,
@@ -90,9 +94,10 @@ NO_SETTINGS = {
 def suggestion(name: str, known: Sequence[str]) -> str:
     """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
     its letters; a word about what is no setting of ours."""
-    plain = name.lstrip("-").replace("-", "_").lower()
-    ours = next((word for word in known if word.lstrip("-").replace("-", "_") == OTHERS_NAMES.get(plain)), None)
-    return f" Did you mean {ours}?" if ours else NO_SETTINGS.get(plain) or did_you_mean(name, list(known))
+    plain, words = _plain(name), {_plain(word): word for word in known}
+    ours = words.get(OTHERS_NAMES.get(plain, ""))
+    no_setting = NO_SETTINGS.get(plain) if "dataset" in words else None  # else it is not train.py that is asked
+    return f" Did you mean {ours}?" if ours else no_setting or did_you_mean(name, list(known))
 
 
 def suggestions(names: Sequence[str], known: Sequence[str]) -> str:
@@ -100,3 +105,7 @@ def suggestions(names: Sequence[str], known: Sequence[str]) -> str:
     if len(names) == 1:
         return suggestion(names[0], known)
     return "".join(f" {name}:{suggestion(name, known) or ' no such setting.'}" for name in names)
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()

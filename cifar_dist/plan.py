@@ -6,10 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 
 from cifar_dist.config import Config, OptimConfig, RunConfig
+from cifar_dist.contradictions import refuse_contradictions
 from cifar_dist.errors import UsageError
 from cifar_dist.memory import Load, Usage, checkpoint_bytes, usage
 from cifar_dist.ordering import steps_per_epoch
 from cifar_dist.schedule import schedule_without_model
+
+FEW_STEPS = 60  # in a whole schedule
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
             *_batch_norm(config, sizes, num_processes, micro, accumulation),
             *_keeps_initial_weights(config, total),
             *_defaults_of_others(config),
+            *_few_steps(config, schedule_steps),
         ),
     )
 
@@ -168,28 +172,6 @@ def _refuse_sizes(config: Config, sizes: Sizes) -> None:
         raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
     if run.patience and not sizes.num_val:
         raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
-
-
-def refuse_contradictions(config: Config) -> None:
-    """Raise `UsageError` if settings contradict each other, whatever the data, the model and the processes."""
-    run, optim = config.run, config.optim
-    _refuse_augmentation(config)
-    if optim.warmup_epochs >= run.epochs:
-        raise UsageError(
-            f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {run.epochs}, else nothing is left to"
-            " train at the full learning rate; lower it (0 is none)."
-        )
-    if optim.warmup_epochs % 1 and not optim.sched_on_updates:
-        raise UsageError(
-            f"--warmup-epochs {optim.warmup_epochs:g}: with --no-sched-on-updates the rate changes once an epoch;"
-            " take a whole number."
-        )
-    if optim.min_lr and optim.sched in ("step", "constant"):
-        raise UsageError(f"--min-lr {optim.min_lr:g}: the {optim.sched} schedule does not end at a given rate.")
-    if optim.min_lr > optim.lr:
-        raise UsageError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}.")
-    if optim.warmup_epochs and optim.warmup_lr > optim.lr:
-        raise UsageError(f"--warmup-lr {optim.warmup_lr:g} is above --lr {optim.lr:g}, to which the warmup rises.")
 
 
 def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
@@ -204,27 +186,6 @@ def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
         raise UsageError(f"--compile-mode {mode} takes a step's images at once; {cure}.")
     if engine not in ("single", "ddp"):
         raise UsageError(f"--compile-mode {mode} is not for {engine}, which moves weights about; leave it out.")
-
-
-def _refuse_augmentation(config: Config) -> None:
-    augment, size = config.augment, config.data.pixels
-    if augment.scale is not None:
-        low, high = augment.scale
-        if low > high:
-            raise UsageError(f"--scale {low:g} {high:g}: the smaller share of the area comes first.")
-        if augment.crop_padding:
-            raise UsageError("--scale crops in place of --crop-padding; add --crop-padding 0.")
-    if augment.crop_padding >= size:
-        raise UsageError(f"--crop-padding {augment.crop_padding} must be less than the images' --data-size {size}.")
-    if augment.scale is None and augment.cutout > size:
-        raise UsageError(
-            f"--cutout {augment.cutout} is larger than the images' --data-size {size}; lower it (0 is off)."
-        )
-    if augment.flip_mode == "alternating" and augment.hflip != 0.5:
-        raise UsageError(
-            f"--flip-mode alternating mirrors every image each other epoch, so --hflip {augment.hflip:g} means nothing;"
-            " leave it at 0.5."
-        )
 
 
 def micro_batches(config: Config, num_processes: int) -> tuple[int, int]:
@@ -266,6 +227,8 @@ def _batch_norm(config: Config, sizes: Sizes, num_processes: int, micro: int, ac
 
 def _defaults_of_others(config: Config) -> list[str]:
     """Defaults that suit AdamW, or photographs, and not what was asked for, a line each."""
+    if config.run.max_steps == 0:
+        return []
     lines, optim, usual = [], config.optim, OptimConfig()
     if optim.opt in ("sgd", "momentum"):
         left = [f"--lr {optim.lr:g}"] * (optim.lr == usual.lr)
@@ -275,6 +238,13 @@ def _defaults_of_others(config: Config) -> list[str]:
     if config.data.dataset == "digits" and config.augment.hflip:
         lines.append(f"note        --hflip {config.augment.hflip:g} mirrors digits, which makes others of them; take 0")
     return lines
+
+
+def _few_steps(config: Config, schedule_steps: int) -> list[str]:
+    """What to say of a schedule too short to train by: BatchNorm's statistics alone lag by tens of steps."""
+    if schedule_steps >= FEW_STEPS or config.run.max_steps is not None:
+        return []
+    return [f"note        {schedule_steps} steps in all are few: a smaller --batch-size or more --epochs make more"]
 
 
 def _keeps_initial_weights(config: Config, total_steps: int) -> list[str]:

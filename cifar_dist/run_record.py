@@ -42,7 +42,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last step with a record."""
-        return max(record["step"] for record in self.records)
+        return max((record["step"] for record in self.records), default=0)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps, ascending, and values of one logged quantity; a step logged again counts once, the later value."""
@@ -92,15 +92,16 @@ def open_run(folder: Path) -> Run:
     if missing:
         raise UsageError(f"RUN_DIR {folder} is no run folder that train.py made ({missing[0]} is missing).")
     plan, environment = (read_json(folder / name) for name in ("plan.json", "environment.json"))
-    return Run(folder, load_config(folder / "config.yaml"), plan, environment, _records(folder))
+    config = load_config(folder / "config.yaml")
+    return Run(folder, config, plan, environment, _records(folder, must_be_some=config.run.max_steps != 0))
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
+def _records(folder: Path, must_be_some: bool) -> list[dict[str, Any]]:
     """The log's records. A torn last line, the mark of a killed run, is passed over."""
     log, lines = folder / LOG, list(read_log(folder))
     records = [record for record in lines if record is not None]
     if None in lines[:-1]:
         raise UsageError(f"{log}: line {lines.index(None) + 1} is no log record; remove it to make the report.")
-    if not records:
+    if must_be_some and not records:
         raise UsageError(f"{log} holds no record yet; train the run further (--resume auto) before its report.")
     return records

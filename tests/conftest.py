@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.pop("WANDB_PROJECT", None)
+for name in ("WANDB_PROJECT", "WANDB_NAME"):
+    os.environ.pop(name, None)
 os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1")
 
 if os.environ.get("CIFAR_DIST_TEST_GPU") != "1":  # `make test-gpu` has what needs NVIDIA's

@@ -150,7 +150,7 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--bs", "1"], "Did you mean --batch-size?"),
         (["--num-epochs", "1"], "Did you mean --epochs?"),
         (["--num_train_epochs", "1"], "Did you mean --epochs?"),
-        (["--per_device_train_batch_size", "1"], "Did you mean --micro-batch-size?"),
+        (["--per_device_train_batch_size", "1"], "Did you mean --batch-size, which is over all processes?"),
         (["--device", "cpu"], "Devices are the launcher's to choose"),
         (["--modle=cnn4"], "unrecognized arguments: --modle=cnn4. Did you mean --model"),
         (["-b", "64"], "unrecognized arguments: -b 64. Did you mean --batch-size, which is over all processes?"),
@@ -167,6 +167,8 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--gpus", "2"], "unrecognized arguments: --gpus 2. How many processes there are is the launcher's to say"),
         (["--local-rank", "2"], "unrecognized arguments: --local-rank 2. Ranks come from the environment"),
         (["--fold", "2"], "unrecognized arguments: --fold 2. (see --help)"),
+        (["digits"], "unrecognized arguments: digits. Data are named by --dataset, models by --model."),
+        (["--warmup_ratio", "0.1"], "--warmup-ratio 0.1. Did you mean --warmup-epochs, which is in epochs?"),
         (
             ["--amp", "-j", "4", "--lr", "1", "--fold=2", "--torchcompile"],
             "unrecognized arguments: --amp -j 4 --fold=2 --torchcompile. --amp: Did you mean --precision? -j: There are"
@@ -176,7 +178,7 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--do_train", "--do_eval"], "--do-train --do-eval. --do-train: train.py trains and watches val; evaluate.py"),
         (["--resume", "runs/a"], "; to go on in a folder: --run-dir FOLDER --resume auto"),
         (["--mixup", "0.2", "0.3"], "unrecognized arguments: 0.3. (see --help)"),
-        (["/data/cifar"], "unrecognized arguments: /data/cifar. Data are named by --dataset."),
+        (["/data/cifar"], "unrecognized arguments: /data/cifar. Data are named by --dataset, models by --model."),
         (["--Epoch", "3"], "Did you mean --epochs? (see --help)"),
         (["--mean", "0.5"], "--mean: expected 3 arguments"),
         (["--mean", "0.5", "none", "0.5"], "--mean: expected 3 arguments, or none"),

@@ -23,7 +23,7 @@ LAYERS = [
         "statistics",
     },
     {"config", "durable", "distributed", "idle_flags", "other_flags", "run_log"},
-    {"schedule"},
+    {"schedule", "contradictions"},
     {"command_line", "plan", "models", "optim", "data"},
     {"parallel", "tracking", "evaluate_arguments"},
     {"recovery"},

@@ -170,6 +170,15 @@ def test_defaults_that_do_not_suit_are_said():
     assert plan("--dataset", "digits", "--hflip", "0").notes == ()
 
 
+def test_a_schedule_of_few_steps_is_said():
+    """1,000 images are 8 batches of 128."""
+    few = dataclasses.replace(SIZES, num_train=1000)
+    assert plan("--epochs", "7", sizes=few).notes == (
+        "note        56 steps in all are few: a smaller --batch-size or more --epochs make more",
+    )
+    assert plan("--epochs", "8", sizes=few).notes == plan("--epochs", "7", "--max-steps", "5", sizes=few).notes == ()
+
+
 def test_a_plan_that_selects_on_test_says_so():
     assert "val IS test" in plan("--select-on", "test").lines()[0]
     assert "test" in plan().lines()[0]

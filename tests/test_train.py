@@ -254,7 +254,11 @@ def test_no_steps_make_a_run_of_given_weights_which_may_go_on(start, tmp_path, c
     (found,) = records(given)
     assert found == {**score, "step": 0, "epoch": 0.0}
     report = write_report_of(given)
-    assert report["warnings"][0] == "Nothing was trained in this run: its weights are those that it was given."
+    assert report["warnings"][0] == "Nothing was trained in this run: its weights are those that it began with."
+    alone = tmp_path / "alone"
+    assert start(*settings, "--val-fraction", 0, "--max-steps", 0, "--run-dir", alone) == 0
+    assert "best so far" not in capfd.readouterr().out.split("given")[-1]
+    assert write_report_of(alone)["selected_on"] == report["selected_on"] == "none"
     assert start(*settings, "--max-steps", 0, "--run-dir", given, "--resume", "auto") == 0
     assert "finished    at step 0 of 0: nothing is left to train" in capfd.readouterr().out
     assert start(*settings, "--run-dir", whole) == 0

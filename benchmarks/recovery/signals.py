@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[tuple[str, ...], int, int]] = {  # functions that run in
         1,
     ),
     "first batch": (("cifar_dist.ordering.global_batch",), 1, 1),
-    "step": (("cifar_dist.training.engine.train_step", "cifar_dist.distributed.control.Agreement"), 2, STEPS - 2),
+    "step": (("cifar_dist.training.engine.train_step", "cifar_dist.distributed.control.FlagReduction"), 2, STEPS - 2),
     "accumulation": (("cifar_dist.ordering.micro_batch_slice",), 2, 2 * STEPS - 2),
     "save": (("cifar_dist.durable.fsync",), 1, 4),  # as often as any process makes something durable
     "evaluation": (("cifar_dist.distributed.control.any_of",), 1, 2),

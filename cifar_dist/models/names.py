@@ -37,6 +37,8 @@ def resolve_name(name: str) -> str:
         UsageError: no such model, tag, source or folder; the nearest names are named.
     """
     name = ALIASES.get(name, name)
+    if name.endswith(".py"):
+        raise UsageError(f"--model {name}: a model of your own goes into cifar_dist/models (docs/settings.md).")
     try:
         source, identifier = parse_model_name(name)
     except ValueError as error:
@@ -58,13 +60,12 @@ def resolve_name(name: str) -> str:
 
 def _no_name(name: str) -> str:
     """What is meant by a path or an address without its source, which timm refuses."""
-    if name.endswith(".py"):
-        return "a model of your own goes into cifar_dist/models, and is called by its name (docs/settings.md)."
     if "/" not in name:
         return ""
+    hub = "" if name.startswith((".", "/", "~")) or "://" in name else f"on the Hub hf-hub:{name}, "
     return (
-        f"no name of timm's; its models on the Hub are hf-hub:{name}, in a folder local-dir:{name}, and those of"
-        " transformers have other names in timm, such as vit_base_patch16_224."
+        f"no name of timm's; a model of its is {hub}in a folder local-dir:PATH, and those of transformers have other"
+        " names in timm, such as vit_base_patch16_224."
     )
 
 

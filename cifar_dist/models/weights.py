@@ -206,9 +206,13 @@ def with_new_head(arguments: dict[str, Any]) -> nn.Module:
     in some families: an EfficientNet's first loss of ten classes is 7, beside trained features 12, where ln 10 is 2.3.
     """
     model, head = create(arguments), head_names(arguments)
-    for key, tensor in model.state_dict().items():
-        if key in head:
-            tensor.zero_()
+    found = [tensor for key, tensor in model.state_dict().items() if key in head]
+    classifier = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else ()
+    for part in classifier if isinstance(classifier, (tuple, list)) else [classifier]:
+        last = [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
+        found += [tensor for layer in last for tensor in layer.state_dict().values()]
+    for tensor in found:
+        tensor.zero_()
     return model
 
 

@@ -98,6 +98,15 @@ def make_room(output: Path) -> None:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); name another folder.") from None
 
 
+def left_out(output: Path, runs: Sequence[Run]) -> list[str]:
+    """Runs of the comparison that lies in a folder, and would be replaced, which are not among `runs`."""
+    try:
+        before = [row["run"] for row in read_json(output / f"{NAME}.json")["runs"]]
+    except (UsageError, OSError, KeyError, TypeError):
+        return []
+    return [name for name in before if name not in names_of([run.folder for run in runs])]
+
+
 def check_runs(runs: Sequence[Run]) -> None:
     """Refuse runs that cannot be compared as far as their folders tell, before anything is scored.
 

@@ -40,10 +40,11 @@ def cost_tables(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
     for group, found in zip(groups, each, strict=True):
         sizes, devices = (each_of(row[name] for row in found) for name in ("inference_batch_size", "device"))
         size, trained, *others = (_mean(found, name, show) for name, show in _TRAINING.values())
-        training.append((group.name, size, "all" if trained == size else trained, *others))
+        whole = trained != "–" and all(row["trained_parameters"] == row["parameters"] for row in found)
+        training.append((group.name, size, "all" if whole else trained, *others))
         cells = [_mean(found, name, show) for name, show in _INFERENCE.values()]
         inference.append((group.name, *cells, sizes, devices))
-    if all(row[2] == "all" for row in training):
+    if all(row[2] in ("all", "–") for row in training):
         training = [(*row[:2], "–", *row[3:]) for row in training]
     repeats = [Text("Of several runs of one setting the means are given.")] if len(members) > len(groups) else []
     return [

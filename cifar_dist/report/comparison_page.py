@@ -11,7 +11,7 @@ import numpy as np
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.comparison_cost import cost_tables, each_of
-from cifar_dist.report.endings import cut_warning, steps_of, was_cut
+from cifar_dist.report.endings import cut_warning, steps_of, steps_trained, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.headline import headline, highest, title
 from cifar_dist.report.members import Member, missing, row_of, spread
@@ -63,10 +63,11 @@ def comparison_page(
 
 def _warnings(members: Sequence[Member]) -> list[str]:
     """Those of the runs' reports, with the runs' names where not all have it; one for all that were cut."""
-    cut, names = [member for member in members if was_cut(member.run)], dict[str, list[str]]()
+    cut = [member for member in members if was_cut(member.run) and steps_trained(member.run)]
+    names = dict[str, list[str]]()
     for member in members:
         for warning in member.metrics["warnings"]:
-            if warning != cut_warning(member.run):
+            if member not in cut or warning != cut_warning(member.run):
                 names.setdefault(warning, []).append(member.name)
     found = [
         warning if len(named) == len(members) else f"{', '.join(named)}: {warning}" for warning, named in names.items()
@@ -220,6 +221,8 @@ def _verdicts(pairs: list[dict[str, Any]], groups: Sequence[Group], best: set[st
         seeds = " Several runs of one setting are repeats: what differs between their seeds counts too. Same prediction"
         seeds += " is the mean over pairs of their runs."
         assumed = "Seeds are taken to matter there as in the other setting of a pair, which only repeats can tell."
+        if any(len(group.members) == 2 for group in groups):
+            seeds += " Two runs tell little of how much seeds matter: with three or more intervals are much narrower."
         seeds += f" Trained once: {'; '.join(lone)}. {assumed}" * bool(lone)
     single = [pair["test"].startswith("McNemar") for pair in pairs]
     methods = " Of two single runs the interval is Newcombe's (1998) and the test McNemar's." * any(single)

@@ -36,7 +36,7 @@ def cut_warning(run: Run) -> str | None:
     if not was_cut(run):
         return None
     if steps_trained(run) == 0:
-        return "Nothing was trained in this run: its weights are those that it was given."
+        return "Nothing was trained in this run: its weights are those that it began with."
     return f"The run was not trained to the end of its schedule: it was cut after {steps_of(run)}."
 
 

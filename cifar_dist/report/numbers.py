@@ -10,7 +10,7 @@ import numpy as np
 
 from cifar_dist.cost.flops import Flops, Peak, mfu
 from cifar_dist.errors import UsageError
-from cifar_dist.report.endings import cut_warning
+from cifar_dist.report.endings import cut_warning, steps_trained
 from cifar_dist.report.evidence import Chosen
 from cifar_dist.report.predictions import Scored
 from cifar_dist.run_folder import cpu_name
@@ -92,7 +92,7 @@ def _evaluation(run: Run, scored: Scored, val: Scored | None) -> dict[str, Any] 
 def _selected_on(run: Run, scored: Scored) -> str:
     """The split by which the checkpoint was picked or the run ended: val, test, or none."""
     picked = scored.about.checkpoint == "best" or run.config.run.patience is not None or run.evaluation_split == "test"
-    return run.evaluation_split if picked and run.series("val/top1")[0] else "none"
+    return run.evaluation_split if picked and run.series("val/top1")[0] and steps_trained(run) else "none"
 
 
 def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
@@ -110,8 +110,7 @@ def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
         warnings.append(f"Every image is taken for {only}: the accuracy is that class's share of the images.")
     elif never:
         warnings.append(
-            f"Never predicted, though there are images of {'it' if len(never) == 1 else 'them'}:"
-            f" {_listed(scored, never)}. Precision of 0 in 0 predictions counts as 0 in macro means."
+            f"Never predicted: {_listed(scored, never)} (a precision of 0 in 0 predictions counts as 0 in macro means)."
         )
     if selected_on == "test" and own_data:
         warnings.append(TEST_SELECTED)

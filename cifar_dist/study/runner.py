@@ -155,8 +155,8 @@ def check_settings(study: Study) -> None:
     Raises:
         UsageError: a run's model has a name that there is not, or its settings contradict each other.
     """
+    from cifar_dist.contradictions import refuse_contradictions
     from cifar_dist.models import resolve_name  # takes seconds
-    from cifar_dist.plan import refuse_contradictions
 
     for run in study.runs:
         try:

@@ -109,7 +109,7 @@ class Tracker(Silent):
         self._log(step, record | ({"selected_on": "test"} if on_test else {}))
         name = "TEST (selecting on it)" if on_test else "val"
         epoch = self._plan.epoch_of(step)
-        mark = "  best so far" if best else ""
+        mark = "  best so far" if best and step else ""
         self.say(f"epoch {epoch:6.2f}  {name} loss {scores['loss']:.4f}  {name} acc {scores['top1']:.2%}{mark}")
 
     def _log(self, step: int, values: dict[str, Any]) -> None:

@@ -166,6 +166,7 @@ def fine_tuning_lines(config: Config, model: nn.Module) -> list[str]:
     """What to say of a learning rate by which a transformer forgets what it was pretrained on."""
     optim, pretrained = config.optim, config.model.pretrained or config.model.init_weights
     whole = config.model.freeze == "none" and optim.layer_decay is None
+    whole = whole and config.run.max_steps != 0
     if not (pretrained and whole and "adam" in optim.opt and optim.lr > HIGHEST_TO_FINE_TUNE):
         return []
     if not any("attn" in name for name, _ in model.named_modules()):

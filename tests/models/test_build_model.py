@@ -1,6 +1,7 @@
 """build_model's flags other than weights, freezing, and the input a model expects."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -125,7 +126,17 @@ def test_an_encoder_is_no_classifier():
 
 @pytest.mark.parametrize(
     "name",
-    ["tf_efficientnet_lite0", "dla34", "mnasnet_small", "resnet18", "deit_tiny_distilled_patch16_224", "mixer_s32_224"],
+    [
+        "tf_efficientnet_lite0",
+        "dla34",
+        "mnasnet_small",
+        "resnet18",
+        "deit_tiny_distilled_patch16_224",
+        "mixer_s32_224",
+        "levit_128s",
+        "caformer_s18",
+        "repvit_m0_9",
+    ],
 )
 def test_a_training_from_scratch_begins_with_all_classes_alike(name):
     """As timm draws them the first two begin at losses of 7.3 and 5.8."""
@@ -134,7 +145,14 @@ def test_a_training_from_scratch_begins_with_all_classes_alike(name):
     logits = model(torch.randn(4, 3, 64, 64))
     assert not logits.any()
     F.cross_entropy(logits, torch.arange(4)).backward()
-    assert model.get_parameter(head_parameter_names(model)[0]).grad.norm() > 0.01
+    gradients = [model.get_parameter(name).grad for name in head_parameter_names(model)]
+    assert max(gradient.norm() for gradient in gradients if gradient is not None) > 0.01
+
+
+def test_a_head_that_its_description_does_not_name_is_zero_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0", "num_classes": 10}))
+    model = build_model(ModelConfig(model=f"local-dir:{tmp_path}"), 10)
+    assert not model.classifier.weight.any() and not model.classifier.bias.any()
 
 
 @pytest.mark.parametrize("name", NATIVE)

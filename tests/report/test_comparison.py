@@ -16,7 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
-from cifar_dist.report import report_folder, write_comparison, write_report
+from cifar_dist.report import left_out, report_folder, write_comparison, write_report
 from cifar_dist.report.endings import cut_warning
 from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import grid_axes, group_runs
@@ -100,6 +100,22 @@ def test_groups_agree_as_their_runs_do_on_average(tmp_path):
     assert pair["kappa"] == pytest.approx(np.mean([cohen_kappa_score(a.predicted, b.predicted) for a, b in across]))
     right = [np.stack([s.correct for s in part]) for part in (scored[:2], scored[2:])]
     assert pair["all_of_b_right_none_of_a"] == (right[1].all(0) & ~right[0].any(0)).sum()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_nearly_all_is_not_called_all_nor_is_what_is_unknown(tmp_path):
+    nearly = {**COST, "trained_parameters": COST["parameters"] - 1}
+    runs = [make(tmp_path, "a", make_scored(1), lr=1.0, cost=nearly), make(tmp_path, "b", cost=None, lr=2.0)]
+    markdown = compared(tmp_path, *runs).markdown
+    assert "| cnn4, lr 1 | 2.00 | 2.00 | 4.00 |" in markdown and "| cnn4, lr 2 | – | – | – |" in markdown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_comparison_that_would_lose_runs_is_known(tmp_path):
+    runs = [make(tmp_path, name, make_scored(seed), lr=seed / 10) for seed, name in enumerate("abc", 1)]
+    assert left_out(tmp_path / "out", runs) == []
+    compared(tmp_path, *runs)
+    assert left_out(tmp_path / "out", runs) == [] and left_out(tmp_path / "out", runs[1:]) == ["a"]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -546,8 +546,8 @@ def test_an_image_that_is_predicted_as_labelled_is_no_suspect():
             "Every image is taken for cat: the accuracy is that class's share of the images.",
             "| dog | – | 0.0000 |",
         ),
-        ([0, 3, 4, 5], "Never predicted, though there are images of them: dog, a|b. Precision of 0 in", "| dog | – |"),
-        ([0, 1, 3, 4, 5], "Never predicted, though there are images of it: a|b. Precision of 0 in", "| a\\|b | – |"),
+        ([0, 3, 4, 5], "Never predicted: dog, a|b (a precision of 0 in 0", "| dog | – |"),
+        ([0, 1, 3, 4, 5], "Never predicted: a|b (a precision of 0 in 0", "| a\\|b | – |"),
     ],
 )
 def test_classes_that_are_never_predicted_are_said(tmp_path, guesses, said, row):
