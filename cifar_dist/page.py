@@ -118,7 +118,7 @@ class Page:
 
 def _numeric_columns(table: Table) -> set[int]:
     """Columns, but the first, with nothing in them but numbers, which are read best from their right end."""
-    number = re.compile(r"[-+±]?[\d.,:]+( ?[%a-zA-Z×/]+)?( ± [\d.]+)?|[\d.]+ to [\d.]+ %|–|< 0.001|")
+    number = re.compile(r"[-+±]?[\d.,:]+( ?[%a-zA-Z×/]+)?( ± [\d.]+)?|–|< 0.001|")
     columns = range(1, len(table.header))
     return {k for k in columns if table.rows and all(number.fullmatch(row[k]) for row in table.rows)}
 
