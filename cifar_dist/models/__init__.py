@@ -15,7 +15,7 @@ from cifar_dist.models.hub import require_config
 from cifar_dist.models.names import ALIASES, NATIVE, resolve_name
 from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import multiply_patches
-from cifar_dist.models.weights import from_file, from_timm, with_new_head
+from cifar_dist.models.weights import from_file, from_timm, with_drawn_head
 
 __all__ = [
     "ALIASES",
@@ -48,7 +48,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     elif config.pretrained:
         model = from_timm(name, arguments)
     else:
-        model = create(arguments) if name in NATIVE else with_new_head(arguments)
+        model = create(arguments) if name in NATIVE else with_drawn_head(arguments)
     if not hasattr(model, "get_classifier"):
         raise UsageError(f"--model {config.model}: it has no classifier (get_classifier()); take another.")
     if config.img_size is not None:

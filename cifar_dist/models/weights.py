@@ -26,6 +26,7 @@ from cifar_dist.models.head import classifier_names
 from cifar_dist.models.hub import require_weights
 from cifar_dist.models.sync_bn import other_buffers
 
+LARGEST_NORM = 1.0  # of a class's weights: the deviation of its logit where features have a variance of 1
 State = dict[str, torch.Tensor]
 
 
@@ -199,21 +200,43 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
     return 0
 
 
-def with_new_head(arguments: dict[str, Any]) -> nn.Module:
-    """The model as it is drawn, but with a head that starts at zero, so with all classes alike.
+def with_drawn_head(arguments: dict[str, Any]) -> nn.Module:
+    """The model as timm draws it, but with a head that starts at zero where timm draws a much too large one.
 
-    As in BiT and the ViT paper (Kolesnikov 2020, Dosovitskiy 2021). What timm draws for few classes is much too large
-    in some families: an EfficientNet's first loss of ten classes is 7, beside trained features 12, where ln 10 is 2.3.
+    For few classes some families do: the first loss of an EfficientNet's ten classes is 7, where ln 10 is 2.3.
     """
-    model, head = create(arguments), head_names(arguments)
-    found = [tensor for key, tensor in model.state_dict().items() if key in head]
+    model = create(arguments)
+    for layer in _last_layers(model, arguments):
+        if not layer.weight.is_meta and layer.weight.flatten(1).norm(dim=1).mean() > LARGEST_NORM:
+            _zero(layer)
+    return model
+
+
+def _with_zero_head(arguments: dict[str, Any]) -> nn.Module:
+    """The model with a head that starts at zero, so with all classes alike.
+
+    As in BiT and the ViT paper (Kolesnikov 2020, Dosovitskiy 2021): what is drawn for a training from scratch may be
+    much too large beside trained features.
+    """
+    model = create(arguments)
+    for layer in _last_layers(model, arguments):
+        _zero(layer)
+    return model
+
+
+def _last_layers(model: nn.Module, arguments: dict[str, Any]) -> list[nn.Linear | nn.Conv2d]:
+    """Those that give logits: the classifiers of timm's description, and the last layer of each in the model itself."""
+    names = {name.rpartition(".")[0] for name in head_names(arguments)}
+    found = [layer for name, layer in model.named_modules() if name in names]
     classifier = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else ()
     for part in classifier if isinstance(classifier, (tuple, list)) else [classifier]:
-        last = [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
-        found += [tensor for layer in last for tensor in layer.state_dict().values()]
-    for tensor in found:
+        found += [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
+    return [layer for layer in found if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    for tensor in layer.state_dict().values():
         tensor.zero_()
-    return model
 
 
 def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
@@ -223,7 +246,7 @@ def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> n
         if is_first_process():
             print(f"{what}: loaded, with the head of {had} classes.", flush=True)
         return source
-    model = with_new_head(arguments)
+    model = _with_zero_head(arguments)
     head = head_names(arguments)
     body = {key: value for key, value in source.state_dict().items() if key not in head}
     result = model.load_state_dict(body, strict=False)
