@@ -13,9 +13,10 @@ from cifar_dist.models.factory import check_image_size, create, model_arguments
 from cifar_dist.models.head import count_parameters, freeze_backbone, head_parameter_names
 from cifar_dist.models.hub import require_config
 from cifar_dist.models.names import ALIASES, NATIVE, resolve_name
+from cifar_dist.models.new_head import with_drawn_head
 from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import multiply_patches
-from cifar_dist.models.weights import from_file, from_timm, with_drawn_head
+from cifar_dist.models.weights import from_file, from_timm
 
 __all__ = [
     "ALIASES",

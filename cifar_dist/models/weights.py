@@ -24,9 +24,9 @@ from cifar_dist.errors import UsageError
 from cifar_dist.models.factory import create, named
 from cifar_dist.models.head import classifier_names
 from cifar_dist.models.hub import require_weights
+from cifar_dist.models.new_head import head_names, with_zero_head
 from cifar_dist.models.sync_bn import other_buffers
 
-LARGEST_NORM = 1.0  # of a class's weights: the deviation of its logit where features have a variance of 1
 State = dict[str, torch.Tensor]
 
 
@@ -181,11 +181,6 @@ def _tensors(state: dict[str, Any]) -> State:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def head_names(arguments: dict[str, Any]) -> set[str]:
-    """Keys of the classifiers that the model's configuration in timm names."""
-    return {f"{name}.{kind}" for name in classifier_names(arguments["pretrained_cfg"]) for kind in ("weight", "bias")}
-
-
 def _head_classes(found: State, arguments: dict[str, Any]) -> int:
     """Rows of the file's classifier, 0 if it has none.
 
@@ -200,45 +195,6 @@ def _head_classes(found: State, arguments: dict[str, Any]) -> int:
     return 0
 
 
-def with_drawn_head(arguments: dict[str, Any]) -> nn.Module:
-    """The model as timm draws it, but with a head that starts at zero where timm draws a much too large one.
-
-    For few classes some families do: the first loss of an EfficientNet's ten classes is 7, where ln 10 is 2.3.
-    """
-    model = create(arguments)
-    for layer in _last_layers(model, arguments):
-        if not layer.weight.is_meta and layer.weight.flatten(1).norm(dim=1).mean() > LARGEST_NORM:
-            _zero(layer)
-    return model
-
-
-def _with_zero_head(arguments: dict[str, Any]) -> nn.Module:
-    """The model with a head that starts at zero, so with all classes alike.
-
-    As in BiT and the ViT paper (Kolesnikov 2020, Dosovitskiy 2021): what is drawn for a training from scratch may be
-    much too large beside trained features.
-    """
-    model = create(arguments)
-    for layer in _last_layers(model, arguments):
-        _zero(layer)
-    return model
-
-
-def _last_layers(model: nn.Module, arguments: dict[str, Any]) -> list[nn.Linear | nn.Conv2d]:
-    """Those that give logits: the classifiers of timm's description, and the last layer of each in the model itself."""
-    names = {name.rpartition(".")[0] for name in head_names(arguments)}
-    found = [layer for name, layer in model.named_modules() if name in names]
-    classifier = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else ()
-    for part in classifier if isinstance(classifier, (tuple, list)) else [classifier]:
-        found += [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1:]
-    return [layer for layer in found if isinstance(layer, nn.Linear | nn.Conv2d)]
-
-
-def _zero(layer: nn.Linear | nn.Conv2d) -> None:
-    for tensor in layer.state_dict().values():
-        tensor.zero_()
-
-
 def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> nn.Module:
     """`source` itself if it has as many classes as asked for, else a new model with all of it but the head."""
     had, wanted = cast(Any, source).num_classes, arguments["num_classes"]
@@ -246,7 +202,7 @@ def _with_own_head(source: nn.Module, arguments: dict[str, Any], what: str) -> n
         if is_first_process():
             print(f"{what}: loaded, with the head of {had} classes.", flush=True)
         return source
-    model = _with_zero_head(arguments)
+    model = with_zero_head(arguments)
     head = head_names(arguments)
     body = {key: value for key, value in source.state_dict().items() if key not in head}
     result = model.load_state_dict(body, strict=False)
