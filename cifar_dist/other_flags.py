@@ -29,9 +29,9 @@ OTHERS_NAMES = {
     "run_name": "run_dir", "name": "run_dir", "logging_dir": "run_dir", "ckpt_path": "init_weights",
     "checkpoint_path": "init_weights", "weights": "init_weights", "load": "init_weights",
     "start_epoch": "resume", "freeze_backbone": "freeze", "freeze_encoder": "freeze", "linear_probe": "freeze",
-    "remix": "mixup", "num_train_steps": "max_steps", "iterations": "max_steps",
+    "num_train_steps": "max_steps", "iterations": "max_steps",
     "resize": "data_size", "image_column_name": "image_column", "label_column_name": "label_column",
-    "optim": "opt", "weight_averaging": "model_ema_decay", "time_limit_hours": "time_limit",
+    "optim": "opt",
 }  # fmt: skip
 _CROPS = " Random crops are --crop-padding's, or --scale's, whose ratios go from 3/4 to 4/3."
 _PROCESSES = " How many processes there are is the launcher's to say: torchrun --standalone --nproc-per-node N …"

@@ -54,7 +54,7 @@ def _ahead(groups: Sequence[Group], means: Sequence[float], pairs: Sequence[dict
     lone = runs > len(groups) and any(len(group.members) == 1 for group in groups)
     assumed = ", if seeds matter alike in all settings" * lone
     sure = f"but can't be told apart from {others}" if alike else f"by more than {chance} explains{assumed}"
-    first = _listed(sorted(winners, key=named.index)) if len(best) <= _MOST_NAMES else f"{len(best)} {what}"
+    first = _listed([named[number] for number in best]) if len(best) <= _MOST_NAMES else f"{len(best)} {what}"
     if len(best) > 1:
         return f"{first} share the highest {accuracy}, {percent(max(means))}, {sure}"
     alone = " in a single run" * (runs > len(groups) and len(groups[best[0]].members) == 1)

@@ -104,8 +104,9 @@ def _warnings(run: Run, scored: Scored, selected_on: str) -> list[str]:
             f"The images are of {len(scored.class_names) - len(absent)} of the {len(scored.class_names)} classes; macro"
             f" means are over these, without {_listed(scored, absent)}."
         )
-    never = sorted(set(scored.labels.tolist()) - set(scored.predicted.tolist()))
-    if len(set(scored.predicted.tolist())) == 1 and never:
+    predicted = set(scored.predicted.tolist())
+    never = sorted(set(scored.labels.tolist()) - predicted)
+    if len(predicted) == 1 and never:
         only = scored.class_names[scored.predicted[0]]
         warnings.append(f"Every image is taken for {only}: the accuracy is that class's share of the images.")
     elif never:
