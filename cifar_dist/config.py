@@ -157,6 +157,11 @@ class AugmentConfig:
     )
     smoothing: float = option(0.0, "label smoothing", type=fraction)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, two by two."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 NO_AUGMENTATION = AugmentConfig(crop_padding=0, hflip=0.0)
 
@@ -233,7 +238,7 @@ class RunConfig:
         "also checkpoint every so many steps, or so often: 10m (besides every epoch's end)",
         type=steps_or_duration,
     )
-    keep_last: int = option(2, "checkpoints to keep besides the best one", type=positive_int)
+    keep_last: int = option(2, "how many of the newest checkpoints to keep; the best one always is", type=positive_int)
     time_limit: str | None = option(
         None, "leave with a checkpoint in time before this much has passed since the start: 2h, 90m", type=duration
     )

@@ -195,7 +195,7 @@ def micro_batches(config: Config, num_processes: int) -> tuple[int, int]:
         UsageError: the batch does not divide, or mixup cannot pair the images of a micro-batch.
     """
     micro, accumulation = split_batch(config.run.batch_size, config.run.micro_batch_size, num_processes)
-    if (config.augment.mixup or config.augment.cutmix) and micro % 2:
+    if config.augment.mixes and micro % 2:
         raise UsageError(f"--mixup and --cutmix pair images: the micro-batch of {micro} must be even.")
     return micro, accumulation
 

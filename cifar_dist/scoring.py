@@ -62,7 +62,7 @@ def load_run(run: Run, spec: EvalSpec, accelerator: Accelerator) -> LoadedRun:
     """
     stored = on_main(accelerator, lambda: checkpoint.find(run.folder, spec.which))  # a training may go on meanwhile
     if not accelerator.is_main_process:
-        stored = checkpoint.find(run.folder, str(stored.folder))
+        stored = checkpoint.find(run.folder, stored.folder.name)
     check_agreement(accelerator, {"checkpoint": stored.digest})
     config = replace(run.config.model, pretrained=False, init_weights=None)
     model = build_model(config, len(run.environment["class_names"]))

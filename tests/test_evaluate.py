@@ -189,7 +189,8 @@ def test_several_processes_score_the_same_images_and_write_once(digits_run, scri
     alone = load_predictions(digits_run / "report")
     shutil.rmtree(digits_run / "report")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, "evaluate.py", digits_run], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    script, run = ROOT / "evaluate.py", digits_run.relative_to(digits_run.parent)  # a relative path, as people type
+    done = subprocess.run([*command, script, run], cwd=digits_run.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("top-1") == 1
     together = load_predictions(digits_run / "report")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def _in_memory(values: pa.ChunkedArray) -> list[Any]:
     rows = values.to_pylist()
     if not any(_is_elsewhere(row) for row in rows):
         return rows
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    with ThreadPool(_FILES_AT_ONCE) as pool:  # whose threads, unlike an executor's, a program's end does not wait for
         return list(pool.map(lambda row: _with_bytes(row) if _is_elsewhere(row) else row, rows))
 
 

@@ -52,7 +52,7 @@ class Saver:
         run_dir: the run's folder.
         accelerator: of this process.
         timer: is told when a checkpoint begins and what it took.
-        keep_last: how many of the newest are kept, besides the best one.
+        keep_last: how many of the newest are kept; the best one always is.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, timer: CheckpointTimer, keep_last: int = 2):

@@ -104,7 +104,8 @@ def left_out(output: Path, runs: Sequence[Run]) -> list[str]:
         before = [row["run"] for row in read_json(output / f"{NAME}.json")["runs"]]
     except (UsageError, OSError, KeyError, TypeError):
         return []
-    return [name for name in before if name not in names_of([run.folder for run in runs])]
+    folders = [run.folder.resolve() for run in runs]  # a run's name is an end of its path, longer or shorter than now
+    return [name for name in before if not any(folder.match(name) for folder in folders)]
 
 
 def check_runs(runs: Sequence[Run]) -> None:

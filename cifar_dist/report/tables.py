@@ -129,7 +129,7 @@ def while_training(config: Config) -> str:
     used = [name for name, on in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if on]
     used += [f"label smoothing {augment.smoothing:g}"] if augment.smoothing else []
     softened = f" with {' and '.join(used)}" if used else ""
-    softened += " (a mixed image is of the class it has most of)" * bool(augment.mixup or augment.cutmix)
+    softened += " (a mixed image is of the class it has most of)" * augment.mixes
     return f"while training{', on augmented images' if changes(augment) else ''}{softened}"
 
 

@@ -77,7 +77,7 @@ class Batches:
         self._plan, self._seed = plan, config.run.seed
         self._process, self._device = parallel.accelerator.process_index, parallel.accelerator.device
         self._augment = Augment(config.augment, input, config.run.seed, self._device, parallel.input_dtype)
-        mixes = config.augment.mixup or config.augment.cutmix
+        mixes = config.augment.mixes
         self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if mixes else None
         self._looks_ahead = self._device.type == "cuda"
         self._ahead: tuple[int, Iterator[Batch]] = (-1, iter(()))

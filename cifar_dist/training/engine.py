@@ -64,7 +64,7 @@ def train_step(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise _no_room(len(batch.images)) from None
+            raise _no_room(batch) from None
         if batch.last:
             nonfinite, bad_gradient = ~share[0].isfinite(), parallel.gradient_is_bad()
             nonfinite = nonfinite if bad_gradient is None else nonfinite | bad_gradient
@@ -99,10 +99,12 @@ def _micro_step(stepper: Stepper, batch: Batch, lost: bool) -> torch.Tensor:
     return torch.stack([loss.detach(), correct.sum()])
 
 
-def _no_room(micro: int) -> UsageError:
-    if micro == 1:
-        return UsageError("a step with a single image does not fit into memory; take a smaller --model or --img-size.")
-    size = smaller(micro, micro)  # what divides it divides the batch, too
+def _no_room(batch: Batch) -> UsageError:
+    micro = len(batch.images)
+    size = smaller(micro, micro, pairs=batch.targets.is_floating_point())  # what divides it divides the batch, too
+    if size is None:
+        least = "a single image" if micro == 1 else f"{micro} images"
+        return UsageError(f"a step with {least} does not fit into memory; take a smaller --model or --img-size.")
     return UsageError(
         f"a step with {micro} images at a time does not fit into memory; take --micro-batch-size {size},"
         " or --auto-micro-batch (the batch stays what it is), and go on with --resume auto."

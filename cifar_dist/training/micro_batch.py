@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.config import InputConfig
+from cifar_dist.config import Config, InputConfig
 from cifar_dist.distributed.control import Snapshot, any_of
 from cifar_dist.distributed.group import autocast
 from cifar_dist.errors import UsageError
@@ -20,19 +20,26 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def smaller(share: int, micro: int) -> int:
-    """The largest micro-batch up to half of `micro` that divides a process's `share` of the batch."""
-    return next(size for size in range(max(micro // 2, 1), 0, -1) if share % size == 0)
+def smaller(share: int, micro: int, pairs: bool = False) -> int | None:
+    """The largest micro-batch up to half of `micro` that divides a process's `share` of the batch, if there is one.
+
+    Args:
+        share: images.
+        micro: what is too much.
+        pairs: whether images come in pairs, as mixup and CutMix have them.
+    """
+    smallest = 2 if pairs else 1
+    return next((size for size in range(micro // 2, 0, -1) if share % size == 0 and size % smallest == 0), None)
 
 
-def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig, plan: Plan, precision: str) -> int:
+def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig, plan: Plan, config: Config) -> int:
     """Try a forward and backward pass with the plan's micro-batch, and with about half of it until all processes can.
 
     Room for the optimizer's state, which a first step makes, is held meanwhile. Weights, statistics and random streams
     are afterwards as before.
 
     Raises:
-        UsageError: not even one image fits.
+        UsageError: not even one image fits, or, where images are mixed, one pair.
     """
     share, micro = plan.batch_size // plan.num_processes, plan.micro_batch_size
     model = model.to(accelerator.device).train()
@@ -40,14 +47,15 @@ def fitting(accelerator: Accelerator, model: torch.nn.Module, input: InputConfig
     snapshot.take()
     while True:
         sizes = (micro, input.img_size, plan.memory.optimizer)
-        failed = any_of(accelerator, not _fits(accelerator, model, sizes, precision))
+        failed = any_of(accelerator, not _fits(accelerator, model, sizes, config.run.precision))
         snapshot.restore()
         model.zero_grad()
         if not failed:
             return micro
-        if micro == 1:
-            raise UsageError("--auto-micro-batch: not even one image fits into memory; take a smaller model.")
-        micro = smaller(share, micro)
+        if (less := smaller(share, micro, config.augment.mixes)) is None:
+            least = "one image fits" if micro == 1 else f"{micro} images fit"
+            raise UsageError(f"--auto-micro-batch: not even {least} into memory; take a smaller model.")
+        micro = less
 
 
 @contextmanager

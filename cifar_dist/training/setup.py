@@ -132,7 +132,7 @@ def settle(
     sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     if config.run.auto_micro_batch and command.trains:
-        micro = fitting(accelerator, model, input_config(model, config.model), plan, config.run.precision)
+        micro = fitting(accelerator, model, input_config(model, config.model), plan, config)
         config = replace(config, run=replace(config.run, micro_batch_size=micro))
         plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))
     check_engine(config, plan, model)

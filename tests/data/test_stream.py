@@ -5,6 +5,8 @@ import importlib.util
 import io
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -623,3 +625,34 @@ def test_the_ledger_of_the_benchmark_finds_every_fault():
     assert ledger.faults(sound, sound, set(range(4)), own) == [0, 0, 0, 0, 0]
     broken = [[own[0], own[0]], own[2:], [own[1], (2, 999, 2)], [own[0], (3, 103, 2)]]
     assert ledger.faults(broken, sound, set(range(4)), own) == [1, 1, 1, 1, 3]
+
+
+HANGS = """
+import runpy, sys, time
+from cifar_dist.data import stream
+read = stream.image_bytes
+def image_bytes(path):
+    if path.name == "00029.png":
+        print("hangs", flush=True)
+        time.sleep(600)
+    return read(path)
+stream.image_bytes = image_bytes
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_program_ends_though_a_file_hangs(tmp_path):
+    """As on a file server that is gone."""
+    folder = write_images(tmp_path / "set", classes=2, images=30)
+    flags = "--model cnn4 --data-mode stream --data-size 8 --img-size 32 --batch-size 12 --val-fraction 0 --epochs 9"
+    command = [sys.executable, "-c", HANGS, "train.py", "--dataset", folder, *flags.split(), "--wandb", "disabled"]
+    command += ["--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
+        said = "".join(iter(program.stdout.readline, "hangs\n"))
+        program.terminate()
+        try:
+            said += program.communicate(timeout=60)[0]
+        finally:
+            program.kill()
+    assert program.returncode == 0 and "--resume auto" in said, said

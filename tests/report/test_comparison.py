@@ -119,6 +119,20 @@ def test_a_comparison_that_would_lose_runs_is_known(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_runs_of_one_name_are_told_apart_among_those_left_out(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    here, there, other = (
+        make(tmp_path / folder, name, make_scored(seed), lr=seed / 10)
+        for seed, (folder, name) in enumerate((("x", "a"), ("y", "a"), ("x", "b")), 1)
+    )
+    compared(tmp_path, here, there)
+    assert left_out(tmp_path / "out", [here, other]) == ["y/a"]
+    compared(tmp_path, here, other)
+    assert left_out(tmp_path / "out", [here, there]) == ["b"]
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_trained_parameters_are_shown_only_where_they_are_not_all(tmp_path):
     whole = {**COST, "trained_parameters": COST["parameters"]}
     runs = [make(tmp_path, name, make_scored(seed), cost=whole, lr=seed / 10) for seed, name in ((1, "a"), (2, "b"))]
