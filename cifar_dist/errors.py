@@ -24,10 +24,11 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     Dashes before a flag and upper case say nothing about how near two words are.
     """
-    plain = {_plain(name): name for name in reversed(known)}
-    near = get_close_matches(_plain(word), plain, cutoff=0.65)
-    return f" Did you mean {', '.join(plain[name] for name in near)}?" if near else ""
+    plain_names = {plain(name): name for name in reversed(known)}
+    near = get_close_matches(plain(word), plain_names, cutoff=0.65)
+    return f" Did you mean {', '.join(plain_names[name] for name in near)}?" if near else ""
 
 
-def _plain(word: str) -> str:
+def plain(word: str) -> str:
+    """A flag or name without dashes before it, and in lower case with underscores."""
     return word.lstrip("-").replace("-", "_").lower()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cifar_dist.errors import did_you_mean
+from cifar_dist.errors import did_you_mean, plain
 
 OTHERS_NAMES = {
     "learning_rate": "lr", "base_lr": "lr", "lr_base": "lr", "wd": "weight_decay", "optimizer": "opt",
@@ -94,9 +94,9 @@ NO_SETTINGS = {
 def suggestion(name: str, known: Sequence[str]) -> str:
     """`` Did you mean a, b?`` for a flag or key that is not among the `known`, by what other programs call ours, or by
     its letters; a word about what is no setting of ours."""
-    plain, words = _plain(name), {_plain(word): word for word in known}
-    ours = words.get(OTHERS_NAMES.get(plain, ""))
-    no_setting = NO_SETTINGS.get(plain) if "dataset" in words else None  # else it is not train.py that is asked
+    words = {plain(word): word for word in known}
+    ours = words.get(OTHERS_NAMES.get(plain(name), ""))
+    no_setting = NO_SETTINGS.get(plain(name)) if "dataset" in words else None  # else it is not train.py that is asked
     return f" Did you mean {ours}?" if ours else no_setting or did_you_mean(name, list(known))
 
 
@@ -105,7 +105,3 @@ def suggestions(names: Sequence[str], known: Sequence[str]) -> str:
     if len(names) == 1:
         return suggestion(names[0], known)
     return "".join(f" {name}:{suggestion(name, known) or ' no such setting.'}" for name in names)
-
-
-def _plain(name: str) -> str:
-    return name.lstrip("-").replace("-", "_").lower()

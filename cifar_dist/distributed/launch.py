@@ -1,4 +1,4 @@
-"""What launchers say in the environment, read once, before Accelerate starts.
+"""What launchers say in the environment, read before Accelerate starts.
 
 Accelerate itself starts one process, or several that share nothing, without a word when a launcher and the machine do
 not fit together. Here every launcher's variables become one `Launch`, or a refusal.

@@ -53,8 +53,8 @@ class TrainState:
     def _finite_loss(self, scores: dict[str, float]) -> float:
         if not math.isfinite(scores["loss"]):
             raise Diverged(
-                f"the validation loss is {scores['loss']} after step {self.step}; start anew with a lower --lr or"
-                " --clip-grad."
+                f"the loss of the evaluation is {scores['loss']} after step {self.step}; start anew with a lower"
+                " --lr or --clip-grad."
             )
         return scores["loss"]
 

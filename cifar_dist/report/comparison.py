@@ -22,7 +22,7 @@ from cifar_dist.report.members import Member, missing, names_of, row_of, spread
 from cifar_dist.report.predictions import load_predictions
 from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
-from cifar_dist.statistics import agreement, compare, compare_groups, corrected, told_apart, verdict
+from cifar_dist.statistics import agreement, compare_groups, corrected, told_apart, verdict
 from cifar_dist.study.record import record_of
 
 NAME = "comparison"
@@ -160,17 +160,12 @@ def _check_comparable(members: Sequence[Member]) -> None:
 def _pairs(members: Sequence[Member], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The test of each pair of groups, corrected for their number, and how far their predictions agree."""
     both = list(combinations(groups, 2))
-    tests = corrected([_test(*(_correct(members, group) for group in pair)) for pair in both])
+    tests = corrected([compare_groups(*(_correct(members, group) for group in pair)) for pair in both])
     return [_pair(a, b, test, members) for (a, b), test in zip(both, tests, strict=True)]
 
 
 def _correct(members: Sequence[Member], group: Group) -> np.ndarray:
     return np.stack([members[number].scored.correct for number in group.members])
-
-
-def _test(a: np.ndarray, b: np.ndarray) -> statistics.Comparison:
-    """Of two runs on the images they share, or of two groups on images and seeds."""
-    return compare(a[0], b[0]) if len(a) == len(b) == 1 else compare_groups(a, b)
 
 
 def _pair(a: Group, b: Group, test: statistics.Comparison, members: Sequence[Member]) -> dict[str, Any]:

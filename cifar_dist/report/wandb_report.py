@@ -14,7 +14,7 @@ from cifar_dist.run_record import Run
 from cifar_dist.tracking.wandb_run import wandb_mode
 
 SPECIFICATION = "wandb_report.json"
-_CURVES = {"Validation accuracy": "val/top1", "Validation loss": "val/loss", "Training loss": "train/loss"}
+_CURVES = {"val accuracy": "val/top1", "val loss": "val/loss", "train loss": "train/loss"}
 _PICTURES = ["report/confusion_matrix", "report/grad_cam", "report/mistakes"]
 
 

@@ -6,13 +6,11 @@ on what they disagree about and not on two accuracies.
 
 from cifar_dist.statistics.comparison import Comparison, corrected, holm, told_apart, verdict
 from cifar_dist.statistics.intervals import bootstrap_macro_f1, wilson_interval
-from cifar_dist.statistics.paired import Paired, agreement, compare
-from cifar_dist.statistics.seeds import Groups, compare_groups
+from cifar_dist.statistics.paired import agreement, compare
+from cifar_dist.statistics.seeds import compare_groups
 
 __all__ = [
     "Comparison",
-    "Groups",
-    "Paired",
     "agreement",
     "bootstrap_macro_f1",
     "compare",

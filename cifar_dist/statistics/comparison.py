@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -34,9 +33,6 @@ class Comparison:
     pairs: int = 1
 
 
-SomeComparison = TypeVar("SomeComparison", bound=Comparison)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected so that the chance of any false alarm stays below their level (Holm 1979), in their order."""
     raw = np.asarray(p_values, dtype=float)
@@ -46,7 +42,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def corrected(comparisons: Sequence[SomeComparison]) -> list[SomeComparison]:
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """All comparisons of a report with `p_corrected` by `holm` and the number of `pairs`."""
     adjusted = holm([one.p_value for one in comparisons])
     return [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from cifar_dist.statistics.comparison import Comparison
@@ -12,26 +10,7 @@ from cifar_dist.statistics.intervals import wilson_interval
 EXACT_BELOW = 25  # images that one of two models alone gets right: fewer are tested exactly
 
 
-@dataclass(frozen=True, kw_only=True)
-class Paired(Comparison):
-    """Two models on the same images.
-
-    Attributes:
-        count: images.
-        both: images that both get right.
-        only_a: images that only A gets right.
-        only_b: images that only B gets right.
-        neither: images that both get wrong.
-    """
-
-    count: int
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-
-
-def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Paired:
+def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
     """Two models on the same images, by those that only one of them gets right.
 
     The interval is Newcombe's for paired proportions (1998, Statistics in Medicine 17:2635, method 10: Wilson's
@@ -51,10 +30,8 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Paired:
     both, only_a, only_b, neither = (int(cell.sum()) for cell in (a & b, a & ~b, ~a & b, ~a & ~b))
     low, high = _newcombe(both, only_a, only_b, neither)
     p_value, test = _mcnemar(only_a, only_b)
-    return Paired(
-        count=len(a), both=both, only_a=only_a, only_b=only_b, neither=neither, difference=(only_a - only_b) / len(a),
-        low=low, high=high, p_value=p_value, test=test, p_corrected=p_value,
-    )  # fmt: skip
+    difference = (only_a - only_b) / len(a)
+    return Comparison(difference=difference, low=low, high=high, p_value=p_value, test=test, p_corrected=p_value)
 
 
 def check_same_images(a: np.ndarray, b: np.ndarray) -> None:

@@ -11,30 +11,7 @@ from cifar_dist.statistics.intervals import LEVEL
 from cifar_dist.statistics.paired import check_same_images, compare
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups(Comparison):
-    """Two settings, each trained with one or several seeds, on the same images.
-
-    Attributes:
-        count: images.
-        seeds_a: runs of A.
-        seeds_b: runs of B.
-        mean_a: mean accuracy of A's runs.
-        mean_b: mean accuracy of B's runs.
-        std_a: standard deviation of accuracy over A's runs (with seeds - 1), None for one run.
-        std_b: the same of B's.
-    """
-
-    count: int
-    seeds_a: int
-    seeds_b: int
-    mean_a: float
-    mean_b: float
-    std_a: float | None
-    std_b: float | None
-
-
-def compare_groups(correct_a: np.ndarray, correct_b: np.ndarray) -> Groups:
+def compare_groups(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
     """Two settings, each trained with several seeds: would they differ on new images and with new seeds?
 
     Images and a group's seeds are crossed random effects. The variance of the difference is the images' (of the mean
@@ -68,20 +45,14 @@ def compare_groups(correct_a: np.ndarray, correct_b: np.ndarray) -> Groups:
     check_same_images(a, b)
     if a.shape[1] < 2:
         raise ValueError("how images scatter takes at least two of them")
-    (seeds_a, count), seeds_b = a.shape, len(b)
-    if seeds_a == seeds_b == 1:
-        pair = compare(a[0], b[0])
-        low, high, p_value, test = pair.low, pair.high, pair.p_value, pair.test
-    else:
-        centre, error, freedom = _with_images(a.mean(axis=0) - b.mean(axis=0), _scatters(a, b))
-        reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
-        low, high, test = max(centre - reach, -1.0), min(centre + reach, 1.0), "t, over images and seeds"
-        p_value = float(2 * t.sf(abs(centre) / error, freedom))
-    std_a, std_b = (float(runs.mean(axis=1).std(ddof=1)) if len(runs) > 1 else None for runs in (a, b))
-    return Groups(
-        count=count, seeds_a=seeds_a, seeds_b=seeds_b, mean_a=float(a.mean()), mean_b=float(b.mean()),
-        std_a=std_a, std_b=std_b, difference=float(a.mean() - b.mean()), low=low, high=high,
-        p_value=p_value, test=test, p_corrected=p_value,
+    if len(a) == len(b) == 1:
+        return compare(a[0], b[0])
+    centre, error, freedom = _with_images(a.mean(axis=0) - b.mean(axis=0), _scatters(a, b))
+    reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    p_value = float(2 * t.sf(abs(centre) / error, freedom))
+    return Comparison(
+        difference=float(a.mean() - b.mean()), low=max(centre - reach, -1.0), high=min(centre + reach, 1.0),
+        p_value=p_value, test="t, over images and seeds", p_corrected=p_value,
     )  # fmt: skip
 
 

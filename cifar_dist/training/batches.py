@@ -1,7 +1,7 @@
 """From a step number to this process's ready micro-batches, on the device.
 
-This is the seam for other data paths: training only calls ``batches(step)`` and needs nothing
-else of where rows come from.
+This is the seam for other data paths: training asks a `Batches` for steps, and knows nothing else of where rows come
+from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from cifar_dist.config import Config, InputConfig
 from cifar_dist.data.augment import Augment, Mixing
 from cifar_dist.data.resident import ResidentSet
-from cifar_dist.data.stream import StreamSet
 from cifar_dist.ordering import global_batch, micro_batch_slice
 from cifar_dist.parallel import Replicated
 from cifar_dist.plan import Plan
@@ -63,22 +62,18 @@ class Batches:
             None. Batches are empty then: all their weights are 0.
 
     Args:
-        data: the training set.
         config: the run's configuration.
         plan: the run's plan.
         input: what the model expects.
         parallel: the engine; tells the device, which slice is this process's, and the dtype its model takes.
     """
 
-    def __init__(
-        self, data: ResidentSet | StreamSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated
-    ):
+    def __init__(self, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
         self.lost: str | None = None
         self._plan, self._seed = plan, config.run.seed
         self._process, self._device = parallel.accelerator.process_index, parallel.accelerator.device
         self._augment = Augment(config.augment, input, config.run.seed, self._device, parallel.input_dtype)
-        mixes = config.augment.mixes
-        self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if mixes else None
+        self._mixing = Mixing(config.augment, config.run.seed, plan.num_classes) if config.augment.mixes else None
         self._looks_ahead = self._device.type == "cuda"
         self._ahead: tuple[int, Iterator[Batch]] = (-1, iter(()))
         self._layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
@@ -137,10 +132,15 @@ class Batches:
 
 
 class ResidentBatches(Batches):
-    """Batches of a set that lives on the device."""
+    """Batches of a set that lives on the device.
+
+    Args:
+        data: the training set.
+        others: see `Batches`.
+    """
 
     def __init__(self, data: ResidentSet, config: Config, plan: Plan, input: InputConfig, parallel: Replicated):
-        super().__init__(data, config, plan, input, parallel)
+        super().__init__(config, plan, input, parallel)
         self._data, self._ids = data.to(self._device), data.ids.cpu()
 
     def sample_ids(self, step: int) -> list[int]:

@@ -46,6 +46,7 @@ class StreamBatches(Batches):
     """Batches of a stream, from any step on.
 
     Args:
+        data: the training set.
         stop: whether this process was asked to stop; rows that do not come are then given up, and `lost` is "".
         others: see `Batches`.
     """
@@ -59,7 +60,7 @@ class StreamBatches(Batches):
         parallel: Replicated,
         stop: Callable[[], bool] = lambda: False,
     ):
-        super().__init__(data, config, plan, input, parallel)
+        super().__init__(config, plan, input, parallel)
         self._asked_to_stop = stop
         self._data, self._allowed = data, config.data.skip_corrupt
         self._queue: queue.Queue[_Step | Exception] = queue.Queue(_STEPS_AHEAD)

@@ -47,7 +47,7 @@ def test_scores_within_an_epoch_count_until_there_are_an_epochs():
     state.judge({"top1": 0.2, "loss": 2.0}, 0.0)
     assert not state.judge({"top1": 0.9, "loss": 0.1}, 0.0, whole_epoch=False)
     assert state.best_top1 == 0.2
-    with pytest.raises(Diverged, match="validation loss is nan after step 3"):
+    with pytest.raises(Diverged, match="loss of the evaluation is nan after step 3"):
         state.judge({"top1": 0.1, "loss": float("nan")}, 0.0)
 
 

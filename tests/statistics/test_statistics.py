@@ -110,7 +110,6 @@ def test_macro_f1_interval_covers_the_truth():
 def test_paired_interval_is_the_published_one(cells, limits):
     found = paired(*cells)
     assert (found.low, found.high) == pytest.approx(limits, abs=1e-4)
-    assert (found.both, found.only_a, found.only_b, found.neither, found.count) == (*cells, sum(cells))
     assert found.difference == pytest.approx((cells[1] - cells[2]) / sum(cells))
 
 
@@ -223,12 +222,8 @@ def test_groups_of_very_many_images_are_students_t_test_of_accuracies():
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.001)
 
 
-def test_groups_say_mean_and_spread_by_hand():
-    found = compare_groups([[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0]])
-    assert (found.mean_a, found.mean_b, found.difference) == (0.625, 0.25, 0.375)
-    assert found.std_a == pytest.approx(2**0.5 / 8)
-    assert found.std_b is None
-    assert (found.seeds_a, found.seeds_b, found.count) == (2, 1, 4)
+def test_the_difference_of_groups_by_hand():
+    assert compare_groups([[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0]]).difference == 0.625 - 0.25
 
 
 def test_groups_swap_sides():
@@ -242,7 +237,6 @@ def test_one_run_each_is_the_paired_test():
     found, expected = compare_groups(a, b), compare(a[0], b[0])
     for name in ("difference", "low", "high", "p_value", "test"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name))
-    assert (found.std_a, found.std_b) == (None, None)
 
 
 def test_groups_interval_and_test_always_agree():
