@@ -33,6 +33,7 @@ else:
 
     from cifar_dist import export, scoring
     from cifar_dist.distributed.group import on_main, say, start
+    from cifar_dist.errors import UsageError
     from cifar_dist.eval_spec import EvalSpec, choose_specs, is_done, precision_of
     from cifar_dist.report import (
         Report,
@@ -74,6 +75,9 @@ def main(arguments: argparse.Namespace | None = None) -> None:
 
 def check_places(specs: list[EvalSpec], arguments: argparse.Namespace) -> None:
     """Refuse folders that can't be written before the time that scoring takes."""
+    for spec in specs:
+        if not os.access(place := spec.folder.parent, os.W_OK):
+            raise UsageError(f"RUN_DIR {place} cannot be written, where its report goes; copy it to a place of yours.")
     if len(specs) > 1:
         make_room(comparison_folder(specs, arguments))
     if arguments.export is not None:

@@ -24,6 +24,21 @@ def save_json(value: Any, path: Path) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the run.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}).") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged (it holds no object).")
+    return found
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that it is whole at any moment: the old text or the new one."""
     aside = path.with_name(f".tmp-{path.name}")

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
-from cifar_dist.durable import fsync, replace_text
+from cifar_dist.durable import fsync, read_json, replace_text
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
 from cifar_dist.recovery.store import sweep
@@ -62,11 +62,15 @@ def choose_run_dir(config: Config) -> Path:
         now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # milliseconds, as a shell's loop starts several in a second
         return Path("runs") / f"{model}-{Path(config.data.dataset).resolve().name}-{now}"
     run_dir = Path(config.run.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
+    try:
+        run_dir.stat()
+    except FileNotFoundError:
+        return run_dir
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir!s:.80} cannot be used ({error.strerror}); name another.") from None
+    if not run_dir.is_dir():
         raise UsageError(f"--run-dir {run_dir} is a file; name a folder.")
-    if run_dir.exists() and any(
-        path.name != ".lock" and not path.name.startswith(".tmp-") for path in run_dir.iterdir()
-    ):
+    if any(path.name != ".lock" and not path.name.startswith(".tmp-") for path in run_dir.iterdir()):
         if config.run.resume != "auto":
             raise UsageError(f"--run-dir {run_dir} is not empty; name another, or continue with --resume auto.")
         if not (run_dir / "config.yaml").is_file():
@@ -282,15 +286,3 @@ def processor() -> str:
 def cpu_name(name: str, threads: int) -> str:
     """A CPU with the number of threads that worked, as reports name it."""
     return f"{name} ({threads} thread{'s' * (threads != 1)})"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the run.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}).") from None

@@ -9,8 +9,8 @@ from typing import Any
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config, DataConfig
+from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
-from cifar_dist.run_folder import read_json
 from cifar_dist.run_log import LOG, read_log
 
 

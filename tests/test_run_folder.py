@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,25 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file; name a folder"):
         prepare(config(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"--run-dir .*xxx cannot be used \(File name too long\); name another"):
+        prepare(config(tmp_path / ("x" * 300)))
+
+
+def test_what_no_object_says_is_damage(tmp_path):
+    prepare(config(tmp_path / "run"))
+    (tmp_path / "run" / "environment.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"environment\.json is damaged"):
+        prepare(config(tmp_path / "run", "auto"))
+
+
+def test_the_folder_and_what_identifies_the_run_are_durable(tmp_path, monkeypatch):
+    """Of a file that is replaced first the new text, then its name."""
+    durable, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (durable.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    run = prepare(config(tmp_path / "run"))
+    assert str(tmp_path) in durable
+    for name in ("config.yaml", "plan.json", "environment.json"):
+        assert str(run) in durable[durable.index(f"{run}/.tmp-{name}") :]
 
 
 @pytest.mark.parametrize("still_running", [True, False])

@@ -132,6 +132,8 @@ def run_main(main: Callable[[], T]) -> T:
     Any other exception keeps its traceback on the first process that fails; the others, which mostly fail because that
     one has gone, say so in a line.
     """
+    with suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what an old locale lacks
     try:
         return main()
     except SystemExit as error:

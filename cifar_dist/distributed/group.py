@@ -56,12 +56,13 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds, microseconds=1))
     if launch.on_cpu and launch.grouped:
         group.backend = "gloo"
-    launch.wait_for_rank_0(timeout_seconds)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(
-            cpu=launch.on_cpu and not launch.deepspeed, mixed_precision=autocast, kwargs_handlers=[group, ddp]
-        )
+        with launch.waiting(timeout_seconds):
+            launch.wait_for_rank_0(timeout_seconds)
+            accelerator = Accelerator(
+                cpu=launch.on_cpu and not launch.deepspeed, mixed_precision=autocast, kwargs_handlers=[group, ddp]
+            )
     except ValueError as error:
         raise UsageError(f"Accelerate does not start (--precision {precision}): {error}") from None
     except torch.distributed.DistError as error:

@@ -9,8 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +31,7 @@ MPI_VARIABLES = (
     ("PMI_SIZE", "PMI_RANK"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
+TELLS_AFTER_SECONDS = 10  # of waiting for other processes
 START = "start with torchrun --standalone --nproc-per-node N train.py …"
 # What a launch config can set and the recipe sets too: variable, values that say nothing, where to say it instead.
 SETTINGS = (
@@ -48,6 +54,33 @@ class Launch:
     def grouped(self) -> bool:
         """Whether there is a process group; torchrun makes one even for a single process."""
         return "LOCAL_RANK" in os.environ
+
+    @contextmanager
+    def waiting(self, timeout_seconds: int) -> Iterator[None]:
+        """The time in which processes wait for each other: signals end it at once, and after a while it says so.
+
+        There is nothing to save yet, and torch waits where Python does not hear of signals.
+        """
+        if not self.grouped:
+            yield
+            return
+        handlers = {number: now for number in signal.valid_signals() if callable(now := signal.getsignal(number))}
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        said = (
+            f"rank {os.environ['RANK']} waits for the others of {self.world_size} processes at {place}, for up to"
+            f" {timeout_seconds} seconds (--ddp-timeout); if none is to come, unset RANK and WORLD_SIZE"
+        )
+        told = threading.Timer(TELLS_AFTER_SECONDS, lambda: print(said, file=sys.stderr, flush=True))
+        told.daemon = True
+        told.start()
+        try:
+            yield
+        finally:
+            told.cancel()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def wait_for_rank_0(self, timeout_seconds: int) -> None:
         """Wait until rank 0 listens: torch waits too, but ends with pages of its own stack.

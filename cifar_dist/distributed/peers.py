@@ -11,15 +11,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-Peer = tuple[str, int]  # machine, process id
+Peer = tuple[str, int]  # where process ids are its own, process id
 
 _peers: dict[int, Peer] = {}
 place = ""  # what this process does, such as "step 7"
 
 
 def me() -> Peer:
-    """This process, for the others."""
-    return platform.node(), os.getpid()
+    """This process, for the others: containers may have one name, and each processes of its own."""
+    machine = platform.node()
+    with suppress(OSError):
+        machine += Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return machine, os.getpid()
 
 
 def remember(found: list[Peer]) -> None:

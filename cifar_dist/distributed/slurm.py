@@ -12,6 +12,8 @@ from cifar_dist.errors import UsageError
 
 CONFIG = "ACCELERATE_CONFIG"  # names a file of accelerate_configs/ where no launcher reads one
 
+VARIABLES = ("SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
+
 
 def in_step() -> bool:
     """Whether srun started this process to train with others; a batch script itself has no step.
@@ -30,7 +32,15 @@ def is_own_rank(rank: str) -> bool:
 
 
 def rank_variables() -> dict[str, str]:
-    """The variables of torchrun, from those of srun; an address or port that is already set stays."""
+    """The variables of torchrun, from those of srun; an address or port that is already set stays.
+
+    Raises:
+        UsageError: some are missing, as where a shell has kept the others.
+    """
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        raise UsageError(
+            f"SLURM_PROCID is set but {', '.join(missing)} not; start with srun, or unset SLURM_PROCID for one process."
+        )
     node, per_node = int(os.environ["SLURM_NODEID"]), _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     port = 15000 + (job * 101 + step) % 15000  # below the ephemeral ports

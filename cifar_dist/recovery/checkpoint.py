@@ -25,7 +25,7 @@ from cifar_dist.durable import decode, encode, save_json, save_tensors
 from cifar_dist.errors import UsageError, first_line
 from cifar_dist.models.sync_bn import other_buffers
 from cifar_dist.parallel import Replicated
-from cifar_dist.recovery import store
+from cifar_dist.recovery import lookup, store
 from cifar_dist.recovery.store import Damaged, Files, Stored
 from cifar_dist.recovery.train_state import TrainState
 
@@ -220,8 +220,8 @@ def state_of(stored: Stored) -> TrainState:
 
 
 def find(run_dir: Path, which: str) -> Stored:
-    """Checkpoint ``last`` or ``best``; see `store.find`."""
-    return store.find(run_dir / "checkpoints", which)
+    """Checkpoint ``last`` or ``best``; see `lookup.find`."""
+    return lookup.find(run_dir / "checkpoints", which)
 
 
 def keeps_best(run_dir: Path) -> bool:

@@ -41,8 +41,9 @@ class Heartbeat:
 def lost_work(run_dir: Path, state: TrainState) -> dict[str, float]:
     """What a run that goes on from `state` has to do again, as far as a heartbeat (one a second) or the log tells."""
     reached = [{"step": state.step, "seconds": state.seconds}]
-    with suppress(OSError, ValueError, TypeError):  # none was written yet, or the machine lost power
-        reached.append({**reached[0], **json.loads((run_dir / _FILE).read_text())})
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none was written yet, or the machine lost power
+        beat = json.loads((run_dir / _FILE).read_text())
+        reached.append({"step": int(beat["step"]), "seconds": float(beat["seconds"])})
     with suppress(OSError):
         reached += [{**reached[0], **record} for record in read_log(run_dir) if record is not None]
     return {

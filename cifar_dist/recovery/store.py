@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,22 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def point(root: Path, stored: Stored) -> None:
-    """Let the links ``last`` and ``best`` name their folders."""
-    best = next((found for found in committed(root) if found.step == stored.best_step > 0), None)
-    for link, named in (("last", stored), ("best", best)):
+    """Let the links ``last`` and ``best`` name their folders, where the file system has links.
+
+    A copy of a checkpoint in a link's place, which programs that follow links make of it, is removed.
+    """
+    known = committed(root)
+    manifests = [(one.folder / _MANIFEST).read_bytes() for one in known]
+    best = next((found for found in known if found.step == stored.best_step > 0), None)
+    for link, named in ((root / "last", stored), (root / "best", best)):
         if named is not None:
-            fresh = root / f".tmp-{link}"
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(named.folder.name)
-            os.replace(fresh, root / link)
+            with suppress(OSError):  # links are for people only
+                if link.is_dir() and not link.is_symlink() and (link / _MANIFEST).read_bytes() in manifests:
+                    os.replace(link, root / f".del-step-{link.name}-{secrets.token_hex(4)}")
+                fresh = root / f".tmp-{link.name}"
+                fresh.unlink(missing_ok=True)
+                fresh.symlink_to(named.folder.name)
+                os.replace(fresh, link)
     fsync(root)
 
 
@@ -267,34 +276,3 @@ def set_aside(folder: Path) -> Path:
     kept = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(2)}")
     os.replace(folder, kept)
     return kept
-
-
-def find(root: Path, which: str) -> Stored:
-    """The newest sound checkpoint for ``last``, the best one as of then for ``best``, or a folder; changes nothing.
-
-    Raises:
-        UsageError: there is none, or it is damaged.
-    """
-    if which not in ("last", "best"):
-        return _verified((root / which).resolve())  # a link such as last/ has no step in its name
-    last, wrong = choose(root)
-    if last is None:
-        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in sorted(wrong.items())) or "none at all"
-        raise UsageError(f"{root.parent} has no sound checkpoint ({reasons}); train it, or restore one.")
-    if which == "last" or last.best_step == last.step:
-        return last
-    best = next((stored for stored in committed(root) if stored.step == last.best_step), None)
-    if best is None:
-        raise UsageError(f"{root.parent} has no checkpoint '{which}'; name another with --checkpoint.")
-    return _verified(best.folder)
-
-
-def _verified(folder: Path) -> Stored:
-    try:
-        stored = read_manifest(folder)
-        stored.verify()
-    except Damaged as error:
-        raise UsageError(f"{folder} is no sound checkpoint ({error}); name another with --checkpoint.") from None
-    except OSError as error:
-        raise UsageError(unreadable(folder, error)) from None
-    return stored

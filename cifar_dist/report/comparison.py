@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_dist import statistics
+from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.comparison_page import comparison_page
@@ -20,7 +21,6 @@ from cifar_dist.report.evidence import load_evidence
 from cifar_dist.report.grouping import Group, group_runs, labels_of
 from cifar_dist.report.members import Member, missing, names_of, row_of, spread
 from cifar_dist.report.predictions import load_predictions
-from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import agreement, compare_groups, corrected, told_apart, verdict
 from cifar_dist.study.record import record_of

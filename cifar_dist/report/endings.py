@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
 from cifar_dist.recovery.train_state import TrainState
-from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cifar_dist import figures
+from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
 from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import sheets, tables
@@ -23,7 +24,6 @@ from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.report.numbers import COST_FILE, metrics_of, temperature_scaled
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
-from cifar_dist.run_folder import read_json
 from cifar_dist.run_record import Run
 from cifar_dist.schedule import schedule_without_model
 

@@ -63,9 +63,10 @@ def status_of(run: StudyRun) -> RunStatus:
     status = RunStatus(0, 0, finished=False, failure=failure_of(run.folder))
     if not run.folder.exists():
         return status  # without the seconds of importing
+    from cifar_dist.durable import read_json
     from cifar_dist.plan import Plan, steps_in_all
     from cifar_dist.recovery import checkpoint, store
-    from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running, read_json
+    from cifar_dist.run_folder import changed_settings, choose_run_dir, is_running
 
     try:
         if changed := changed_settings(run.config):
@@ -92,7 +93,7 @@ def _has_other_data(run: StudyRun) -> bool:
     """Whether a run had its data at another place than its study says, and other ones."""
     from cifar_dist.command_line import load_config
     from cifar_dist.data import data_fingerprint
-    from cifar_dist.run_folder import read_json
+    from cifar_dist.durable import read_json
 
     data, saved = run.config.data, run.folder / "config.yaml"
     if not saved.is_file() or load_config(saved).data.dataset == data.dataset:

@@ -1,18 +1,22 @@
 """Who says what went wrong, before processes have met: test_launch.py has what comes after."""
 
+import ast
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from cifar_dist.distributed import peers
+from cifar_dist.distributed import ending, peers
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.distributed.group import start
 from cifar_dist.errors import UsageError
+from cifar_dist.recovery import stop_request
 from tests.ranks import Ranks
 
 
@@ -120,6 +124,48 @@ def reduce_while(rank_1_does):
 
 def dies():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs():
+    """As a process does that waits where it hears of nothing."""
+    for number in stop_request.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(300)
+
+
+def test_a_rank_that_hangs_does_not_outlive_one_that_fails(monkeypatch):
+    monkeypatch.setattr(ending, "GRACE_SECONDS", 1.0)
+
+    def work():
+        start("fp32", 60)
+        (crash if torch.distributed.get_rank() == 1 else hangs)()
+
+    began = time.monotonic()
+    assert Ranks(lambda: run_main(work), 2).statuses == [-signal.SIGKILL, 1]
+    assert time.monotonic() - began < 60
+
+
+def test_processes_of_another_container_are_not_taken_for_peers(monkeypatch):
+    """It may have this machine's name."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a PID namespace")
+    code = "from cifar_dist.distributed import peers; print(peers.me())"
+    where, pid = ast.literal_eval(
+        subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True).stdout
+    )
+    peers.remember([peers.me(), (where, pid)])
+    assert where.startswith(platform.node()) and not peers.absent()
+    peers.remember([peers.me(), (peers.me()[0], 2**22 + 1)])  # beyond what Linux gives away
+    assert "has gone" in peers.absent()
+    peers.remember([])
+
+
+def test_what_an_old_locale_lacks_is_printed_somehow():
+    code = "from cifar_dist.distributed.ending import run_main; run_main(lambda: print('lr … ½'))"
+    old = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=old, capture_output=True, text=True, encoding="latin-1")
+    assert (done.stdout, done.stderr) == ("lr \\u2026 ½\n", "")
 
 
 def test_the_rank_that_fails_says_why_and_those_that_lose_it_do_not(tmp_path, monkeypatch):

@@ -380,6 +380,27 @@ def test_a_process_that_comes_late_is_waited_for(tmp_path):
     assert notes(tmp_path) == TWO
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_waits_for_processes_says_so_and_hears_signals(rank, tmp_path):
+    """As where a shell has kept the variables of a launcher."""
+    waits = by_hand(rank, free_port(), tmp_path)
+    try:
+        said = waits.stdout.readline()
+        assert f"rank {rank} waits for the others of 2 processes at 127.0.0.1:" in said, said
+        waits.terminate()
+        assert waits.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        waits.kill()
+        waits.stdout.close()
+
+
+def test_variables_that_a_shell_has_kept_of_srun_are_refused(gpus):
+    os.environ.update({name: value for name, value in STEP.items() if name != "SLURM_NODEID"})
+    with pytest.raises(UsageError, match="SLURM_PROCID is set but SLURM_NODEID not; start with srun, or unset"):
+        prepare_environment("fp32")
+
+
 def test_a_port_that_is_taken_is_named(tmp_path):
     with socket.socket() as held:
         held.bind(("", 0))

@@ -1,6 +1,7 @@
 """In which order a checkpoint becomes durable, visible and the only one, and that all processes see the same."""
 
 import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ from cifar_dist.distributed.group import start
 from cifar_dist.errors import UsageError
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
-from cifar_dist.recovery import checkpoint, store
+from cifar_dist.recovery import checkpoint, lookup, store
 from cifar_dist.recovery.checkpoint import Trained
 from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
@@ -95,6 +96,54 @@ def test_the_manifest_is_written_last(tmp_path, whole, calls):
     files = [os.path.basename(call[1]) for call in calls if call[0] == "fsync" and "." in os.path.basename(call[1])[1:]]
     assert files.count("manifest.json") == 1
     assert files[-1] == "manifest.json"
+
+
+def test_links_that_a_copy_has_made_folders_are_links_again(tmp_path, whole):
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        saved(tmp_path / "run", whole, step, best=step == 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    root = tmp_path / "copy" / "checkpoints"
+    assert not (root / "last").is_symlink()
+    saved(tmp_path / "copy", whole, 3)
+    assert (root / "last").resolve().name == "step-00000003" and (root / "best").resolve().name == "step-00000001"
+    assert sorted(path.name for path in root.iterdir()) == [
+        "best", "last", "step-00000001", "step-00000002", "step-00000003"
+    ]  # fmt: skip
+    (root / "last").unlink()
+    (root / "last").mkdir()
+    (root / "last" / "mine").touch()
+    saved(tmp_path / "copy", whole, 4)
+    assert (root / "last" / "mine").exists()  # which is no copy of a checkpoint
+
+
+def test_a_file_system_without_links_keeps_checkpoints(tmp_path, whole, monkeypatch):
+    def refused(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    saved(tmp_path, whole, 1)
+    assert checkpoint.find(tmp_path, "last").step == 1
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_reader_that_comes_while_checkpoints_are_dropped_looks_again(tmp_path, whole, monkeypatch, which):
+    saved(tmp_path, whole, 1, best=True)
+    choose, waiting = lookup.choose, [2, 3]
+
+    def while_training(root):
+        if waiting:
+            for old in root.glob("step-*"):
+                shutil.rmtree(old)
+            with monkeypatch.context() as later:
+                later.setattr(lookup, "choose", choose)
+                found = None, {root / "step-00000001": "manifest.json is missing"}
+                saved(tmp_path, whole, waiting.pop(0), best=True, keep_last=1)
+            return found
+        return choose(root)
+
+    monkeypatch.setattr(lookup, "choose", while_training)
+    assert checkpoint.find(tmp_path, which).step == 3
 
 
 def test_pruning_comes_after_the_commit(tmp_path, whole, monkeypatch):

@@ -37,7 +37,7 @@ def test_the_log_may_know_more_than_the_heartbeat(tmp_path):
 
 
 def test_no_heartbeat_or_a_torn_one_counts_nothing(tmp_path):
-    for text in (None, "{", "[]"):
+    for text in (None, "{", "[]", '{"step": "x", "seconds": 1}'):
         if text is not None:
             (tmp_path / "progress.json").write_text(text)
         assert lost_work(tmp_path, TrainState(step=3))["steps_redone"] == 0
