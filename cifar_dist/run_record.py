@@ -49,10 +49,18 @@ class Run:
         found = {record["step"]: record[key] for record in self.records if record.get(key) is not None}
         return sorted(found), [found[step] for step in sorted(found)]
 
-    def value_at(self, key: str, step: int) -> float | None:
-        """The last value logged up to `step`, or None."""
-        upto = [value for logged, value in zip(*self.series(key), strict=True) if logged <= step]
-        return upto[-1] if upto else None
+    def epoch_mean(self, key: str, step: int) -> float | None:
+        """The mean of a training quantity over the epoch that `step` ends or is in, up to it, or over the one before
+        that if nothing of it was logged; None if nothing was. A record is the mean of the steps since the one before.
+        """
+        first = (step - 1) // self.plan["steps_per_epoch"] * self.plan["steps_per_epoch"]
+        before, total = first, 0.0
+        for logged, value in zip(*self.series(key), strict=True):
+            if first < logged <= step:
+                before, total = logged, total + (logged - before) * value
+        if before > first:
+            return total / (before - first)
+        return self.epoch_mean(key, first) if first > 0 else None
 
     def data_at(self, place: str) -> DataConfig:
         """Its data, where they have moved to."""

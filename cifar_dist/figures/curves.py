@@ -49,7 +49,7 @@ class StepAxis:
 
 
 def loss_curves(curves: Sequence[Curve], axis: StepAxis) -> Figure:
-    """Loss in nats against steps; starts at 0 unless the curves span more than two decades."""
+    """Loss in nats against steps; see `scale_losses`."""
     figure, axes = _step_figure(curves, axis, LOSS)
     scale_losses(axes, [curve.values for curve in curves])
     return figure
@@ -113,7 +113,7 @@ def _step_figure(curves: Sequence[Curve], axis: StepAxis, label: str) -> tuple[F
 
 
 def scale_losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """From 0, or logarithmic where all values are positive and span more than two decades."""
+    """From 0, from near the lowest if all are above half of the highest, or logarithmic over more than two decades."""
     values = np.concatenate([np.asarray(curve, dtype=float) for curve in [*curves, []]])
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
@@ -122,7 +122,10 @@ def scale_losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
         axes.set_yscale("log")
         logarithmic(axes.yaxis)
     else:
-        axes.set_ylim(0, 1.05 * finite.max() or 1)
+        low, high = finite.min(), finite.max()
+        margin = 0.05 * (high - low)
+        near = 0 < high / 2 < low and margin > 0  # from 0 such curves are a line at the top
+        axes.set_ylim(low - margin if near else 0, (high + margin if near else 1.05 * high) or 1)
 
 
 def scale_accuracies(axes: Axes, curves: Sequence[Sequence[float]]) -> None:

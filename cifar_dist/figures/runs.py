@@ -16,6 +16,7 @@ from cifar_dist.figures.curves import ACCURACY, LOSS, scale_accuracies, scale_lo
 from cifar_dist.figures.style import OTHER, STYLE, figure_with_axes, logarithmic, setting_styles, shortened
 
 _MOST_WITH_TRAIN = 6
+_FAR_APART = 5  # times as many epochs
 _APART, _REACH = 0.01, 0.015  # of the axis: between runs of one cost, and the most that one is drawn beside it
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -42,7 +43,8 @@ class RunCurves:
 def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figure:
     """Loss and accuracy of all runs against epochs; repeated seeds are thinner lines of one colour.
 
-    Val is solid. Train, dashed, is left out of a picture of more than 6 labels.
+    Val is solid. Train, dashed, is left out of a picture of more than 6 labels. Epochs are on a logarithmic axis where
+    some runs are five times as long as others.
 
     Args:
         runs: of about 12 labels at most.
@@ -62,8 +64,14 @@ def run_curves(runs: Sequence[RunCurves], evaluation_split: str = "val") -> Figu
             _draw_pair(right, (run.train_top1, run.val_top1), styles[run.label], width)
         scale_losses(left, [points[1] for run in runs for points in (run.train_loss, run.val_loss)])
         scale_accuracies(right, [points[1] for run in runs for points in (run.train_top1, run.val_top1)])
+        ends = [max(points[0]) for run in runs for points in (run.val_loss, run.val_top1) if len(points[0])]
+        far_apart = bool(ends) and max(ends) >= _FAR_APART * min(ends) > 0
         for axes in (left, right):
-            axes.set_xlim(left=0)
+            if far_apart:
+                axes.set_xscale("log")
+                logarithmic(axes.xaxis)
+            else:
+                axes.set_xlim(left=0)
         keys = []
         for label, (color, marker) in styles.items():
             times = f" ({seeds[label]} seeds)" if seeds[label] > 1 else ""

@@ -11,7 +11,7 @@ import numpy as np
 from cifar_dist.page import Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import comparison_figures
 from cifar_dist.report.comparison_cost import cost_tables, each_of
-from cifar_dist.report.endings import cut_warning, steps_of, steps_trained, was_cut
+from cifar_dist.report.endings import cut_warning, epochs_of, steps_of, steps_trained, was_cut
 from cifar_dist.report.grouping import Group
 from cifar_dist.report.headline import headline, highest, title
 from cifar_dist.report.members import Member, missing, row_of, spread
@@ -108,7 +108,8 @@ def _accuracies(members: Sequence[Member], groups: Sequence[Group]) -> list[Tabl
     words = "± is the sample standard deviation (n - 1) over the n runs of a setting, not an interval of their mean."
     explained = (
         f"Intervals of accuracies are Wilson's score intervals, of the test images.{f' {words}' if strong else ''}"
-        f" Train, and the train loss below, are taken {_while_training(members)}."
+        f" Train is the mean over the checkpoint's epoch, the train loss below over the last; both are taken"
+        f" {_while_training(members)}."
     )
     if len(groups) > 2:
         explained += " The highest of several test accuracies flatters its setting: what is to be chosen, rather than"
@@ -137,12 +138,15 @@ def _other_numbers(members: Sequence[Member], groups: Sequence[Group]) -> Table:
             columns = zip(*(found[number] for number in group.members), strict=True)
             strong.append(len(rows))
             rows.append(
-                (f"mean of {group.name}", *(mean_and_deviation(values, _four_digits) for values in columns), "")
+                (f"mean of {group.name}", *(mean_and_deviation(values, _four_digits) for values in columns), "", "", "")
             )
         for number in group.members:
             values = ("–" if value is None else _four_digits(value) for value in found[number])
-            rows.append((members[number].name, *values, members[number].metrics["selected_on"]))
-    return Table(("run", "macro F1", "loss (nats)", "final train loss", "ECE", "selected on"), rows, strong)
+            member = members[number]
+            scored = f"{member.scored.about.step / member.run.plan['steps_per_epoch']:.3g}"
+            rows.append((member.name, *values, epochs_of(member.run), scored, member.metrics["selected_on"]))
+    header = ("run", "macro F1", "loss (nats)", "final train loss", "ECE", "epochs", "scored at", "selected on")
+    return Table(header, rows, strong)
 
 
 def _four_digits(value: float) -> str:

@@ -31,6 +31,12 @@ def steps_of(run: Run) -> str:
     return f"{steps:,} of {end:,} steps" + ", before the last evaluation" * (steps == end)
 
 
+def epochs_of(run: Run) -> str:
+    """``11 of 20``, as many as were trained of those that the schedule spans."""
+    trained, end = (steps / run.plan["steps_per_epoch"] for steps in (steps_trained(run), run.plan["schedule_steps"]))
+    return f"{trained:.3g} of {end:.3g}"
+
+
 def cut_warning(run: Run) -> str | None:
     """What a report of a run must say that was not trained to its end; None of one that was."""
     if not was_cut(run):
@@ -38,6 +44,17 @@ def cut_warning(run: Run) -> str | None:
     if steps_trained(run) == 0:
         return "Nothing was trained in this run: its weights are those that it began with."
     return f"The run was not trained to the end of its schedule: it was cut after {steps_of(run)}."
+
+
+def early_stopping(run: Run) -> str | None:
+    """When early stopping ended the run, if it did."""
+    if not _out_of_patience(run):
+        return None
+    patience = run.config.run.patience
+    return (
+        f"Early stopping ended the training after epoch {epochs_of(run)}: {run.evaluation_split} top-1 had not"
+        f" risen for {patience} epoch{'s' * (patience != 1)} (--patience)."
+    )
 
 
 def _out_of_patience(run: Run) -> bool:

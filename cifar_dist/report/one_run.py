@@ -20,7 +20,7 @@ from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
 from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import sheets, tables
-from cifar_dist.report.endings import steps_trained
+from cifar_dist.report.endings import early_stopping, steps_trained
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.report.numbers import COST_FILE, metrics_of, temperature_scaled
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
@@ -227,7 +227,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
             ),
             Section("What the model looks at", [Text(_map_words(found)), *shown("grad_cam", "rollout")]),
             Section("Cost", [tables.cost(metrics)] if metrics["cost"] else []),
-            Section("Settings", [tables.settings(run.config)]),
+            Section("Settings", [tables.settings(run)]),
             Section("Environment", [tables.environment(run, scored)]),
             Section("To reproduce", [Code(tables.commands(run, scored.about))]),
         ],
@@ -287,7 +287,8 @@ def _map_words(found: Found) -> str:
 
 
 def _curve_words(run: Run) -> str:
-    return (
+    words = (
         f"Train numbers are taken {tables.while_training(run.config)}, so they may lie on either side of"
         f" {run.evaluation_split}'s. The dotted line is the checkpoint that was scored."
     )
+    return " ".join(filter(None, (early_stopping(run), words)))

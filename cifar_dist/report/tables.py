@@ -12,8 +12,10 @@ import numpy as np
 
 from cifar_dist import figures
 from cifar_dist.config import Config
+from cifar_dist.idle_flags import has_effect
 from cifar_dist.memory import MIB
 from cifar_dist.metrics.calibration import BINS
+from cifar_dist.optim import has_momentum
 from cifar_dist.page import Table
 from cifar_dist.report.endings import steps_trained
 from cifar_dist.report.predictions import About, Scored
@@ -21,6 +23,7 @@ from cifar_dist.run_folder import BOOKKEEPING
 from cifar_dist.run_record import Run
 from cifar_dist.training.features import changes
 
+UNSTEADY = 3  # times the median latency, above which the 95th percentile says that other programs ran
 SHOWN_SETTINGS = [
     "model",
     "dataset",
@@ -31,6 +34,7 @@ SHOWN_SETTINGS = [
     "opt",
     "lr",
     "weight_decay",
+    "momentum",
     "sched",
     "warmup_epochs",
     "crop_padding",
@@ -108,17 +112,20 @@ def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     rows, step, evaluation, about = [], scored.about.step, metrics["evaluation"], scored.about
     of_own, of_other = ("", "") if about.own_data else (f" of {name}" for name in (run.dataset, about.dataset))
     watched = f"{run.evaluation_split}{of_own}"
-    top1, loss = run.value_at("train/top1", step), run.value_at("train/loss", step)
+    top1, loss = run.epoch_mean("train/top1", step), run.epoch_mean("train/loss", step)
     if top1 is not None and loss is not None:
-        how = f"{while_training(run.config)}, up to the checkpoint"
+        how = f"{while_training(run.config)}, mean over the checkpoint's epoch"
         rows.append((f"train{of_own}", percent(top1), f"{loss:.4f}", how))
     if evaluation:
         how = f"at the checkpoint, {evaluation['measured']}"
         rows.append((watched, percent(evaluation["top1"]), f"{evaluation['loss']:.4f}", how))
     elif run.series("val/top1")[0]:
         rows.append((watched, "–", "–", "not at the checkpoint's step"))
+    again = evaluation and about.own_data and watched == "test" and about.tta == "none"
     unlike = "train" if evaluation and evaluation["measured"] == "afterwards" else "the others"
     how = "afterwards, each image once" + (f", over several views, unlike {unlike}" if about.tta != "none" else "")
+    if again and evaluation["top1"] != metrics["top1"]:
+        how += "; in other batches, whose sums round otherwise"
     rows.append((f"test{of_other}", percent(metrics["top1"]), f"{metrics['loss']:.4f}", how))
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])
 
@@ -187,6 +194,8 @@ def _inference(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     speed = found["inference"]
     where, energy = f"{speed['device']}, {speed['precision']}", speed["energy_joules_per_image"]
     tail = f"95th percentile {1e3 * speed['latency_p95_seconds']:.2f} ms"
+    if speed["latency_p95_seconds"] > UNSTEADY * speed["latency_median_seconds"]:
+        tail += ", unsteady as on a machine that has other work: measure again"
     rows = [
         (
             "latency",
@@ -223,12 +232,19 @@ def shown_names(config: Config) -> list[str]:
     return list(dict.fromkeys((*SHOWN_SETTINGS, *others)))
 
 
-def settings(config: Config) -> Table:
-    """The settings of `shown_names` that have a value."""
-    values, names = config.flat(), shown_names(config)
+def settings(run: Run) -> Table:
+    """The settings of `shown_names` that have a value and an effect."""
+    values, names = run.config.flat(), shown_names(run.config)
+    facts = {
+        "has_momentum": has_momentum(run.config.optim),
+        "num_processes": run.environment.get("num_processes", 1),
+        "resizes": True,
+        "streams": run.data_mode == "stream",
+    }
     if values["init_weights"] is not None:
         names.remove("pretrained")
-    return Table(("setting", "value"), [(name, shown(values[name])) for name in names if values[name] is not None])
+    told = [name for name in names if values[name] is not None and has_effect(name, values | facts)]
+    return Table(("setting", "value"), [(name, shown(values[name])) for name in told])
 
 
 def environment(run: Run, scored: Scored) -> Table:

@@ -41,6 +41,12 @@ def test_curves_share_one_figure_with_steps_epochs_and_the_checkpoint():
     assert axes.get_ylim()[0] == 0
 
 
+def test_losses_that_are_all_high_fill_the_picture():
+    low, high = figures.loss_curves([Curve("train", [1, 2, 3], [2.3, 2.0, 1.9])], AXIS).axes[0].get_ylim()
+    assert 1.8 < low < 1.9 and 2.3 < high < 2.4
+    assert figures.loss_curves([Curve("train", [1], [2.3])], AXIS).axes[0].get_ylim()[0] == 0
+
+
 def test_a_loss_over_decades_is_logarithmic_in_plain_numbers_and_one_with_nan_is_drawn():
     wide = figures.loss_curves([Curve("train", [1, 2, 3], [50.0, 1.0, 0.01])], AXIS)
     assert wide.axes[0].get_yscale() == "log"

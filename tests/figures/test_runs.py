@@ -161,3 +161,16 @@ def test_a_cost_that_was_not_measured_is_said_and_seeds_share_an_entry():
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b (not measured)", "c"]
     assert len(labels_in(against([float("nan")], ["a"]))) > 0
+
+
+def test_short_runs_are_seen_beside_long_ones():
+    def axes_of(*lengths):
+        def points(last):
+            return (range(1, last + 1), np.linspace(2.0, 0.5, last))
+
+        runs = [RunCurves(f"{last} epochs", ((), ()), points(last), ((), ()), points(last)) for last in lengths]
+        figure = figures.run_curves(runs)
+        assert_nothing_is_cut_off(figure)
+        return figure.axes[0]
+
+    assert axes_of(10, 200).get_xscale() == "log" and axes_of(10, 40).get_xscale() == "linear"

@@ -34,7 +34,7 @@ from cifar_dist.report.sheets import captions
 from cifar_dist.report.tables import shown
 from cifar_dist.run_record import open_run
 from cifar_dist.statistics.label_errors import label_issues
-from tests.made_up import COST, ENVIRONMENT, LOG, NAMES, make_run, make_scored, save_report, training
+from tests.made_up import COST, ENVIRONMENT, LOG, NAMES, PLAN, make_run, make_scored, save_report, training
 
 
 @pytest.fixture
@@ -111,6 +111,53 @@ def test_the_score_at_the_checkpoint_is_of_its_weights(tmp_path, step, digest, s
     assert (metrics["evaluation"] is None) == ("–" in row)
 
 
+EPOCHS_LOG = [  # two epochs of ten steps, logged every four and at the end of each
+    {"step": step, "train/loss": loss, "train/top1": loss / 10}
+    for step, loss in ((4, 9.0), (8, 8.0), (10, 7.0), (14, 3.0), (18, 2.0), (20, 1.0))
+]
+
+
+@pytest.mark.parametrize(
+    ("step", "mean"), [(20, 2.2), (18, 2.5), (14, 3.0), (12, 8.2), (10, 8.2), (2, None), (0, None)]
+)
+def test_train_numbers_are_means_over_the_checkpoints_epoch(tmp_path, step, mean):
+    run = open_run(make_run(tmp_path / "run", log=EPOCHS_LOG))
+    assert run.epoch_mean("train/loss", step) == (mean if mean is None else pytest.approx(mean))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_early_stopping_is_said(tmp_path):
+    scores = [{"step": 10 * epoch, "val/top1": top1, "val/loss": 1.0} for epoch, top1 in enumerate((0.5, 0.4, 0.3), 1)]
+    plan = {**PLAN, "steps_per_epoch": 10, "schedule_steps": 80}
+    folder = make_run(tmp_path / "run", log=[*EPOCHS_LOG, *scores], plan=plan, patience=2)
+    save_report(folder)
+    write(folder)
+    page = (folder / "report" / "report.md").read_text()
+    assert "Early stopping ended the training after epoch 3 of 8: val top-1 had not risen for 2 epochs" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_settings_without_an_effect_are_not_shown(tmp_path):
+    for name, settings in (("a", {"select_on": "test", "opt": "sgd"}), ("b", {"sched": "step", "decay_rate": 0.1})):
+        folder = make_run(tmp_path / name, decay_epochs=7, **settings)
+        save_report(folder)
+        write(folder)
+    on_test, by_steps = ((tmp_path / name / "report" / "report.md").read_text() for name in "ab")
+    assert "| val_fraction |" not in on_test and "| decay_epochs |" not in on_test and "| momentum | 0.9 |" in on_test
+    assert "| val_fraction | 0.1 |" in by_steps and "| decay_epochs | 7 |" in by_steps and "| momentum" not in by_steps
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_latency_that_other_programs_disturbed_is_called_unsteady(tmp_path):
+    for name, p95 in (("calm", 2.5), ("busy", 3.5)):
+        speed = COST["inference"]
+        cost = {**COST, "inference": {**speed, "latency_p95_seconds": p95 * speed["latency_median_seconds"]}}
+        folder = make_run(tmp_path / name)
+        save_report(folder, cost=cost)
+        write(folder)
+        assert ("unsteady" in (folder / "report" / "report.md").read_text()) == (name == "busy")
+
+
 PLAIN = {"crop_padding": 0, "hflip": 0.0}
 
 
@@ -133,7 +180,10 @@ def test_images_are_called_augmented_where_they_are(tmp_path, settings, said):
     save_report(folder)
     write(folder)
     page = (folder / "report" / "report.md").read_text()
-    assert f"| {said}up to the checkpoint |" in page and f"Train numbers are taken {said}so they may lie" in page
+    assert (
+        f"| {said}mean over the checkpoint's epoch |" in page
+        and f"Train numbers are taken {said}so they may lie" in page
+    )
 
 
 def test_cost_is_counted_by_hand(written):
