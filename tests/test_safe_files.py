@@ -334,6 +334,7 @@ def weights_refusal(file):
     return refusal(build_model, ModelConfig(model="cnn4", init_weights=str(file)), 10)
 
 
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")  # of torch.load
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "tar"])
 def test_code_in_weights_is_not_run(form, trace, tmp_path):
     file = tmp_path / "w.pth"

@@ -16,8 +16,8 @@ def wilson_interval(correct: int, count: int, level: float = LEVEL) -> tuple[flo
     """
     from scipy.stats import binomtest
 
-    if count < 1:
-        raise ValueError("an interval needs at least one image")
+    if count < 1 or not 0 <= correct <= count:  # of which some versions of SciPy make NaN
+        raise ValueError(f"{correct} of {count} images is no proportion")
     found = binomtest(correct, count).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
