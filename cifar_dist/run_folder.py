@@ -43,6 +43,7 @@ NOT_THE_TRAINING = {
 _DIGESTS = {  # facts of the data that say nothing to people, and what it means when they differ
     "data_fingerprint": "files have other names or sizes, or are of another revision on the Hub",
     "train_val_split": "labels, or the order of images, are others",
+    "pixel_digest": "images are others, in files of the same names and sizes, or the cache of them is damaged",
 }
 
 
@@ -188,7 +189,7 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
     if resuming:
         first = read_json(run_dir / "environment.json")
         for fact, found in facts.items():
-            if first.get(fact) != found:
+            if first.get(fact, found) != found:  # runs of earlier versions lack some
                 how = _DIGESTS.get(fact, f"{shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}")
                 raise UsageError(
                     f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began ({how});"

@@ -14,7 +14,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.run_folder import NOT_THE_TRAINING, choose_run_dir, create_run_dir, identity, processor, run_lock
 
-FACTS = {"data_fingerprint": "aa", "class_names": ["cat", "dog"]}
+FACTS = {"data_fingerprint": "aa", "train_val_split": "bb", "pixel_digest": "cc", "class_names": ["cat", "dog"]}
 
 
 def config(run_dir, resume="never", **run):
@@ -162,7 +162,8 @@ def test_which_of_timms_attentions_are_fused_is_noted(tmp_path, monkeypatch):
     "change, how",
     [
         ({"data_fingerprint": "b" * 64}, "(files have other names or sizes"),
-        ({"train_val_split": "cc"}, "(labels, or the order of images, are others)"),
+        ({"train_val_split": "ee"}, "(labels, or the order of images, are others)"),
+        ({"pixel_digest": "dd"}, "(images are others, in files of the same names and sizes"),
         ({"class_names": ["dog", "cat"]}, "(['cat', 'dog'] -> ['dog', 'cat'])"),
     ],
 )
@@ -172,6 +173,11 @@ def test_resume_refuses_other_data(tmp_path, change, how):
         prepare(config(tmp_path, "auto"), FACTS | change)
     assert how in str(error.value)
     assert "--dataset cifar10, or train on them in another --run-dir" in str(error.value)
+
+
+def test_a_run_of_an_earlier_version_that_lacks_a_fact_goes_on(tmp_path):
+    prepare(config(tmp_path), {name: value for name, value in FACTS.items() if name != "pixel_digest"})
+    prepare(config(tmp_path, "auto"))
 
 
 def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch):

@@ -65,12 +65,24 @@ class TrainingData:
         return digest.hexdigest()[:12]
 
     @property
+    def pixel_digest(self) -> str | None:
+        """12 hexadecimal digits that differ when a pixel of train or val does; None where train is streamed."""
+        if self.mode == "stream":
+            return None
+        digest = hashlib.sha256()
+        for split in (self.train, self.val):
+            if isinstance(split, ResidentSet):
+                digest.update(split.images.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:12]
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a run's folder records of its data."""
         return {
             "data_fingerprint": self.fingerprint,
             "class_names": list(self.class_names),
             "train_val_split": self.split_digest,
+            "pixel_digest": self.pixel_digest,
             "data_mode": self.mode,
         }
 

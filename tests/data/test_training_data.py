@@ -199,6 +199,22 @@ def test_images_that_nobody_asked_to_shrink(form, mode, tmp_path, config):
         assert data.val.images.shape[1] == (size or 32)
 
 
+@pytest.mark.parametrize("val_fraction", [0.0, 0.5])
+def test_other_pixels_in_files_of_the_same_names_and_sizes_are_noticed(tmp_path, config, val_fraction):
+    def written(shift):
+        for split in ("train", "test"):
+            for number in range(4):
+                folder = tmp_path / "set" / split / f"class{number % 2}"
+                folder.mkdir(parents=True, exist_ok=True)
+                grey = number + shift * (number == 3)
+                Picture.fromarray(np.full((8, 8, 3), grey, dtype=np.uint8)).save(folder / f"{number}.bmp")
+        return load_training_data(config(tmp_path / "set", val_fraction=val_fraction), 2**40)
+
+    before, again, after = written(0), written(0), written(100)
+    assert before.fingerprint == after.fingerprint and before.split_digest == after.split_digest
+    assert before.pixel_digest == again.pixel_digest != after.pixel_digest
+
+
 @pytest.mark.parametrize("unwanted", [{"select_on": "test"}, {"val_fraction": 0.0}], ids=["on test", "no val"])
 def test_a_split_of_the_sets_own_that_is_not_wanted_is_not_looked_at(unwanted, tmp_path, config):
     root = write_own("images", "val", tmp_path / "set")
