@@ -21,6 +21,7 @@ from cifar_dist.errors import UsageError
 from cifar_dist.page import Code, Files, Page, Picture, Section, Table, Text
 from cifar_dist.report import sheets, tables
 from cifar_dist.report.endings import early_stopping, steps_trained
+from cifar_dist.report.epochs import write_epochs
 from cifar_dist.report.evidence import Chosen, Evidence, choose, load_evidence
 from cifar_dist.report.numbers import COST_FILE, metrics_of, temperature_scaled
 from cifar_dist.report.predictions import AVERAGED, Scored, load_predictions, predictions_file
@@ -96,6 +97,7 @@ def write_report(run: Run, folder: Path) -> Report:
     found = _gather(run, folder)
     try:
         _write_confusions(found, folder)
+        write_epochs(run, folder / "epochs.csv")
         pictures = _write_pictures(found, folder)
         _page(found, pictures, folder).write(folder, "report")
         metrics = json.dumps(found.metrics, indent=1, allow_nan=False) + "\n"
@@ -197,6 +199,7 @@ def _page(found: Found, pictures: dict[str, Path], folder: Path) -> Page:
 
     files = {
         "counts": folder / "confusion_matrix.csv",
+        "every epoch": folder / "epochs.csv",
         "every prediction": folder / "predictions.parquet",
         "all numbers": folder / "metrics.json",
     }

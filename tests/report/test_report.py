@@ -126,6 +126,26 @@ def test_train_numbers_are_means_over_the_checkpoints_epoch(tmp_path, step, mean
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("select_on", "watched"), [("val", "val"), ("test", "test")])
+def test_every_epoch_has_a_row(tmp_path, select_on, watched):
+    """Of the log of `made_up`: epochs of ten steps, logged after 5, 10 and 20."""
+    folder = make_run(tmp_path / "run", select_on=select_on)
+    save_report(folder)
+    write(folder)
+    with (folder / "report" / "epochs.csv").open(encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["epoch"], first["step"], first[f"{watched}/top1"], first[f"{watched}/loss"]) == (
+        "1",
+        "10",
+        "0.25",
+        "0.5",
+    )
+    assert float(first["train/loss"]) == pytest.approx((3 / 5 + 3 / 10) / 2)
+    assert float(first["train/top1"]) == pytest.approx((5 / 50 + 10 / 50) / 2)
+    assert (second["step"], float(second["train/loss"]), second["lr"]) == ("20", pytest.approx(3 / 20), "0.001")
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_early_stopping_is_said(tmp_path):
     scores = [{"step": 10 * epoch, "val/top1": top1, "val/loss": 1.0} for epoch, top1 in enumerate((0.5, 0.4, 0.3), 1)]
     plan = {**PLAN, "steps_per_epoch": 10, "schedule_steps": 80}
