@@ -85,7 +85,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     flag = "--" + setting.name.replace("_", "-")
     help = (meta["help"] + shown).replace("%", "%%")
     if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=help)
+        switch = group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default)
+        switch.help = help  # to which Python 3.10 would add the default once more
         return
     extra: dict[str, Any] = {"nargs": "+"} if meta["nargs"] else {}  # so many, or none
     if meta["choices"] is None:

@@ -145,6 +145,8 @@ def _open_parquet(path: Path, files: dict[str, list[Path]], splits: Sequence[str
         try:
             tables[split] = Table(stream(), sum(sizes.values()), named, only)
         except Exception as error:  # of metadata that datasets has written, or another version of it
+            if isinstance(error, OSError) and error.filename:
+                raise  # of the folder that datasets makes for itself
             raise UsageError(
                 f"--dataset {path}: {filled[0].name} cannot be opened by datasets ({first_line(error)}); write it"
                 " again."

@@ -242,7 +242,7 @@ def _unwritable_cache(dataset: str, error: OSError) -> UsageError | None:
 
     cache, failed = Path(datasets.config.HF_DATASETS_CACHE), Path(error.filename or os.devnull)
     related = failed == cache or failed in cache.parents or cache in failed.parents
-    if not related or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if not related or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
         return None
     return UsageError(
         f"--dataset {dataset}: Hugging Face's cache {cache} cannot be written ({error.strerror}); set HF_HOME to a"

@@ -387,11 +387,13 @@ def test_odd_paths_are_refused_in_one_line(config, image_folder):
         open_source(config(image_folder))
 
 
-def test_an_unwritable_cache_of_hugging_face_is_said(image_folder, config, monkeypatch):
+@pytest.mark.parametrize("where, why", [("file", "Not a directory"), ("/proc/nope", "No such file or directory")])
+def test_an_unwritable_cache_of_hugging_face_is_said(where, why, image_folder, parquet_folder, config, monkeypatch):
     (image_folder.parent / "file").touch()
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", image_folder.parent / "file" / "datasets")
-    for dataset in ("digits", image_folder):
-        with pytest.raises(UsageError, match=r"file/datasets cannot be written \(Not a directory\); set HF_HOME to"):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", image_folder.parent / where / "datasets")
+    values = {"raw": [{"bytes": b"", "path": None}] * 2, "number": [0, 1]}
+    for dataset in ("digits", image_folder, parquet_folder({"train": values, "test": values})):
+        with pytest.raises(UsageError, match=rf"{where}/datasets cannot be written \({why}\); set HF_HOME to"):
             open_source(config(dataset))
 
 
