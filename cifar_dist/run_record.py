@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,24 @@ from cifar_dist.config import Config, DataConfig
 from cifar_dist.durable import read_json
 from cifar_dist.errors import UsageError
 from cifar_dist.run_log import LOG, read_log
+
+
+def epoch_mean(series: tuple[list[int], list[float]], steps_per_epoch: int, step: int) -> float | None:
+    """The mean of a training quantity over the epoch that `step` ends or is in, up to it, or over the last one before
+    of which something was logged; None if nothing was.
+
+    A record is taken for the mean of the steps since the one before; after a resume within an epoch it is of those
+    since then.
+    """
+    steps, values = series
+    last = bisect_right(steps, step)
+    if last == 0:
+        return None
+    first = (min(step, steps[last - 1]) - 1) // steps_per_epoch * steps_per_epoch
+    before, total = first, 0.0
+    for place in range(bisect_right(steps, first), last):
+        before, total = steps[place], total + (steps[place] - before) * values[place]
+    return total / (before - first)
 
 
 @dataclass(frozen=True)
@@ -50,17 +69,8 @@ class Run:
         return sorted(found), [found[step] for step in sorted(found)]
 
     def epoch_mean(self, key: str, step: int) -> float | None:
-        """The mean of a training quantity over the epoch that `step` ends or is in, up to it, or over the one before
-        that if nothing of it was logged; None if nothing was. A record is the mean of the steps since the one before.
-        """
-        first = (step - 1) // self.plan["steps_per_epoch"] * self.plan["steps_per_epoch"]
-        before, total = first, 0.0
-        for logged, value in zip(*self.series(key), strict=True):
-            if first < logged <= step:
-                before, total = logged, total + (logged - before) * value
-        if before > first:
-            return total / (before - first)
-        return self.epoch_mean(key, first) if first > 0 else None
+        """See `epoch_mean`."""
+        return epoch_mean(self.series(key), self.plan["steps_per_epoch"], step)
 
     def data_at(self, place: str) -> DataConfig:
         """Its data, where they have moved to."""

@@ -65,12 +65,15 @@ class Launch:
             yield
             return
         handlers = {number: now for number in signal.valid_signals() if callable(now := signal.getsignal(number))}
+        if threading.current_thread() is not threading.main_thread():  # which alone may set them
+            handlers = {}
         for number in handlers:
             signal.signal(number, signal.SIG_DFL)
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = (
             f"rank {os.environ['RANK']} waits for the others of {self.world_size} processes at {place}, for up to"
-            f" {timeout_seconds} seconds (--ddp-timeout); if none is to come, unset RANK and WORLD_SIZE"
+            f" {timeout_seconds} seconds (--ddp-timeout); if none is to come, unset RANK, LOCAL_RANK and WORLD_SIZE"
+            " (of srun: SLURM_PROCID)"
         )
         told = threading.Timer(TELLS_AFTER_SECONDS, lambda: print(said, file=sys.stderr, flush=True))
         told.daemon = True

@@ -105,7 +105,8 @@ def left_out(output: Path, runs: Sequence[Run]) -> list[str]:
     except (UsageError, OSError, KeyError, TypeError):
         return []
     folders = [run.folder.resolve() for run in runs]  # a run's name is an end of its path, longer or shorter than now
-    return [name for name in before if not any(folder.match(name) for folder in folders)]
+    ends = ((name, Path(name).parts) for name in before)
+    return [name for name, end in ends if not any(folder.parts[-len(end) :] == end for folder in folders)]
 
 
 def check_runs(runs: Sequence[Run]) -> None:

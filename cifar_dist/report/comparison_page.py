@@ -143,9 +143,9 @@ def _other_numbers(members: Sequence[Member], groups: Sequence[Group]) -> Table:
         for number in group.members:
             values = ("–" if value is None else _four_digits(value) for value in found[number])
             member = members[number]
-            scored = f"{member.scored.about.step / member.run.plan['steps_per_epoch']:.3g}"
+            scored = f"{member.scored.about.step / member.run.plan['steps_per_epoch']:g}"
             rows.append((member.name, *values, epochs_of(member.run), scored, member.metrics["selected_on"]))
-    header = ("run", "macro F1", "loss (nats)", "final train loss", "ECE", "epochs", "scored at", "selected on")
+    header = ("run", "macro F1", "loss (nats)", "final train loss", "ECE", "epochs", "scored at epoch", "selected on")
     return Table(header, rows, strong)
 
 

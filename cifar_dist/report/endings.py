@@ -34,7 +34,7 @@ def steps_of(run: Run) -> str:
 def epochs_of(run: Run) -> str:
     """``11 of 20``, as many as were trained of those that the schedule spans."""
     trained, end = (steps / run.plan["steps_per_epoch"] for steps in (steps_trained(run), run.plan["schedule_steps"]))
-    return f"{trained:.3g} of {end:.3g}"
+    return f"{round(trained, 2):g} of {round(end, 2):g}"
 
 
 def cut_warning(run: Run) -> str | None:
@@ -48,12 +48,12 @@ def cut_warning(run: Run) -> str | None:
 
 def early_stopping(run: Run) -> str | None:
     """When early stopping ended the run, if it did."""
-    if not _out_of_patience(run):
+    if not _out_of_patience(run) or steps_trained(run) >= run.plan["schedule_steps"]:
         return None
     patience = run.config.run.patience
     return (
         f"Early stopping ended the training after epoch {epochs_of(run)}: {run.evaluation_split} top-1 had not"
-        f" risen for {patience} epoch{'s' * (patience != 1)} (--patience)."
+        f" gained for {patience} epoch{'s' * (patience != 1)} (--patience)."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from cifar_dist.run_record import Run
+from cifar_dist.run_record import Run, epoch_mean
 
 _MEANS = ("train/loss", "train/top1")
 _SCORES = ("val/loss", "val/top1")
@@ -14,6 +14,7 @@ _SCORES = ("val/loss", "val/top1")
 def write_epochs(run: Run, path: Path) -> None:
     """Write a row for each evaluation: means over its epoch, scores of the split that was watched, and the learning
     rate of its last step; what was not logged is empty."""
+    per_epoch, means = run.plan["steps_per_epoch"], [run.series(name) for name in _MEANS]
     scores = {name: dict(zip(*run.series(name), strict=True)) for name in _SCORES}
     rates = dict(zip(*run.series("lr"), strict=True))
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -21,5 +22,8 @@ def write_epochs(run: Run, path: Path) -> None:
         watched = [name.replace("val", run.evaluation_split) for name in _SCORES]
         rows.writerow(["epoch", "step", *_MEANS, *watched, "lr"])
         for step in sorted(scores["val/top1"]):
-            found = [*(run.epoch_mean(name, step) for name in _MEANS), *(scores[name].get(step) for name in _SCORES)]
-            rows.writerow([f"{step / run.plan['steps_per_epoch']:g}", step, *found, rates.get(step)])
+            found = [
+                *(epoch_mean(series, per_epoch, step) for series in means),
+                *(scores[name].get(step) for name in _SCORES),
+            ]
+            rows.writerow([f"{step / per_epoch:g}", step, *found, rates.get(step)])

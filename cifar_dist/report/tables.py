@@ -124,7 +124,7 @@ def splits(run: Run, scored: Scored, metrics: dict[str, Any]) -> Table:
     again = evaluation and about.own_data and watched == "test" and about.tta == "none"
     unlike = "train" if evaluation and evaluation["measured"] == "afterwards" else "the others"
     how = "afterwards, each image once" + (f", over several views, unlike {unlike}" if about.tta != "none" else "")
-    if again and evaluation["top1"] != metrics["top1"]:
+    if again and 0 < abs(evaluation["top1"] - metrics["top1"]) < 0.005:
         how += "; in other batches, whose sums round otherwise"
     rows.append((f"test{of_other}", percent(metrics["top1"]), f"{metrics['loss']:.4f}", how))
     return Table(("split", "top-1", "loss (nats)", "measured"), rows, strong=[len(rows) - 1])

@@ -124,12 +124,13 @@ def test_runs_of_one_name_are_told_apart_among_those_left_out(tmp_path):
     (tmp_path / "y").mkdir()
     here, there, other = (
         make(tmp_path / folder, name, make_scored(seed), lr=seed / 10)
-        for seed, (folder, name) in enumerate((("x", "a"), ("y", "a"), ("x", "b")), 1)
+        for seed, (folder, name) in enumerate((("x", "a"), ("y", "a"), ("x", "b[1]")), 1)
     )
     compared(tmp_path, here, there)
     assert left_out(tmp_path / "out", [here, other]) == ["y/a"]
     compared(tmp_path, here, other)
-    assert left_out(tmp_path / "out", [here, there]) == ["b"]
+    assert left_out(tmp_path / "out", [here, other]) == []  # no name is a pattern
+    assert left_out(tmp_path / "out", [here, there]) == ["b[1]"]
 
 
 @pytest.mark.usefixtures("no_pictures")

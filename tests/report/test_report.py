@@ -153,7 +153,7 @@ def test_early_stopping_is_said(tmp_path):
     save_report(folder)
     write(folder)
     page = (folder / "report" / "report.md").read_text()
-    assert "Early stopping ended the training after epoch 3 of 8: val top-1 had not risen for 2 epochs" in page
+    assert "Early stopping ended the training after epoch 3 of 8: val top-1 had not gained for 2 epochs" in page
 
 
 @pytest.mark.usefixtures("no_pictures")
