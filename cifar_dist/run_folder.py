@@ -189,13 +189,13 @@ def _write_identity(run_dir: Path, config: Config, plan: Plan, facts: dict[str, 
     if resuming:
         first = read_json(run_dir / "environment.json")
         for fact, found in facts.items():
-            if first.get(fact, found) != found:  # runs of earlier versions lack some
+            if first.get(fact, found) != found:  # runs of earlier versions lack some, and gain them below
                 how = _DIGESTS.get(fact, f"{shorten(str(first.get(fact)), 60)} -> {shorten(str(found), 60)}")
                 raise UsageError(
                     f"--resume auto: {fact.replace('_', ' ')} differs from when the run in {run_dir} began ({how});"
                     f" restore the data of --dataset {config.data.dataset}, or train on them in another --run-dir."
                 )
-        environment = first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
+        environment = facts | first | {"restarts": [*first.get("restarts", []), _environment(plan)]}
     if config.run.resume != "auto" and (run_dir / "config.yaml").exists():
         raise FileExistsError
     (run_dir / REQUEUE).unlink(missing_ok=True)

@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.distributed.group import start, total
 from cifar_dist.errors import UsageError
+from cifar_dist.recovery import stop_request
 
 
 def main():
     folder, *words = sys.argv[1:]
     timeout = [int(word.removeprefix("timeout=")) for word in words if word.startswith("timeout=")]
+    stop_request.listen()  # as train.py does
     accelerator = start("fp32", *timeout)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if "usage" in words and rank == world_size - 1:

@@ -175,9 +175,11 @@ def test_resume_refuses_other_data(tmp_path, change, how):
     assert "--dataset cifar10, or train on them in another --run-dir" in str(error.value)
 
 
-def test_a_run_of_an_earlier_version_that_lacks_a_fact_goes_on(tmp_path):
+def test_a_run_of_an_earlier_version_that_lacks_a_fact_goes_on_and_has_it_from_then_on(tmp_path):
     prepare(config(tmp_path), {name: value for name, value in FACTS.items() if name != "pixel_digest"})
     prepare(config(tmp_path, "auto"))
+    with pytest.raises(UsageError, match="pixel digest differs"):
+        prepare(config(tmp_path, "auto"), FACTS | {"pixel_digest": "dd"})
 
 
 def test_a_run_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ class Launch:
 
         There is nothing to save yet, and torch waits where Python does not hear of signals.
         """
-        if not self.grouped:
+        if not self.grouped or self.world_size == 1:
             yield
             return
         handlers = {number: now for number in signal.valid_signals() if callable(now := signal.getsignal(number))}

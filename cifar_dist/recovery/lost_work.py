@@ -38,12 +38,19 @@ class Heartbeat:
             os.replace(aside, self._path)
 
 
+def last_beat(run_dir: Path) -> tuple[int, float]:
+    """Step and seconds of training at the last heartbeat; zeros where none can be read."""
+    try:
+        beat = json.loads((run_dir / _FILE).read_text())
+        return int(beat["step"]), float(beat["seconds"])
+    except (OSError, ValueError, TypeError, KeyError):  # none was written yet, or the machine lost power
+        return 0, 0.0
+
+
 def lost_work(run_dir: Path, state: TrainState) -> dict[str, float]:
     """What a run that goes on from `state` has to do again, as far as a heartbeat (one a second) or the log tells."""
-    reached = [{"step": state.step, "seconds": state.seconds}]
-    with suppress(OSError, ValueError, TypeError, KeyError):  # none was written yet, or the machine lost power
-        beat = json.loads((run_dir / _FILE).read_text())
-        reached.append({"step": int(beat["step"]), "seconds": float(beat["seconds"])})
+    step, seconds = last_beat(run_dir)
+    reached = [{"step": state.step, "seconds": state.seconds}, {"step": step, "seconds": seconds}]
     with suppress(OSError):
         reached += [{**reached[0], **record} for record in read_log(run_dir) if record is not None]
     return {

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
-from cifar_dist.durable import read_json
-from cifar_dist.errors import UsageError
+from cifar_dist.recovery.lost_work import last_beat
 from cifar_dist.recovery.train_state import TrainState
 from cifar_dist.run_record import Run
 
 
 def steps_trained(run: Run) -> int:
-    """Optimizer steps, by the log or, where that was cut between two records, by ``progress.json``."""
-    reached = run.last_step
-    with suppress(OSError, UsageError):
-        reached = max(reached, read_json(run.folder / "progress.json").get("step", 0))
-    return min(reached, run.plan["schedule_steps"])
+    """Optimizer steps, by the log or, where that was cut between two records, by the last heartbeat."""
+    return min(max(run.last_step, last_beat(run.folder)[0]), run.plan["schedule_steps"])
 
 
 def was_cut(run: Run) -> bool:

@@ -682,6 +682,18 @@ def test_runs_that_were_cut_are_told_apart_and_warned_of(tmp_path, plan, log, se
         assert "All other settings are the same, but not all runs were trained to their end." in found.markdown
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_comparison_says_how_far_each_run_was_trained_and_which_epoch_was_scored(tmp_path):
+    """By hand: the last epoch's record has a loss of 3 / 20, and that of the longer one 3 / 25."""
+    longer = [*LOG, {"step": 25, "train/loss": 3 / 25, "train/top1": 0.5, "lr": 1e-3}]
+    runs = [make(tmp_path, "a", make_scored(step=10)), make(tmp_path, "b", log=longer, plan=LONGER, lr=0.5)]
+    lines = [line.strip("| ").split(" | ") for line in compared(tmp_path, *runs).markdown.splitlines()]
+    header = next(line for line in lines if "scored at epoch" in line)
+    rows = [dict(zip(header, line, strict=True)) for line in lines[lines.index(header) + 2 :][:2]]
+    found = [[row[name] for name in ("epochs", "scored at epoch", "final train loss")] for row in rows]
+    assert found == [["2 of 2", "1", "0.1500"], ["2.5 of 4", "2", "0.1200"]]
+
+
 def test_a_run_that_ended_before_its_last_evaluation_was_cut(tmp_path):
     run = make(tmp_path, "a", log=LOG[:-1])
     assert cut_warning(run).endswith("it was cut after 20 of 20 steps, before the last evaluation.")
@@ -690,7 +702,7 @@ def test_a_run_that_ended_before_its_last_evaluation_was_cut(tmp_path):
 
 def test_a_run_that_was_cut_between_two_records_has_the_steps_of_its_heartbeat(tmp_path):
     run = make(tmp_path, "a", plan=LONGER)
-    for text, steps in (('{"step": 23, "seconds": 1.0}', 23), ('{"step": 7}', 20), ("{", 20)):
+    for text, steps in (('{"step": 23, "seconds": 1.0}', 23), ('{"step": 7}', 20), ("{", 20), ("[]", 20)):
         (run.folder / "progress.json").write_text(text)
         assert cut_warning(run).endswith(f" {steps} of 40 steps.")
 
