@@ -127,9 +127,9 @@ newest_step() {
 check_progress() { # NOTES RUN
     local restarts=${SLURM_RESTART_COUNT:-0} now
     now=$(newest_step "$2")
-    [ "$restarts" -gt 0 ] || : > "$1"
+    if [ "$restarts" -eq 0 ] || [ ! -f "$1" ]; then : > "$1"; fi # of a job that was done it is gone
     [ "$restarts" -lt "$MAX_STARTS" ] ||
-        fail 1 "started $restarts times, MAX_STARTS=$MAX_STARTS; to go on, submit the same again with --run-dir $2"
+        fail 1 "it may start no more than MAX_STARTS=$MAX_STARTS times; to go on, submit the same again with --run-dir $2"
     [ "$(tail -n 3 "$1" | grep -c "^$now\$")" -lt 3 ] ||
         fail 1 "three starts came no further than step $now; see above why, and submit the same again with --run-dir $2"
     echo "$now" >> "$1"
@@ -144,6 +144,11 @@ train() {
         run=runs/$SLURM_JOB_NAME-$job
         set -- --run-dir "$run" "$@"
     fi
+    case " $* " in
+        *" --resume never "* | *" --resume=never "*)
+            fail 2 "--resume never: a job that starts again goes on; leave it out, or name another --run-dir"
+            ;;
+    esac
     say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $run"
     mkdir -p .slurm-jobs
     check_progress ".slurm-jobs/$job.starts" "$run"

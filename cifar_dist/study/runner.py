@@ -252,18 +252,21 @@ def slurm_script(study: Study, found: Sequence[RunStatus], at_once: int) -> str:
     """Shell commands that submit the unfinished runs as a job array, and the comparison after it."""
     word = ["--", *study.further] if study.further else []
     script = ["slurm/study.sbatch", str(study.path)]
-    report = ["--nodes=1", *script, "--report", *word]
+    name = f"study-{study.name}"
+    report = [f"--job-name={name}-report", "--nodes=1", *script, "--report", *word]
     left = [number for number, status in enumerate(found) if status.is_due]
     if not left:
         return shlex.join(["sbatch", *report])
-    name = f"study-{study.name}"
     array = ["sbatch", "--parsable", f"--job-name={name}", f"--array={_ranges(left)}%{at_once}"]
     array += ["--output=slurm-%A_%a.out", *script, *word]
     busy = f"slurm       failed: {study.path} is queued or runs already; wait, or: scancel --me --name={name}"
+    refused = "slurm       failed: SLURM refuses the comparison, a job of one node; its runs were cancelled; see above"
     return (  # where there are several clusters, sbatch says NUMBER;CLUSTER
         f"queued=$(squeue --me --noheader --name={name} --format='|%Z|') || exit\n"
         f'case $queued in *"|$(pwd -P)|"*) echo {shlex.quote(busy)} >&2; exit 2 ;; esac\n'
-        f'job=$({shlex.join(array)}) &&\nsbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)}'
+        f"job=$({shlex.join(array)}) || exit\n"
+        f'sbatch --dependency=afterany:"${{job%%;*}}" {shlex.join(report)} || {{\n'
+        f'    scancel "${{job%%;*}}"; echo {shlex.quote(refused)} >&2; exit 2\n}}'
     )
 
 

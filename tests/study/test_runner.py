@@ -311,8 +311,13 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     assert ran.splitlines() == [
         "<--parsable><--job-name=study-s><--array=1-2,4,6-8%2><--output=slurm-%A_%a.out>"
         f"{words}<--><--dataset></data/my set>",
-        f"<--dependency=afterany:77><--nodes=1>{words}<--report><--><--dataset></data/my set>",
+        "<--dependency=afterany:77><--job-name=study-s-report><--nodes=1>"
+        f"{words}<--report><--><--dataset></data/my set>",
     ]
+    no_report = 'scancel() { echo "no $*" >&2; }; sbatch() { [[ $* != *--report* ]] && echo 78; }\n'
+    refused = subprocess.run(["bash", "-c", idle + no_report + out], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.splitlines()[0]) == (2, "no 78")
+    assert "SLURM refuses the comparison, a job of one node; its runs were cancelled" in refused.stderr
     sbatch = "sbatch() { echo $# >&2; false; }\n"
     refused = subprocess.run(["bash", "-c", idle + sbatch + out], capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.split()) == (1, ["9"])  # no comparison of an array that is not there
@@ -322,7 +327,9 @@ def test_slurm_gets_the_unfinished_runs(here, main, scripts, monkeypatch):
     unknown = subprocess.run(["bash", "-c", "squeue() { false; }\n" + sbatch + out], capture_output=True, text=True)
     assert (unknown.returncode, unknown.stderr) == (1, "")
     done.update(range(9))
-    assert main(text, "--slurm")[1] == "sbatch --nodes=1 slurm/study.sbatch s.yaml --report\n"
+    assert main(text, "--slurm")[1] == (
+        "sbatch --job-name=study-s-report --nodes=1 slurm/study.sbatch s.yaml --report\n"
+    )
 
 
 @pytest.mark.parametrize(
