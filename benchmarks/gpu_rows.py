@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,7 @@ from cifar_dist.training.sizes import measure
 from cifar_dist.training.stream_batches import make_batches
 
 PRECISION, LR = "bf16", "1e-4"
-WINDOWS = 5
+WINDOWS = 7
 WARM_UP_STEPS = 3
 CORES = len(os.sched_getaffinity(0))
 
@@ -212,11 +212,11 @@ class Ours:
         return time.perf_counter() - began
 
 
-def windows(run: Callable[[int], float], seconds: float) -> list[float]:
-    """Seconds of a step in each window of steps, for about `seconds` in all."""
-    step = run(WARM_UP_STEPS) / WARM_UP_STEPS
+def windows(runs: list[Callable[[int], float]], seconds: float) -> list[list[float]]:
+    """Seconds of a step in each window of steps, a list for each way to run them, in turn; each for about `seconds`."""
+    step = runs[0](WARM_UP_STEPS) / WARM_UP_STEPS
     steps = max(1, round(seconds / WINDOWS / step))
-    return [run(steps) / steps for _ in range(WINDOWS)]
+    return [list(found) for found in zip(*([run(steps) / steps for run in runs] for _ in range(WINDOWS)), strict=True)]
 
 
 def device_seconds(run: Callable[[int], float], device: torch.device) -> float | None:
@@ -269,8 +269,8 @@ def _fill_ours(bench: Bench, row: Row) -> None:
     ours.run(WARM_UP_STEPS)
     row.ready_seconds = time.perf_counter() - began
     bench.turn()
-    _read(bench, row, ours.run)
-    row.no_data_step_seconds = windows(lambda steps: ours.run(steps, fixed=True), bench.seconds / 2)
+    row.step_seconds, row.no_data_step_seconds = windows([ours.run, partial(ours.run, fixed=True)], bench.seconds)
+    _read(bench, row)
     row.batch_seconds = statistics.median(durations(ours.batch, bench.device, bench.seconds / 10))
     row.device_seconds = device_seconds(ours.run, bench.device)
 
@@ -283,11 +283,11 @@ def _fill_plain(bench: Bench, row: Row) -> None:
         row.ready_seconds = time.perf_counter() - began
         bench.turn()
         loop.run(WARM_UP_STEPS + (2 * CORES if bench.device.type == "cuda" else 0))  # uses up what was loaded ahead
-        _read(bench, row, loop.run)
+        (row.step_seconds,) = windows([loop.run], bench.seconds)
+        _read(bench, row)
 
 
-def _read(bench: Bench, row: Row, run: Callable[[int], float]) -> None:
+def _read(bench: Bench, row: Row) -> None:
     """What both loops tell."""
-    row.step_seconds = windows(run, bench.seconds)
     row.peak_memory_bytes = peak_memory_bytes(bench.accelerator)
     row.mfu = mfu(flops_of(row.case.model, row.case.img_size), row.images_per_second or 0.0, 1, bench.peak)

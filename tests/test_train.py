@@ -282,7 +282,8 @@ def test_the_compiler_is_told_its_mode(start, tmp_path, monkeypatch):
     settings = [*DIGITS, "--epochs", 1, "--max-steps", 1, "--compile"]
     assert start(*settings, "--run-dir", tmp_path / "a") == 0
     assert start(*settings, "--compile-mode", "reduce-overhead", "--run-dir", tmp_path / "b") == 0
-    assert told == [{"mode": mode, "dynamic": False} for mode in ("default", "reduce-overhead")]
+    graphs = {"triton.cudagraphs": True}
+    assert told == [{"options": {**more, "deterministic": True}, "dynamic": False} for more in ({}, graphs)]
 
 
 def test_a_frozen_backbone_stays_as_it_was(start, tmp_path):

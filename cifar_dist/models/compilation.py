@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -19,17 +21,20 @@ def compile_model(model: nn.Module, mode: str) -> None:
         model: on its device.
         mode: of `torch.compile`.
     """
-    from torch._inductor import config, decomposition
+    from torch._inductor import decomposition, list_mode_options
 
-    config.deterministic = True
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # fp32 is meant where it is computed in
     # torch 2.15 makes a max-pool's gradient a sum in any order; Inductor has another way, which adds up in one.
     decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
     blocks = transformer_blocks(model) if mode == "default" else []
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))  # train, eval
     for block in blocks:
         share_rates(block)
+    # Options hold for all that is compiled. The same in torch's configuration is unset once a forward pass is traced,
+    # before its backward pass is compiled. Shapes are few: a batch in training, one in evaluation.
+    options = {**list_mode_options(mode), "deterministic": True}
     for part in blocks or [model]:
-        part.compile(mode=mode, dynamic=False)  # shapes are few: a batch in training, one in evaluation
+        part.compile(options=options, dynamic=False)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,7 @@
 """Compiling: what is given to the compiler, how often it works, and that a transformer computes the same."""
 
+import threading
+
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -27,7 +29,7 @@ def graphs(monkeypatch):
         found.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(nn.Module, "compile", lambda self, mode, **more: compile_in_place(self, backend=keep, **more))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_in_place(self, backend=keep, dynamic=False))
     yield found
     torch.compiler.reset()
 
@@ -115,12 +117,30 @@ def test_rates_that_are_tensors_drop_as_often_and_make_up_for_it_as_timm_does(ra
     assert block[1](samples) is samples
 
 
-def test_the_compiler_does_not_choose_by_the_clock(monkeypatch):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_compiler_never_chooses_by_the_clock(monkeypatch, tmp_path, mode):
+    """Nor in a later block, nor in the backward pass, which on a GPU is compiled in a thread of autograd's."""
     from torch._inductor import config
+    from torch._inductor.scheduler import Scheduler
 
-    monkeypatch.setattr(config, "deterministic", False)
-    compile_model(nn.Linear(2, 2), "default")
-    assert config.deterministic
+    found, codegen = [], Scheduler.codegen
+
+    def look(self):
+        found.append((config.deterministic, config.triton.cudagraphs, threading.current_thread().name))
+        return codegen(self)
+
+    monkeypatch.setattr(Scheduler, "codegen", look)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = build_model(VIT, 10).train()
+    compile_model(model, mode)
+    loss = model(torch.randn(2, 3, 32, 32)).sum()
+    backward = threading.Thread(target=loss.backward, name="backward")
+    backward.start()
+    backward.join()
+    torch.compiler.reset()
+    passes = 2 if mode == "default" else 1  # the first block is another than the rest
+    thread = threading.current_thread().name
+    assert found == [(True, mode == "reduce-overhead", name) for name in (thread, "backward") for _ in range(passes)]
 
 
 def test_the_gradient_of_an_overlapping_max_pool_is_not_summed_up_in_any_order():
