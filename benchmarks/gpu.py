@@ -5,14 +5,13 @@
 Every row is one model trained in one way, in bf16 with AdamW, crop, flip and normalising: as train.py puts it together,
 or, for `plain`, as benchmarks/plain_loop.py does with a worker for each core. Each row is a process of its own. A few
 get ready at the same time, compiling included; then one at a time is measured while all others are stopped (SIGSTOP).
-A row has a few windows of steps, each waited for at its end, in turn with the data path and with one batch that is on
-the device already; its images/s are the median window's. A row that fails, or is not done in time, says so. The JSON
-file is written anew after every row.
+A row has a few windows of steps, each waited for at its end; our rows have as many again, in turn with these, on one
+batch that is on the device already. Its images/s are those of the median window with the data path. A row that fails,
+or is not done in time, says so. The JSON file is written anew after every row.
 
 Columns: `x plain` against the plain loop's images/s; `no data` images/s without the data path; `batch` the milliseconds
 to make an augmented batch, waited for; `data` the share of a step that the data path adds, by the two rates; `busy` the
-share of a step in which the GPU computes (the rest it waits for Python); `ready` seconds until it waited for its turn,
-compiling included.
+share of a step in which the GPU computes (the rest it waits for Python); `ready` seconds until it waited for its turn.
 Without a GPU the script runs, too, to be tried out. Without --data images are noise, and the plain loop is spared
 decoding.
 """
@@ -186,12 +185,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of parquet files as on the Hub (default: 50,000 images of noise)")
     parser.add_argument("--models", nargs="+", help="only these")
-    parser.add_argument(
-        "--seconds-per-row",
-        type=float,
-        default=5.0,
-        help="of the windows with the data path, and again of those without",
-    )
+    parser.add_argument("--seconds-per-row", type=float, default=5.0, help="with the data path, and again without")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no row begins, and none goes on")
     parser.add_argument("--together", type=int, default=3, help="rows that get ready at the same time, on one GPU")
     parser.add_argument("--json", type=Path)

@@ -37,7 +37,7 @@ from cifar_dist.training.sizes import measure
 from cifar_dist.training.stream_batches import make_batches
 
 PRECISION, LR = "bf16", "1e-4"
-WINDOWS = 7
+WINDOWS = 8
 WARM_UP_STEPS = 3
 CORES = len(os.sched_getaffinity(0))
 
@@ -152,7 +152,7 @@ class Bench:
         data: the training set.
         pictures: the same for the plain loop, see there.
         peak: of the device, in bf16.
-        seconds: that a row's windows take.
+        seconds: that a row's windows take with the data path, and again those without.
         turn: waits until no other process computes; called when a row is ready.
     """
 
@@ -213,10 +213,18 @@ class Ours:
 
 
 def windows(runs: list[Callable[[int], float]], seconds: float) -> list[list[float]]:
-    """Seconds of a step in each window of steps, a list for each way to run them, in turn; each for about `seconds`."""
+    """Seconds of a step in each window of steps, a list for each way to run them; each for about `seconds`.
+
+    The ways take turns, and every other time the other way round, so that no one has the cooler GPU.
+    """
     step = runs[0](WARM_UP_STEPS) / WARM_UP_STEPS
     steps = max(1, round(seconds / WINDOWS / step))
-    return [list(found) for found in zip(*([run(steps) / steps for run in runs] for _ in range(WINDOWS)), strict=True)]
+    found: list[list[float]] = [[] for _ in runs]
+    for number in range(WINDOWS):
+        ways = list(zip(runs, found, strict=True))
+        for run, own in reversed(ways) if number % 2 else ways:
+            own.append(run(steps) / steps)
+    return found
 
 
 def device_seconds(run: Callable[[int], float], device: torch.device) -> float | None:

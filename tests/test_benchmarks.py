@@ -151,6 +151,13 @@ def test_steps_get_batches_of_their_own_unless_asked_for_the_same_one(monkeypatc
     assert len(set(seen[:4])) == 4 and len(set(seen[4:])) == 1
 
 
+def test_ways_to_run_take_turns():
+    asked = []
+    ways = [lambda steps, name=name: asked.append(name) or float(steps) for name in "ab"]
+    assert gpu_rows.windows(ways, 0.01) == [[1.0] * gpu_rows.WINDOWS] * 2
+    assert "".join(asked[1:]) == "abba" * (gpu_rows.WINDOWS // 2)  # the first warms up
+
+
 def test_a_row_takes_the_median_window():
     row = Row(Case("any", 32, 10), Way("eager"), step_seconds=[1.0, 9.0, 2.0])
     assert row.images_per_second == 5

@@ -188,10 +188,8 @@ def energy_joules(device: torch.device) -> float | None:
     """What the GPU has used since its driver started, all of it; None without NVML or where it keeps no such count."""
     if device.type != "cuda":
         return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
+    import pynvml
+
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

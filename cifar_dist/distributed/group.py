@@ -69,8 +69,9 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None
     if launch.on_cpu:
         keep_freed_memory()
-        share_cores()
+    share_cores()
     torch.backends.cudnn.deterministic = True  # else fp32 gradients of convolutions are summed in any order
+    torch.set_float32_matmul_precision("highest")  # as torch has it; NVIDIA's containers have it otherwise
     launch.check(accelerator.num_processes, accelerator.distributed_type)
     peers.remember(gather(accelerator, peers.me()))
     return accelerator
@@ -107,13 +108,18 @@ def keep_freed_memory() -> None:
 
 
 def share_cores() -> None:
-    """Give each of a node's processes its share of the cores, where torchrun has left them one thread each.
+    """Give each of a node's processes its share of the cores, unless the user says by ``OMP_NUM_THREADS`` how many.
 
-    torchrun, and ``accelerate launch`` through it, set ``OMP_NUM_THREADS`` to 1 where the user has not set it.
+    torchrun and ``accelerate launch`` set that to 1 where the user has not set it. Where nobody has, Accelerate gives
+    each process of a group a share of the whole machine's, be it bound to fewer or not.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), own_cores()))
         return
-    with suppress(psutil.Error):  # without a look at what torchrun was given, its 1 is taken for the user's
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not launched or os.environ["OMP_NUM_THREADS"] != "1":
+        return
+    with suppress(psutil.Error):  # without a look at what the launcher was given, its 1 is taken for the user's
         if "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ():
             torch.set_num_threads(own_cores())
 

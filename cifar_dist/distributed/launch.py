@@ -244,6 +244,10 @@ def _check_devices(launch: Launch) -> None:
             "the launch config asks for FSDP, which needs GPUs, and none is used here; take"
             " accelerate_configs/cpu_multi.yaml or accelerate_configs/zero3.yaml."
         )
+    if launch.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":  # Accelerate's default
+        raise UsageError(
+            "the launch config asks for FSDP 1; set fsdp_version to 2, as accelerate_configs/fsdp2.yaml does."
+        )
     if launch.fsdp and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UsageError(  # Accelerate 1.15 then fails on buffers and on parameters of the model itself
             "the launch config sets fsdp_cpu_ram_efficient_loading, which the models here do not survive; set it to"

@@ -23,18 +23,20 @@ def compile_model(model: nn.Module, mode: str) -> None:
     """
     from torch._inductor import decomposition, list_mode_options
 
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # fp32 is meant where it is computed in
+    # torch 2.11 advises TF32 wherever fp32 is compiled, which is while the model first runs.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     # torch 2.15 makes a max-pool's gradient a sum in any order; Inductor has another way, which adds up in one.
     decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    decomposition.fast_random_decomps.cache_clear()  # of what was compiled before, such as timm's Kron
     blocks = transformer_blocks(model) if mode == "default" else []
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))  # train, eval
     for block in blocks:
         share_rates(block)
-    # Options hold for all that is compiled. The same in torch's configuration is unset once a forward pass is traced,
-    # before its backward pass is compiled. Shapes are few: a batch in training, one in evaluation.
+    # As an option it holds for every graph. In torch's configuration it would be lost after the first: Dynamo then
+    # restores torch.use_deterministic_algorithms, which sets this, too.
     options = {**list_mode_options(mode), "deterministic": True}
     for part in blocks or [model]:
-        part.compile(options=options, dynamic=False)
+        part.compile(options=options, dynamic=False)  # shapes are few: a batch in training, one in evaluation
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

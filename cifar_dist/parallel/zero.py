@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Zero(Replicated):
         accelerator.state.deepspeed_plugin.deepspeed_config.update(numbers)
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # DeepSpeed flattens them: channels_last stays for images
+        _share_a_timeout(config.run.ddp_timeout)
         super().__init__(accelerator, model, optimizer, None)
         _read_back(self.model, numbers)
         self._sharded = self.optimizer.optimizer  # DeepSpeed's optimizer, which wraps the one given
@@ -209,6 +211,14 @@ class Zero(Replicated):
         if self._stage < 3 and self._sharded.optimizer.state:
             self._sharded._hp_optimizer_states_linked = False
             self._sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _share_a_timeout(seconds: int) -> None:
+    """Make the processes' group in which DeepSpeed communicates; one that it makes would have torch's own timeout."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timedelta(seconds=seconds))
 
 
 def _refuse_second_homes() -> None:

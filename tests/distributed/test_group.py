@@ -79,15 +79,23 @@ def test_on_main_hands_over_results_and_errors():
         on_main(accelerator, lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("by_user, launcher, expected", [(False, True, 4), (True, True, 1), (False, False, 1)])
-def test_processes_share_the_cores_that_torchrun_leaves_idle(monkeypatch, by_user, launcher, expected):
-    """Not where the 1 is the user's, and not without torchrun, where each process may have cores of its own."""
+@pytest.mark.parametrize(
+    "by_user, launcher, expected",
+    [
+        (False, "TORCHELASTIC_RUN_ID", 4),
+        (False, "ACCELERATE_MIXED_PRECISION", 4),
+        (True, "TORCHELASTIC_RUN_ID", 1),
+        (False, "", 1),
+    ],
+)
+def test_processes_share_the_cores_that_a_launcher_leaves_idle(monkeypatch, by_user, launcher, expected):
+    """Not where the 1 is the user's, and not without torchrun or accelerate launch: then it is the user's, too."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
     environment = {"OMP_NUM_THREADS": "1"} if by_user else {}
     monkeypatch.setattr(psutil.Process, "environ", lambda _: environment)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if launcher:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        monkeypatch.setenv(launcher, "no")
 
     def work():
         torch.set_num_threads(1)
@@ -95,3 +103,22 @@ def test_processes_share_the_cores_that_torchrun_leaves_idle(monkeypatch, by_use
         return torch.get_num_threads()
 
     assert Ranks(work, 2).check().results == [expected] * 2
+
+
+def test_processes_that_are_bound_to_cores_have_no_more_threads(monkeypatch):
+    """Accelerate gives each its share of the machine's 16."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def work():
+        start("fp32")
+        return torch.get_num_threads()
+
+    assert Ranks(work, 2).check().results == [3] * 2
+
+
+def test_fp32_is_fp32_whatever_the_container_says():
+    torch.set_float32_matmul_precision("high")
+    start("fp32")
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -120,6 +120,15 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch, gpus):
         prepare_environment("bf16")
 
 
+def test_an_older_fsdp_is_refused(gpus):
+    os.environ.update(TORCHRUN | {"ACCELERATE_USE_FSDP": "true"})
+    gpus(2)
+    with pytest.raises(UsageError, match="asks for FSDP 1; set fsdp_version to 2"):
+        prepare_environment("bf16")
+    os.environ["FSDP_VERSION"] = "2"
+    assert prepare_environment("bf16").fsdp
+
+
 def test_more_processes_than_gpus_are_refused(gpus):
     os.environ.update(TORCHRUN)
     gpus(2)

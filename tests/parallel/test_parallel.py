@@ -44,6 +44,21 @@ def test_a_number_with_two_homes_is_refused(tmp_path, monkeypatch, number):
     zero._refuse_second_homes()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_waits_as_long_as_the_run_does():
+    def work():
+        import deepspeed
+
+        accelerator = start("fp32", timeout_seconds=60)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled
+        deepspeed.init_distributed("gloo")
+        zero._share_a_timeout(45)
+        group = deepspeed.utils.groups._get_data_parallel_group()
+        return group._get_backend(accelerator.device).options._timeout.total_seconds()
+
+    assert Ranks(work, 2).check().results == [45.0] * 2
+
+
 def test_deepspeed_does_what_the_recipe_says_or_the_run_ends():
     numbers = {"train_batch_size": 8, "gradient_clipping": 0.0, "fp16": {"enabled": True}}
     numbers |= {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
