@@ -2,11 +2,13 @@
 
 import math
 
+import psutil
 import pytest
 import torch
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
+from torch._inductor.async_compile import AsyncCompile
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.distributed.group import start
@@ -15,6 +17,7 @@ from cifar_dist.models.packed_attention import pack_attention
 from cifar_dist.models.patches import PatchConv2d
 from cifar_dist.optim import fuse, make_optimizer
 from cifar_dist.parallel import Replicated
+from cifar_dist.recovery.stop_request import SIGNALS, unheard_by_children
 from cifar_dist.training.batches import Batch
 from cifar_dist.training.engine import Stepper, train_step
 from tests.conftest import TORCH_WARNINGS
@@ -131,3 +134,14 @@ def test_packed_attention_compiled_is_that_of_its_layer_and_repeats_itself(make,
         assert (compiled - right).norm() < 0.01 * right.norm()
     for later in passes[1:]:
         assert all(map(torch.equal, later, passes[0]))
+
+
+def test_the_compilers_processes_outlive_what_asks_the_training_to_stop():
+    with unheard_by_children():
+        compile_model(nn.Linear(2, 2).cuda(), "default")
+    pool = AsyncCompile.process_pool()
+    assert pool.submit(math.sqrt, 4).result(60) == 2
+    for child in psutil.Process().children(recursive=True):
+        for number in SIGNALS:
+            child.send_signal(number)
+    assert pool.submit(math.sqrt, 9).result(60) == 3

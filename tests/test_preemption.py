@@ -14,7 +14,7 @@ import torch
 import train
 from cifar_dist.data.stream import StreamSet
 from cifar_dist.recovery import checkpoint, saver
-from cifar_dist.recovery.stop_request import StopRequest
+from cifar_dist.recovery.stop_request import SIGNALS, StopRequest, unheard_by_children
 from cifar_dist.training.engine import Evaluator
 from cifar_dist.training.stream_batches import StreamBatches
 from tests.conftest import ROOT
@@ -258,3 +258,14 @@ def test_a_failed_run_asks_for_no_requeue(tmp_path):
     assert found.statuses == [1]
     assert step_of(tmp_path) == 3
     assert not (tmp_path / "REQUEUE").exists()
+
+
+def test_a_helper_does_not_hear_what_asks_the_training_to_stop():
+    """As the compiler's are started; SLURM and a closed terminal signal every process."""
+    with unheard_by_children():
+        helper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(SIGNALS)
+    for number in SIGNALS:
+        helper.send_signal(number)
+    assert helper.communicate(b"still here", timeout=10)[0] == b"still here"
+    assert helper.returncode == 0

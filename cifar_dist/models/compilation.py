@@ -22,7 +22,10 @@ def compile_model(model: nn.Module, mode: str) -> None:
         mode: of `torch.compile`.
     """
     from torch._inductor import decomposition, list_mode_options
+    from torch._inductor.async_compile import AsyncCompile
 
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        AsyncCompile.warm_pool()  # its processes begin here, and not at the first step: they inherit what signals do
     # torch 2.11 advises TF32 wherever fp32 is compiled, which is while the model first runs.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     # torch 2.15 makes a max-pool's gradient a sum in any order; Inductor has another way, which adds up in one.

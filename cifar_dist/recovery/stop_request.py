@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: of a terminal that is closed
@@ -33,6 +33,19 @@ def ignore() -> None:
     says failure."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def unheard_by_children() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear these signals, which SLURM and a terminal send to them, too.
+
+    A helper that ends before its work is done would end the training with an error, and without a checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _note(number: int, _: FrameType | None) -> None:

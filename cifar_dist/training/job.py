@@ -20,7 +20,7 @@ from cifar_dist.recovery.checkpoint import Trained
 from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.lost_work import lost_work
 from cifar_dist.recovery.saver import Saver
-from cifar_dist.recovery.stop_request import StopRequest
+from cifar_dist.recovery.stop_request import StopRequest, unheard_by_children
 from cifar_dist.recovery.train_state import TrainState
 from cifar_dist.run_folder import ask_for_requeue, note_bad_step, note_resumption
 from cifar_dist.training.batches import Batches
@@ -58,7 +58,8 @@ def prepare(setup: Setup) -> Trained:
     decay = config.optim.model_ema_decay
     ema = None if decay is None else ModelEmaV3(model, decay=decay)
     if config.model.compile:
-        compile_model(model, config.model.compile_mode)
+        with unheard_by_children():
+            compile_model(model, config.model.compile_mode)
     return Trained(wrap(accelerator, model, make_optimizer(model, config.optim), config, setup.plan), ema)
 
 
