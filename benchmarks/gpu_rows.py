@@ -212,19 +212,16 @@ class Ours:
         return time.perf_counter() - began
 
 
-def windows(runs: list[Callable[[int], float]], seconds: float) -> list[list[float]]:
-    """Seconds of a step in each window of steps, a list for each way to run them; each for about `seconds`.
+def windows(ways: list[tuple[Callable[[int], float], list[float]]], seconds: float) -> None:
+    """Append the seconds of a step in each window of steps, run in each way, to that way's list; each for `seconds`.
 
     The ways take turns, and every other time the other way round, so that no one has the cooler GPU.
     """
-    step = runs[0](WARM_UP_STEPS) / WARM_UP_STEPS
+    step = ways[0][0](WARM_UP_STEPS) / WARM_UP_STEPS
     steps = max(1, round(seconds / WINDOWS / step))
-    found: list[list[float]] = [[] for _ in runs]
     for number in range(WINDOWS):
-        ways = list(zip(runs, found, strict=True))
-        for run, own in reversed(ways) if number % 2 else ways:
-            own.append(run(steps) / steps)
-    return found
+        for run, found in reversed(ways) if number % 2 else ways:
+            found.append(run(steps) / steps)
 
 
 def device_seconds(run: Callable[[int], float], device: torch.device) -> float | None:
@@ -277,7 +274,8 @@ def _fill_ours(bench: Bench, row: Row) -> None:
     ours.run(WARM_UP_STEPS)
     row.ready_seconds = time.perf_counter() - began
     bench.turn()
-    row.step_seconds, row.no_data_step_seconds = windows([ours.run, partial(ours.run, fixed=True)], bench.seconds)
+    without_data = partial(ours.run, fixed=True)
+    windows([(ours.run, row.step_seconds), (without_data, row.no_data_step_seconds)], bench.seconds)
     _read(bench, row)
     row.batch_seconds = statistics.median(durations(ours.batch, bench.device, bench.seconds / 10))
     row.device_seconds = device_seconds(ours.run, bench.device)
@@ -291,7 +289,7 @@ def _fill_plain(bench: Bench, row: Row) -> None:
         row.ready_seconds = time.perf_counter() - began
         bench.turn()
         loop.run(WARM_UP_STEPS + (2 * CORES if bench.device.type == "cuda" else 0))  # uses up what was loaded ahead
-        (row.step_seconds,) = windows([loop.run], bench.seconds)
+        windows([(loop.run, row.step_seconds)], bench.seconds)
         _read(bench, row)
 
 

@@ -153,8 +153,9 @@ def test_steps_get_batches_of_their_own_unless_asked_for_the_same_one(monkeypatc
 
 def test_ways_to_run_take_turns():
     asked = []
-    ways = [lambda steps, name=name: asked.append(name) or float(steps) for name in "ab"]
-    assert gpu_rows.windows(ways, 0.01) == [[1.0] * gpu_rows.WINDOWS] * 2
+    ways = [(lambda steps, name=name: asked.append(name) or float(steps), []) for name in "ab"]
+    gpu_rows.windows(ways, 0.01)
+    assert [found for _, found in ways] == [[1.0] * gpu_rows.WINDOWS] * 2
     assert "".join(asked[1:]) == "abba" * (gpu_rows.WINDOWS // 2)  # the first warms up
 
 
