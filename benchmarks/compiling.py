@@ -51,10 +51,11 @@ def compile_as(way: str, model: nn.Module, backend: str) -> None:
     """Let the compiler have the model, or its blocks."""
     compile_in_place = nn.Module.compile
 
-    def with_backend(self: nn.Module, mode: str = "default", **settings: Any) -> None:
-        compile_in_place(self, **({"mode": mode} if backend == "inductor" else {"backend": backend}), **settings)
+    def trace(self: nn.Module, dynamic: bool | None = None, **_: Any) -> None:
+        compile_in_place(self, backend="eager", dynamic=dynamic)
 
-    nn.Module.compile = with_backend  # type: ignore[method-assign]
+    if backend == "eager":
+        nn.Module.compile = trace  # type: ignore[method-assign]
     if way == "whole":
         model.compile()
     elif way == "blocks":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 
 from cifar_dist.config import Config, OptimConfig, RunConfig
@@ -177,6 +178,9 @@ def _refuse_sizes(config: Config, sizes: Sizes) -> None:
 def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
     if config.model.compile and engine == "zero3":
         raise UsageError("--compile is not for zero3, whose hooks are compiled anew in every step; leave it out.")
+    for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if config.model.compile and os.environ.get(switch) == "1":
+            raise UsageError(f"--compile: {switch}=1 in the environment turns the compiler off; unset it.")
     if (mode := config.model.compile_mode) == "default":
         return
     if not config.model.compile:

@@ -11,10 +11,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.transforms.functional import normalize
 
-from benchmarks import gpu, gpu_rows, gpu_turns, scaling, scaling_model, time_to_accuracy
+from benchmarks import compiling, gpu, gpu_rows, gpu_turns, scaling, scaling_model, time_to_accuracy
 from benchmarks.gpu_rows import PLAIN, Case, Row, Way
 from benchmarks.noise_scale import noise_scale
 from benchmarks.plain_loop import MEAN, STD, PlainLoop, Setting
@@ -22,6 +23,7 @@ from benchmarks.recovery.seeded_bugs import BUGS
 from benchmarks.scaling_measured import fit, predicted
 from benchmarks.scaling_model import Cluster, Link, Work
 from benchmarks.time_to_accuracy import Goal, Mark, race, reached
+from cifar_dist.config import ModelConfig
 from cifar_dist.cost.flops import Peak
 from cifar_dist.distributed.group import start
 from cifar_dist.models import build_model
@@ -149,6 +151,17 @@ def test_steps_get_batches_of_their_own_unless_asked_for_the_same_one(monkeypatc
     hook.remove()
     assert asked == [0, 1, 2, 3]
     assert len(set(seen[:4])) == 4 and len(set(seen[4:])) == 1
+
+
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+@pytest.mark.parametrize("way", compiling.WAYS)
+def test_every_way_to_compile_reaches_the_compiler(monkeypatch, way, backend):
+    monkeypatch.setattr(nn.Module, "compile", nn.Module.compile)  # what the benchmark puts there ends with the test
+    model = build_model(ModelConfig(model="vit_small_cifar"), 10)
+    compiling.compile_as(way, model, backend)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    blocks = [f"blocks.{index}" for index in range(7)]
+    assert compiled == {"uncompiled": [], "whole": [""], "blocks": blocks, "train.py": blocks}[way]
 
 
 def test_ways_to_run_take_turns():

@@ -237,6 +237,14 @@ def test_compiling_is_not_for_hooks_on_every_layer():
         plan("--compile", engine="zero3")
 
 
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compiling_is_refused_where_it_would_do_nothing(monkeypatch, switch):
+    monkeypatch.setenv(switch, "1")
+    assert plan().engine == "single"
+    with pytest.raises(UsageError, match=f"--compile: {switch}=1"):
+        plan("--compile")
+
+
 @pytest.mark.parametrize(
     "argv, processes, said",
     [
