@@ -17,9 +17,9 @@ from torch import nn
 
 from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.durable import replace_text
 from cifar_dist.models import build_model
-from cifar_dist.run_folder import processor
 
 MODELS = (
     "vit_small_cifar:32:32", "test_vit:64:64", "vit_tiny_patch16_224:224:16", "vit_tiny_patch16_224:384:4",

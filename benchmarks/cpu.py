@@ -31,8 +31,8 @@ from cifar_dist.command_line import parse_command_line
 from cifar_dist.cost.flops import Peak
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.distributed.group import device_bytes, start
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.models import build_model
-from cifar_dist.run_folder import processor
 from cifar_dist.training.precision import measure_formats
 
 MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32")

@@ -28,8 +28,8 @@ from torchvision import transforms as T
 from cifar_dist.config import AugmentConfig, InputConfig
 from cifar_dist.data.augment import Augment
 from cifar_dist.distributed.group import keep_freed_memory
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.ordering import epoch_order
-from cifar_dist.run_folder import processor
 
 COUNT, BATCH = 50_000, 256
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

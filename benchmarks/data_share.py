@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from cifar_dist.config import AugmentConfig, InputConfig, ModelConfig
 from cifar_dist.data.augment import Augment, Mixing
 from cifar_dist.distributed.group import keep_freed_memory
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.models import build_model
-from cifar_dist.run_folder import processor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODELS = {"vit_base_patch16_224": (224, 128), "resnet18_cifar": (32, 256)}  # pixels and batch

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cifar_dist.run_folder import processor
+from cifar_dist.distributed.hardware import processor
 
 ROOT = Path(__file__).parent.parent
 GPUS = torch.cuda.device_count()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cifar_dist.run_folder import processor
+from cifar_dist.distributed.hardware import processor
 
 
 def facts(*packages: str) -> dict[str, Any]:

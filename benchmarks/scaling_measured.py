@@ -32,8 +32,8 @@ import torch
 from benchmarks.engines import run
 from benchmarks.scaling_model import Cluster, Link, Work, exposed_seconds
 from cifar_dist.command_line import parse_command_line
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.models import build_model, count_parameters
-from cifar_dist.run_folder import processor
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]  # 22 MB of gradients
 BATCH, STEPS, SKIPPED = 48, 40, 15

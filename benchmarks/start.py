@@ -20,7 +20,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from cifar_dist.run_folder import processor
+from cifar_dist.distributed.hardware import processor
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = "import torch, timm, accelerate"

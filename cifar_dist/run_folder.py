@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.durable import fsync, read_json, replace_text
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Plan
@@ -245,7 +246,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor(),
         "cpu_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
         "num_processes": plan.num_processes,
         "timm_fused_attn": os.environ.get("TIMM_FUSED_ATTN"),  # which of timm's attentions are fused
         "versions": {name: _version(name) for name in PACKAGES},
@@ -269,21 +270,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changed else "")
-
-
-def processor() -> str:
-    """The CPU's name; with its family and model where the name says no number, as on rented machines."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:
-        lines = []
-    said = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    name = said.get("model name") or platform.processor() or platform.machine()
-    if any(character.isdigit() for character in name.partition("@")[0]) or "cpu family" not in said:
-        return name
-    return f"{name}, family {said['cpu family']}, model {said['model']}"
-
-
-def cpu_name(name: str, threads: int) -> str:
-    """A CPU with the number of threads that worked, as reports name it."""
-    return f"{name} ({threads} thread{'s' * (threads != 1)})"

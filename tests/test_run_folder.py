@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UsageError
 from cifar_dist.plan import Sizes, make_plan
-from cifar_dist.run_folder import NOT_THE_TRAINING, choose_run_dir, create_run_dir, identity, processor, run_lock
+from cifar_dist.run_folder import NOT_THE_TRAINING, choose_run_dir, create_run_dir, identity, run_lock
 
 FACTS = {"data_fingerprint": "aa", "train_val_split": "bb", "pixel_digest": "cc", "class_names": ["cat", "dog"]}
 
@@ -249,30 +248,3 @@ def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_run(tmp_path, monk
     monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", usage)
     prepare(config(tmp_path, "auto"))
     assert not litter.exists()
-
-
-@pytest.mark.parametrize(
-    ("family", "model", "name", "expected"),
-    [
-        (26, 2, "AMD EPYC", "AMD EPYC, family 26, model 2"),
-        (6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz, family 6, model 143"),
-        (25, 33, "AMD Ryzen 7 5800X 8-Core Processor", "AMD Ryzen 7 5800X 8-Core Processor"),
-    ],
-)
-def test_a_processors_name_tells_it_from_others(monkeypatch, family, model, name, expected):
-    cores = [(family, model, name), (1, 1, "another")]  # the first one's are taken
-    said = [f"processor\t: 0\ncpu family\t: {f}\nmodel\t\t: {m}\nmodel name\t: {n}\n" for f, m, n in cores]
-    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(said))
-    assert processor() == expected
-
-
-@pytest.mark.parametrize("cpuinfo", ["processor\t: 0\nCPU part\t: 0xd40\n", None])
-def test_a_processor_without_a_name_in_proc_is_pythons(monkeypatch, cpuinfo):
-    def read_text(path):
-        if cpuinfo is None:
-            raise FileNotFoundError(path)
-        return cpuinfo
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr("platform.processor", lambda: "an Arm")
-    assert processor() == "an Arm"

@@ -24,6 +24,7 @@ from timm.utils import ModelEmaV3
 from benchmarks.recovery.jobs import Job
 from cifar_dist.config import OptimConfig, RunConfig
 from cifar_dist.distributed.group import start
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
 from cifar_dist.recovery import checkpoint, saver
@@ -31,7 +32,6 @@ from cifar_dist.recovery.checkpoint import Trained
 from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
-from cifar_dist.run_folder import processor
 
 FLAGS = shlex.split(  # two epochs of 7 steps with all that has a state, or draws at random
     "--dataset digits --model test_efficientnet --img-size 32 --wandb disabled --epochs 2 --batch-size 192"

@@ -14,8 +14,8 @@ from torch import nn
 from cifar_dist.config import InputConfig
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.distributed.group import autocast, wait_for
+from cifar_dist.distributed.hardware import device_name
 from cifar_dist.errors import UsageError
-from cifar_dist.run_folder import cpu_name, processor
 from cifar_dist.training.micro_batch import is_out_of_memory
 
 FASTER = 1.02  # what a doubled batch must bring
@@ -117,7 +117,7 @@ def measure_speed(
         peak_memory_bytes=_peak_memory_bytes(device),
         energy_joules_per_image=None if before is None or after is None else (after - before) / images,
         runs=len(latencies),
-        device=_name(device),
+        device=device_name(device),
         precision=precision,
     )
 
@@ -176,12 +176,6 @@ def _fastest_batch(trial: _Trial, best_rate: float, seconds: float) -> int:
 
 def _peak_memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_name(processor(), torch.get_num_threads())
 
 
 def energy_joules(device: torch.device) -> float | None:

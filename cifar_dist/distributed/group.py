@@ -27,6 +27,7 @@ from accelerate.utils import (
 
 from cifar_dist.distributed import peers
 from cifar_dist.distributed.ending import FAILURE_STATUS
+from cifar_dist.distributed.hardware import refuse_unknown_gpu, tell_of_idle_gpus
 from cifar_dist.distributed.launch import prepare_environment
 from cifar_dist.distributed.node import own_cores, own_memory_bytes
 from cifar_dist.errors import UsageError
@@ -44,10 +45,12 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
         timeout_seconds: how long a process waits for the others, at the start and in any collective.
 
     Raises:
-        UsageError: the launcher, the machine and the precision do not fit together, processes are missing, or
-            they would train side by side without sharing gradients.
+        UsageError: the launcher, the machine, its GPUs, torch and the precision do not fit together, processes are
+            missing, or they would train side by side without sharing gradients.
     """
     launch = prepare_environment(precision)
+    if launch.on_cpu:
+        tell_of_idle_gpus()
     if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
     sharded = launch.deepspeed or launch.fsdp
@@ -69,6 +72,8 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None
     if launch.on_cpu:
         keep_freed_memory()
+    else:
+        refuse_unknown_gpu(accelerator.device)
     share_cores()
     torch.backends.cudnn.deterministic = True  # else fp32 gradients of convolutions are summed in any order
     torch.set_float32_matmul_precision("highest")  # as torch has it; NVIDIA's containers have it otherwise

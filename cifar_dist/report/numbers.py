@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from cifar_dist.cost.flops import Flops, Peak, mfu
+from cifar_dist.distributed.hardware import cpu_name
 from cifar_dist.errors import UsageError
 from cifar_dist.report.endings import cut_warning, steps_trained
 from cifar_dist.report.evidence import Chosen
 from cifar_dist.report.predictions import Scored
-from cifar_dist.run_folder import cpu_name
 from cifar_dist.run_record import Run
 from cifar_dist.statistics import bootstrap_macro_f1, calibration, wilson_interval
 

@@ -13,6 +13,7 @@ from cifar_dist.command_line import CommandLine
 from cifar_dist.config import NO_AUGMENTATION, Config, InputConfig
 from cifar_dist.data import TrainingData, load_training_data
 from cifar_dist.distributed.group import check_agreement, device_bytes, engine_name, on_main, say
+from cifar_dist.distributed.hardware import device_name
 from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import has_effect, idle_flags
 from cifar_dist.models import build_model, head_parameter_names, input_config, resolve_name
@@ -138,7 +139,8 @@ def settle(
     check_engine(config, plan, model)
     first, *further = plan.lines()
     inputs = input_config(model, config.model)
-    lines = [first, *image_lines(config, inputs), *further]
+    device = f"device      {device_name(accelerator.device)}, {config.run.precision}"
+    lines = [first, *image_lines(config, inputs), device, *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     facts = {
         "has_momentum": has_momentum(config.optim),

@@ -16,8 +16,8 @@ from cifar_dist.cost import speed
 from cifar_dist.cost.speed import Speed, durations, energy_joules, measure_speed
 from cifar_dist.data.augment import Preprocess
 from cifar_dist.data.resident import ResidentSet
+from cifar_dist.distributed.hardware import processor
 from cifar_dist.errors import UsageError
-from cifar_dist.run_folder import processor
 from cifar_dist.training.engine import Evaluator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,0 +1,156 @@
+"""Names of processors, and GPUs that torch cannot use."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cifar_dist.distributed.hardware import cpu_name, device_name, processor, refuse_unknown_gpu, tell_of_idle_gpus
+from cifar_dist.errors import UsageError
+
+TOO_OLD = RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it.\nmore")
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make one with so many GPUs as NVIDIA's library sees (an error: without it), and with torch's word on them."""
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(count, said):
+        def initialise():
+            if isinstance(count, Exception):
+                raise count
+
+        def refuse():
+            if said is not None:
+                raise said
+
+        library = SimpleNamespace(
+            NVMLError=NVMLError,
+            nvmlInit=initialise,
+            nvmlDeviceGetCount=lambda: count,
+            nvmlSystemGetDriverVersion=lambda: "535.183.01",
+            nvmlDeviceGetHandleByIndex=lambda index: index,
+            nvmlDeviceGetName=lambda handle: ["NVIDIA L4", "another"][handle],
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", library)
+        monkeypatch.setattr(torch.cuda, "init", refuse)
+        monkeypatch.setattr(torch, "__version__", "2.15.0+cu132")
+        monkeypatch.setattr("platform.node", lambda: "gpu07")
+
+    yield make
+    tell_of_idle_gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("count", "said", "expected"),
+    [
+        (
+            1,
+            TOO_OLD,
+            "warning: 1 GPU (NVIDIA L4, driver 535.183.01) on gpu07: torch 2.15.0+cu132 cannot use them (The NVIDIA"
+            " driver on your system is too old (found version 12020)), so it trains on the CPU; ",
+        ),
+        (2, AssertionError("Torch not compiled with CUDA enabled"), "warning: 2 GPUs (NVIDIA L4, driver 535.183.01)"),
+        (2, None, "(it sees none), so it trains"),
+    ],
+)
+def test_gpus_that_lie_idle_are_named_once(machine, capsys, count, said, expected):
+    machine(count, said)
+    tell_of_idle_gpus()
+    tell_of_idle_gpus()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line and line.endswith("on purpose, by CUDA_VISIBLE_DEVICES=-1.")
+
+
+@pytest.mark.parametrize(
+    ("count", "environment"),
+    [
+        (0, {}),
+        (NVMLError("no library"), {}),
+        (NVMLError("no library"), {"SLURM_GPUS_ON_NODE": "0"}),
+        (2, {"CUDA_VISIBLE_DEVICES": ""}),
+        (2, {"CUDA_VISIBLE_DEVICES": "-1"}),
+        (2, {"ACCELERATE_USE_CPU": "true", "SLURM_GPUS_ON_NODE": "2"}),
+        (2, {"LOCAL_RANK": "1"}),  # the first of the node has said it
+    ],
+)
+def test_a_cpu_on_purpose_needs_no_word(machine, monkeypatch, capsys, count, environment):
+    machine(count, TOO_OLD)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    tell_of_idle_gpus()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "named"), [(2, "2 GPUs (NVIDIA L4, driver 535.183.01)"), (NVMLError("-"), "the GPUs that SLURM gave")]
+)
+def test_gpus_that_slurm_gave_are_not_left_idle(machine, monkeypatch, count, named):
+    machine(count, TOO_OLD)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    with pytest.raises(UsageError) as error:
+        tell_of_idle_gpus()
+    assert str(error.value).startswith(f"{named} on gpu07: torch 2.15.0+cu132 cannot use them (The NVIDIA driver")
+
+
+def test_a_gpu_that_torch_was_not_built_for_is_refused(monkeypatch):
+    def zeros(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(UsageError, match=r"^Tesla V100 is sm_70, and torch .* is built for sm_75, sm_80; install"):
+        refuse_unknown_gpu(torch.device("cuda"))
+
+
+def test_another_error_of_a_gpu_is_its_own(monkeypatch):
+    def zeros(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    refuse_unknown_gpu(torch.device("cpu"))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        refuse_unknown_gpu(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "1 thread"), (2, "2 threads")])
+def test_a_cpu_is_named_with_its_threads(monkeypatch, threads, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")) == cpu_name(processor(), threads) == f"{processor()} ({said})"
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name", "expected"),
+    [
+        (26, 2, "AMD EPYC", "AMD EPYC, family 26, model 2"),
+        (6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz, family 6, model 143"),
+        (25, 33, "AMD Ryzen 7 5800X 8-Core Processor", "AMD Ryzen 7 5800X 8-Core Processor"),
+    ],
+)
+def test_a_processors_name_tells_it_from_others(monkeypatch, family, model, name, expected):
+    cores = [(family, model, name), (1, 1, "another")]  # the first one's are taken
+    said = [f"processor\t: 0\ncpu family\t: {f}\nmodel\t\t: {m}\nmodel name\t: {n}\n" for f, m, n in cores]
+    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(said))
+    assert processor() == expected
+
+
+@pytest.mark.parametrize("cpuinfo", ["processor\t: 0\nCPU part\t: 0xd40\n", None])
+def test_a_processor_without_a_name_in_proc_is_pythons(monkeypatch, cpuinfo):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", lambda: "an Arm")
+    assert processor() == "an Arm"
