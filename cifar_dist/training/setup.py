@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -139,8 +140,8 @@ def settle(
     check_engine(config, plan, model)
     first, *further = plan.lines()
     inputs = input_config(model, config.model)
-    device = f"device      {device_name(accelerator.device)}, {config.run.precision}"
-    lines = [first, *image_lines(config, inputs), device, *further]
+    device = device_lines(accelerator.device, config.run.precision)
+    lines = [first, *image_lines(config, inputs), *device, *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     facts = {
         "has_momentum": has_momentum(config.optim),
@@ -152,6 +153,17 @@ def settle(
     lines += fine_tuning_lines(config, model)
     say(accelerator, *lines, *(engine_lines(config, sizes) if command.plan_only else []))
     return Setup(config, plan, accelerator, data, model, features)
+
+
+def device_lines(device: torch.device, precision: str) -> list[str]:
+    """What each process computes on, and what to say of a GPU that is older than bf16."""
+    name = device_name(device)
+    lines = [f"device      {name}, {precision}"]
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        lines += [
+            f"note        {name} has no bf16 of its own, and computes it slowly; --precision fp16 suits it better"
+        ]
+    return lines
 
 
 def layer_decay_lines(config: Config, model: nn.Module) -> list[str]:

@@ -1,11 +1,12 @@
 """What the plan says of images, and of a learning rate."""
 
 import pytest
+import torch
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig, ModelConfig
 from cifar_dist.models import build_model
-from cifar_dist.training.setup import fine_tuning_lines, image_lines
+from cifar_dist.training.setup import device_lines, fine_tuning_lines, image_lines
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,16 @@ def test_a_rate_by_which_a_transformer_forgets_is_said(model, flags, said):
     ]
     note = ["note        --lr 0.001 is high for a pretrained transformer, with AdamW usually 1e-5 to 1e-4"]
     assert lines == [note if said else [], []]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "own", "noted"),
+    [("cuda", "bf16", False, True), ("cuda", "bf16", True, False), ("cuda", "fp16", False, False)],
+)
+def test_a_gpu_older_than_bf16_is_said_to_be_slow_in_it(monkeypatch, device, precision, own, noted):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: own or including_emulation)
+    first, *notes = device_lines(torch.device(device), precision)
+    assert first == f"device      Tesla T4, {precision}"
+    slow = "note        Tesla T4 has no bf16 of its own, and computes it slowly; --precision fp16 suits it better"
+    assert notes == [slow] * noted
