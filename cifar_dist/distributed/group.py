@@ -66,7 +66,7 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
             accelerator = Accelerator(
                 cpu=launch.on_cpu and not launch.deepspeed, mixed_precision=autocast, kwargs_handlers=[group, ddp]
             )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of GPUs that cannot reach each other
         raise UsageError(f"Accelerate does not start (--precision {precision}): {error}") from None
     except torch.distributed.DistError as error:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None

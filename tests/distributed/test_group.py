@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from cifar_dist.distributed import group
 from cifar_dist.distributed.group import on_main, seed_process, start
 from cifar_dist.errors import UsageError
 from tests.ranks import Ranks
@@ -29,6 +30,16 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 def test_fp16_needs_an_accelerator():
     with pytest.raises(UsageError, match="--precision fp16 needs a GPU"):
         start("fp16")
+
+
+@pytest.mark.parametrize("error", [ValueError("no such type"), NotImplementedError("set NCCL_P2P_DISABLE=1")])
+def test_what_accelerate_refuses_is_said_in_a_line(monkeypatch, error):
+    def refuse(**_):
+        raise error
+
+    monkeypatch.setattr(group, "Accelerator", refuse)
+    with pytest.raises(UsageError, match=str(error)):
+        start("bf16")
 
 
 @pytest.mark.parametrize("precision, found", [("fp32", "no"), ("bf16", "bf16")])
