@@ -154,8 +154,8 @@ class Mirror:
 def _init(run_dir: Path, config: Config, mode: str) -> Any:
     import wandb
 
-    if not os.environ.get("WANDB_MODE"):
-        os.environ.pop("WANDB_MODE", None)  # W&B takes none for one
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # W&B takes an empty one for a value, and refuses it
     return wandb.init(
         project=config.run.wandb_project,
         name=os.environ.get("WANDB_NAME") or run_dir.name,
