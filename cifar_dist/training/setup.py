@@ -140,7 +140,7 @@ def settle(
     check_engine(config, plan, model)
     first, *further = plan.lines()
     inputs = input_config(model, config.model)
-    device = device_lines(accelerator.device, config.run.precision)
+    device = device_lines(accelerator.device, config.run.precision, accelerator.num_processes)
     lines = [first, *image_lines(config, inputs), *device, *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     facts = {
@@ -155,14 +155,17 @@ def settle(
     return Setup(config, plan, accelerator, data, model, features)
 
 
-def device_lines(device: torch.device, precision: str) -> list[str]:
-    """What each process computes on, and what to say of a GPU that is older than bf16."""
+def device_lines(device: torch.device, precision: str, num_processes: int) -> list[str]:
+    """What each process computes on, and what to say of a GPU that is older than bf16, or one of several."""
     name = device_name(device)
     lines = [f"device      {name}, {precision}"]
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        lines += [
-            f"note        {name} has no bf16 of its own, and computes it slowly; --precision fp16 suits it better"
-        ]
+    if device.type != "cuda":
+        return lines
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        lines.append(f"note        {name} has no bf16 of its own, so it is slow; --precision fp16 suits it better")
+    if num_processes == 1 and (count := torch.cuda.device_count()) > 1:
+        launcher = f"torchrun --standalone --nproc-per-node {count}"
+        lines.append(f"note        one of {count} GPUs: {launcher} train.py … takes all")
     return lines
 
 

@@ -60,7 +60,15 @@ def test_a_rate_by_which_a_transformer_forgets_is_said(model, flags, said):
 def test_a_gpu_older_than_bf16_is_said_to_be_slow_in_it(monkeypatch, device, precision, own, noted):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: own or including_emulation)
-    first, *notes = device_lines(torch.device(device), precision)
+    first, *notes = device_lines(torch.device(device), precision, 2)
     assert first == f"device      Tesla T4, {precision}"
-    slow = "note        Tesla T4 has no bf16 of its own, and computes it slowly; --precision fp16 suits it better"
+    slow = "note        Tesla T4 has no bf16 of its own, so it is slow; --precision fp16 suits it better"
     assert notes == [slow] * noted
+
+
+@pytest.mark.parametrize(("count", "num_processes", "noted"), [(1, 1, False), (4, 1, True), (4, 4, False)])
+def test_gpus_that_no_process_was_started_for_are_named(monkeypatch, count, num_processes, noted):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    _, *notes = device_lines(torch.device("cuda"), "fp32", num_processes)
+    assert notes == ["note        one of 4 GPUs: torchrun --standalone --nproc-per-node 4 train.py … takes all"] * noted
