@@ -6,12 +6,15 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from os.path import expanduser
+from pathlib import Path
 from typing import Any
 
 
 def _number(kind: type, low: float, high: float, open_low: bool, open_high: bool) -> Callable[[str], Any]:
     """An argparse type that accepts finite numbers of `kind` in the interval and names it otherwise."""
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    highest = high if isinstance(high, int) else f"{high:g}"
+    interval = f"{'(' if open_low else '['}{low:g}, {highest}{')' if open_high else ']'}"
 
     def parse(text: str) -> Any:
         try:
@@ -36,7 +39,27 @@ fraction = _number(float, 0, 1, False, True)
 closed_fraction = _number(float, 0, 1, False, False)
 positive_fraction = _number(float, 0, 1, True, False)
 
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_DURATION = re.compile(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?")
+
+
+def text(given: str) -> str:
+    """An argparse type for a name or a path, also one with ~ that no shell has seen: of a recipe, or after =."""
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty, as by a variable that is not set; leave the flag out instead")
+    return expanduser(given)
+
+
+def path(given: str) -> Path:
+    """`text`, as a path."""
+    return Path(text(given))
+
+
+def beta_parameter(given: str) -> float:
+    """An argparse type for the alpha of Beta(alpha, alpha), or 0 for none; beyond these it has no quantiles."""
+    alpha = non_negative(given)
+    if alpha and not 1e-3 <= alpha <= 1e3:
+        raise argparse.ArgumentTypeError(f"{given} is neither 0 nor in [0.001, 1000]")
+    return alpha
 
 
 def seconds_of(duration: str) -> float:

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cifar_dist.argument_types import path, text
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
 from cifar_dist.errors import UsageError
 from cifar_dist.other_flags import suggestions
-
-
-def path(text: str) -> Path:
-    """An argparse type for a path, also one with ~ that no shell has seen."""
-    return Path(expanduser(text))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,7 +61,7 @@ def _parser() -> OneLineParser:
         description="Train or fine-tune an image classifier. Flags may be spelled with - or _;"
         " none switches off what a recipe sets.",
     )
-    parser.add_argument("--config", help="recipe: a YAML file of flags, which the command line overrides")
+    parser.add_argument("--config", type=text, help="recipe: a YAML file of flags, which the command line overrides")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--preview-augment", metavar="FILE", type=path, help="write a PNG sheet of what the model will see, and stop"
@@ -92,7 +88,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = {0: None, 2: ("LOW", "HIGH"), 3: ("R", "G B")}[meta["nargs"]]
         extra["metavar"] = word or setting.name.upper()
-    kind = expanduser if meta["type"] is str else meta["type"]  # a shell leaves the ~ of a recipe, or after =
+    kind = text if meta["type"] is str else meta["type"]
     if setting.default is None:
         kind = str.lower if meta["choices"] else _or_none(kind)
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
@@ -152,14 +148,12 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
         UsageError: it cannot be read, is no such file, or has a key twice, at any depth.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-        tree = yaml.compose(text, yaml.SafeLoader)
+        lines = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(lines)
+        tree = yaml.compose(lines, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        named = Path(f"{path}.yaml")
-        raise UsageError(
-            f"{source}: cannot be read ({_reason(error)}).{f' Did you mean {named}?' * named.is_file()}"
-        ) from None
+        meant = f" Did you mean {path}.yaml?" if os.path.isfile(f"{path}.yaml") else ""
+        raise UsageError(f"{source}: cannot be read ({_reason(error)}).{meant}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -276,9 +270,9 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     only_config = OneLineParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config", type=expanduser)
+    only_config.add_argument("--config", type=text)
     recipe = only_config.parse_known_args(arguments)[0].config
-    if recipe:
+    if recipe is not None:
         saved = _recipe_argv(Path(recipe))
         _parse(saved, f"--config {recipe}")  # alone first, so that its errors name the file
     else:

@@ -13,6 +13,7 @@ import yaml
 
 from cifar_dist.argument_types import (
     any_seed,
+    beta_parameter,
     closed_fraction,
     duration,
     fraction,
@@ -149,8 +150,8 @@ class AugmentConfig:
         "what random erasing leaves: the mean, a random colour, or a random colour a pixel",
         choices=("const", "rand", "pixel"),
     )
-    mixup: float = option(0.0, "mixup alpha; 0 is off", type=non_negative)
-    cutmix: float = option(0.0, "CutMix alpha; 0 is off", type=non_negative)
+    mixup: float = option(0.0, "mixup alpha; 0 is off", type=beta_parameter)
+    cutmix: float = option(0.0, "CutMix alpha; 0 is off", type=beta_parameter)
     mixup_prob: float = option(1.0, "probability that a pair of images is mixed", type=closed_fraction)
     mixup_switch_prob: float = option(
         0.5, "probability of CutMix rather than mixup where both are on", type=closed_fraction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,9 @@ def _named(run: Run, which: str) -> str:
     """What a checkpoint's folder is called that is named so, or by its path."""
     inside = run.folder / "checkpoints"
     for place in (Path(which), inside / which, run.folder / which):
-        if run.folder.resolve() in place.resolve().parents and place.is_dir():
-            return place.resolve().name
+        folder, name = os.path.split(os.path.realpath(place))
+        if folder == os.path.realpath(inside) and os.path.isdir(place):
+            return name
     there = ", ".join(sorted(path.name for path in inside.glob("step-*")))
     raise UsageError(
         f"--checkpoint {which}: neither best nor last, nor one of {run.folder} ({there or 'none is there'})."

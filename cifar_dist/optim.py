@@ -76,7 +76,7 @@ def state_per_parameter(config: OptimConfig) -> int:
         UsageError: the optimizer needs more than gradients (second derivatives, a closure).
     """
     layer = torch.nn.Linear(40, 25, bias=False)
-    optimizer = make_optimizer(layer, dataclasses.replace(config, layer_decay=None))
+    optimizer = make_optimizer(layer, dataclasses.replace(config, lr=1e-3, layer_decay=None))
     layer(torch.ones(1, 40)).sum().backward()
     try:
         optimizer.step()

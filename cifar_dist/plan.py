@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from cifar_dist.config import Config, OptimConfig, RunConfig
@@ -140,7 +141,8 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     schedule_steps = run.epochs * updates
     total = steps_in_all(run, schedule_steps)
     warmup_steps = math.ceil(optim.warmup_epochs * updates - 1e-6)  # a step before its end is of it
-    lr, load = schedule_without_model(optim, run.epochs, updates), memory_load(config, sizes)
+    lr_first, lr_after_warmup, lr_last = _rates(config, updates, (0, warmup_steps, max(total - 1, 0)))
+    load = memory_load(config, sizes)
     return Plan(
         **asdict(sizes),
         select_on=config.data.select_on,
@@ -153,9 +155,9 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
         schedule_steps=schedule_steps,
         total_steps=total,
         warmup_steps=warmup_steps,
-        lr_first=lr.apply(0),
-        lr_after_warmup=lr.apply(warmup_steps),
-        lr_last=lr.apply(max(total - 1, 0)),
+        lr_first=lr_first,
+        lr_after_warmup=lr_after_warmup,
+        lr_last=lr_last,
         checkpoint_bytes=checkpoint_bytes(load),
         memory=usage(engine, num_processes, load, accumulation > 1),
         notes=(
@@ -167,10 +169,24 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
     )
 
 
+def _rates(config: Config, updates_per_epoch: int, steps: Sequence[int]) -> list[float]:
+    schedule = schedule_without_model(config.optim, config.run.epochs, updates_per_epoch)
+    try:
+        rates = [schedule.apply(step) for step in steps]
+    except OverflowError:
+        rates = [math.inf]
+    if not all(map(math.isfinite, rates)):
+        raise UsageError(
+            "the learning rate becomes too large for a number; lower --decay-rate or raise --decay-epochs, and let"
+            " --warmup-epochs be 0 or some."
+        )
+    return rates
+
+
 def _refuse_sizes(config: Config, sizes: Sizes) -> None:
     run = config.run
     if run.batch_size > sizes.num_train:
-        raise UsageError(f"--batch-size {run.batch_size} is larger than the {sizes.num_train} training images.")
+        raise UsageError(f"--batch-size {run.batch_size}: there are only {sizes.num_train} training images; lower it.")
     if run.patience and not sizes.num_val:
         raise UsageError(f"--patience {run.patience} needs a val split to watch; raise --val-fraction or leave it out.")
 

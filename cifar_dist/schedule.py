@@ -9,7 +9,7 @@ from cifar_dist.config import OptimConfig
 
 
 class Schedule:
-    """The learning rate at every step, through timm's schedulers.
+    """The learning rate at every step, through timm's schedulers. It is the optimizer's own until the first `apply`.
 
     Args:
         optimizer: whose parameter groups are set; their ``lr_scale`` (layer decay) is respected.
@@ -21,6 +21,7 @@ class Schedule:
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, updates_per_epoch: int):
         self._optimizer = optimizer
         self._updates_per_epoch = updates_per_epoch
+        rates = [group["lr"] for group in optimizer.param_groups]
         self._scheduler, _ = create_scheduler_v2(
             optimizer,
             sched={"linear": "poly"}.get(config.sched, config.sched),
@@ -34,6 +35,8 @@ class Schedule:
             step_on_epochs=not config.sched_on_updates,
             updates_per_epoch=updates_per_epoch,
         )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # which timm has set to that of the first step
 
     def apply(self, step: int) -> float:
         """Set every group's learning rate for step `step` (from 0) and return the largest."""

@@ -519,7 +519,8 @@ def test_unusable_checkpoints_and_data_are_refused(digits_run, script, monkeypat
     (digits_run / "environment.json").write_text(json.dumps(facts))
     refused(r"--checkpoint bset: neither best nor last, nor one of .*run \(step-00000020\)", "--checkpoint", "bset")
     refused("neither best nor last", "--checkpoint", digits_run / "checkpoints" / "step-00000099")
-    refused("is no sound checkpoint", "--checkpoint", digits_run / "checkpoints")
+    for no_checkpoint in (digits_run, digits_run / "checkpoints", digits_run / "checkpoints/step-00000020/.."):
+        refused(r"neither best nor last, nor one of .*run \(step-00000020\)", "--checkpoint", no_checkpoint)
     other = make(digits_run.parent / "other")
     refused("neither best nor last", "--checkpoint", other / "checkpoints" / "best")
     (digits_run.parent / "empty").mkdir()

@@ -54,6 +54,10 @@ def test_optimizers_that_need_more_are_refused_in_one_line(opt):
         state_per_parameter(OptimConfig(opt=opt))
 
 
+def test_a_rate_that_is_too_large_is_no_fault_of_the_optimizers():
+    assert state_per_parameter(OptimConfig(lr=1e38)) == 2
+
+
 def test_unknown_optimizer_suggests_near_ones():
     with pytest.raises(UsageError, match=r"--opt SGD: timm has no such optimizer\. Did you mean sgd"):
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="SGD"))

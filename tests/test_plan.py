@@ -114,6 +114,15 @@ def test_layer_decay_scales_groups_and_apply_reports_the_peak():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.4])
 
 
+def test_a_schedule_sets_no_rate_before_it_is_applied():
+    """So that a run that goes on with an evaluation, and saves before its next step, saves what it was."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
+    optimizer.param_groups[0].update(lr=0.3, initial_lr=0.8)  # as of a checkpoint
+    schedule = Schedule(optimizer, optim("--lr", "0.8", "--warmup-epochs", "1"), 2, 10)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert schedule.apply(10) == pytest.approx(0.8)
+
+
 def test_plan_of_study_e_counted_by_hand():
     found = plan("--batch-size", "64", "--epochs", "50")
     assert (found.steps_per_epoch, found.total_steps) == (704, 35_200)  # 45,000 / 64 = 703.1
@@ -250,7 +259,7 @@ def test_compiling_is_refused_where_it_would_do_nothing(monkeypatch, switch):
     [
         (["--batch-size", "100"], 3, "does not divide over 3 processes; take a multiple of 3, such as 99"),
         (["--batch-size", "96", "--micro-batch-size", "20"], 2, "--micro-batch-size 20 does not divide the 48"),
-        (["--batch-size", "50000"], 1, "larger than the 45000 training images"),
+        (["--batch-size", "50000"], 1, "there are only 45000 training images"),
         (["--warmup-epochs", "10"], 1, "--warmup-epochs 10 must be less than --epochs 10, else"),
         (["--compile-mode", "reduce-overhead"], 1, "--compile-mode reduce-overhead goes with --compile; give both"),
         ([*GRAPHS, "--batch-size", "64", "--micro-batch-size", "32"], 1, "takes a step's images at once"),
@@ -258,6 +267,8 @@ def test_compiling_is_refused_where_it_would_do_nothing(monkeypatch, switch):
         (["--lr", "1e-3", "--warmup-lr", "1", "--warmup-epochs", "2"], 1, "--warmup-lr 1 is above --lr 0.001"),
         (["--sched", "step", "--min-lr", "1e-5"], 1, "the step schedule does not end at a given rate"),
         (["--sched", "constant", "--min-lr", "1e-5"], 1, "the constant schedule does not end at a given rate"),
+        (["--sched", "step", "--decay-rate", "10", "--decay-epochs", "0.01"], 1, "raise --decay-epochs"),
+        (["--warmup-epochs", "1e-320"], 1, "let --warmup-epochs be 0 or some"),
         (["--cutmix", "1", "--batch-size", "45"], 1, "must be even"),
         (["--warmup-epochs", "0.5", "--no-sched-on-updates"], 1, "take a whole number"),
         (["--mixup", "0.2", "--batch-size", "45"], 1, "must be even"),

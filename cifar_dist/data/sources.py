@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -265,7 +264,7 @@ def _local_path(dataset: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # a name too long, a zero byte
-        raise UsageError(f"--dataset {shorten(dataset, 60)}: no path that can be opened ({error}).") from None
+        raise UsageError(f"--dataset {dataset:.60}: no path that can be opened ({error}).") from None
     if path.is_dir() or (path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))):
         return path
     if path.exists():

@@ -27,6 +27,7 @@ GRACE_SECONDS = 5.0  # for the others, once one process has failed
 LOST_STATUS = 75  # other processes were lost, by no fault of this one: worth a new start (EX_TEMPFAIL of sysexits.h)
 USAGE_STATUS = 2
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # of a path that a user named
 T = TypeVar("T")
 STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -153,16 +154,23 @@ def run_main(main: Callable[[], T]) -> T:
             "what read the output has gone (train.py goes on from its last checkpoint with --resume auto).",
         )
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" ({error.filename})" if error.filename else ""
-            leave(
-                USAGE_STATUS,
-                f"no room left on the disk{where}; free some and start again (train.py goes on with --resume auto).",
-            )
+        if isinstance(error, OSError) and (line := _mendable(error)):
+            leave(USAGE_STATUS, line)
         if _group_rank() is None and _local_rank() == 0:
             _note_failure(f"failed: {type(error).__name__}: {_first_words(error)}")
             raise
         _crash(error)
+
+
+def _mendable(error: OSError) -> str:
+    """What to say of a full disk, or of a path that cannot be used; nothing of other errors."""
+    where = f"{error.filename!s:.200}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = f" ({where})" if where else ""
+        return f"no room left on the disk{there}; free some and start again (train.py goes on with --resume auto)."
+    if error.errno in UNUSABLE and where:
+        return f"{where} cannot be used ({error.strerror}); get access to it, or name another."
+    return ""
 
 
 def _crash(error: Exception) -> NoReturn:

@@ -80,7 +80,7 @@ def test_other_processes_of_a_node_fail_in_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "train.py: local rank 1: ended too (ZeroDivisionError: division by zero)\n"
 
 
-@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EDQUOT, 2), (errno.EACCES, None)])
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EDQUOT, 2), (errno.EIO, None)])
 def test_a_disk_without_room_is_something_that_the_user_can_mend(number, status, capsys):
     def fill():
         raise OSError(number, os.strerror(number), "runs/a/log.jsonl")
@@ -90,6 +90,22 @@ def test_a_disk_without_room_is_something_that_the_user_can_mend(number, status,
     assert getattr(left.value, "code", None) == status
     said = "train.py: error: no room left on the disk (runs/a/log.jsonl); free some and start again (train.py"
     assert capsys.readouterr().err.startswith(said) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP], ids=errno.errorcode.get
+)
+def test_a_path_that_cannot_be_used_is_named(number, capsys):
+    def look():
+        raise OSError(number, os.strerror(number), "/home/another/weights.pth")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(look)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        f"train.py: error: /home/another/weights.pth cannot be used ({os.strerror(number)}); get access to it, or name"
+        " another.\n"
+    )
 
 
 # What a job script learns of a failure
