@@ -46,7 +46,7 @@ def compare(name: str, pixels: int, batch_size: int, precision: str, repeats: in
     for _ in range(repeats + 1):
         for way, times in found.items():
             for layer in layers:
-                layer.fused_attn = way == "fused"
+                layer.fused_attn = way == "fused"  # type: ignore[assignment]
             times.append(step_seconds(model, images, precision))
     return {way: times[1:] for way, times in found.items()}
 

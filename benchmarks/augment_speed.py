@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 from cifar_dist.config import DataConfig
 from cifar_dist.data import load_training_data
 from cifar_dist.data.augment.policy import ColourJitter, RandAugment, TrivialAugment
+from cifar_dist.data.resident import ResidentSet
 from cifar_dist.policy_string import parse_policy
 
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -57,12 +58,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    train = load_training_data(DataConfig(dataset=arguments.data)).train
+    train = load_training_data(DataConfig(dataset=arguments.data, data_mode="resident"), device_bytes=2**40).train
+    assert isinstance(train, ResidentSet)
     images, ids = train.images[:BATCH].clone(), train.ids[:BATCH]
     pictures = [Image.fromarray(image) for image in images.numpy()]
     parsed = parse_policy(POLICY)
     assert parsed is not None
-    rows = {
+    rows: dict[str, tuple[Policy, Callable[[Image.Image], Image.Image]]] = {
         POLICY: (RandAugment(parsed, 0), rand_augment_transform(POLICY, {"img_mean": (125,) * 3})),
         "trivial": (TrivialAugment(0), v2.TrivialAugmentWide()),
         "colour jitter 0.4": (ColourJitter(0.4, 0), v2.ColorJitter(0.4, 0.4, 0.4)),

@@ -75,7 +75,8 @@ def measure(word: str, way: str, backend: str) -> dict[str, Any]:
     use_plain_attention(model, device, "bf16")
     images = torch.randn(int(batch_size), 3, int(pixels), int(pixels), device=device)
     if not transformer_blocks(model):
-        model, images = (each.to(memory_format=torch.channels_last) for each in (model, images))  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     compile_as(way, model, backend)
 
     def forward() -> torch.Tensor:
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args.backend)))
+        word, way = args.one
+        print(json.dumps(measure(word, way, args.backend)))
         return
     rows = []
     print("model                               way         first step, s  first evaluation, s  step, ms  graphs")

@@ -39,8 +39,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class InMemory(torch.utils.data.Dataset):
     """PIL images out of an array, as torchvision's CIFAR10 gives them."""
 
+    transform: Callable[[Image.Image], torch.Tensor]
+
     def __init__(self, images: np.ndarray):
-        self.images, self.transform = images, None
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,7 +78,7 @@ def torchvision(images: np.ndarray, size: int, dtype: torch.dtype, workers: int)
 def timm(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Generator[torch.Tensor]:
     """timm's loader, with its crop for small images and its prefetcher where there is a GPU."""
     loader = create_loader(
-        InMemory(images),
+        InMemory(images),  # type: ignore[arg-type]
         (3, size, size),
         BATCH,
         is_training=True,
@@ -84,7 +86,7 @@ def timm(images: np.ndarray, size: int, dtype: torch.dtype, workers: int) -> Gen
         train_crop_mode="rkrc",
         scale=(1.0, 1.0),
         ratio=(1.0, 1.0),
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]
         interpolation="bicubic",
         mean=MEAN,
         std=STD,

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def main() -> None:
             records = run(Path(folder) / str(number), engine, count, [*recipe, "--precision", precision, *flags])
             found = [record["train/loss"] for record in records]
             first = losses.setdefault(precision, found)  # of this precision's one-process run
-            row = {
+            row: dict[str, Any] = {
                 "engine": engine,
                 "processes": count,
                 "precision": precision,

@@ -189,7 +189,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no row begins, and none goes on")
     parser.add_argument("--together", type=int, default=3, help="rows that get ready at the same time, on one GPU")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    known = {case.model for case, _ in ROWS}
+    if unknown := [name for name in args.models or () if name not in known]:
+        parser.error(f"argument --models: no rows of {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return args
 
 
 def main(words: list[str] | None = None) -> None:
@@ -197,6 +201,7 @@ def main(words: list[str] | None = None) -> None:
     args = parse(words)
     turns = Turns(partial(measure, args.data, args.seconds_per_row), time.monotonic() + 60 * args.minutes)
     wanted = [Row(case, way) for case, way in ROWS if not args.models or case.model in args.models]
+    rows: list[Row] = []
     done: dict[int, Row] = {}
     facts: dict[str, Any] = {}
     print(HEADER, flush=True)

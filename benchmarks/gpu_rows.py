@@ -184,7 +184,7 @@ class Ours:
         if way.attention != "packed":
             for layer in model.modules():
                 if isinstance(layer, PackedAttention | PackedWindowAttention):
-                    layer.__class__ = type(layer).__base__  # timm's
+                    layer.__class__ = type(layer).__base__  # type: ignore[assignment]  # timm's
         plan = make_plan(config, measure(config, bench.data, model), 1)
         use_plain_attention(model, bench.device, PRECISION)
         parallel = prepare(Setup(config, plan, bench.accelerator, bench.data, model, Features())).parallel

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +68,14 @@ def main() -> None:
     run = open_run(args.run_dir)
     config = run.config
     accelerator = start(config.run.precision)
-    loaded = load_run(run, EvalSpec("last", None, None, "none", config.run.precision, args.run_dir), accelerator)
+    spec = EvalSpec("last", config.data, None, None, "none", config.run.precision, args.run_dir)
+    loaded = load_run(run, spec, accelerator)
     data = load_training_data(config.data, device_bytes(accelerator))
     if not isinstance(data.train, ResidentSet):
         raise UsageError(f"RUN_DIR {args.run_dir} streams its data; this works on resident images.")
     plan = make_plan(config, measure(config, data, loaded.model), 1)
-    parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
-    batches = ResidentBatches(data.train, config, plan, loaded.input, parallel)  # type: ignore[arg-type]
+    parallel: Any = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
+    batches = ResidentBatches(data.train, config, plan, loaded.input, parallel)
     set_seed(0)
     found = noise_scale(gradients(loaded, batches, args.batches), plan.batch_size)
     print(f"{args.run_dir}: after {loaded.stored.step} steps with batches of {plan.batch_size}, the noise scale is")

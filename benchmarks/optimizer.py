@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +23,7 @@ from cifar_dist.distributed.ending import run_main
 from cifar_dist.models import build_model
 
 MODELS = ("cnn4", "resnet18_cifar", "vit_tiny_patch16_224")
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.05),
     "sgd": partial(torch.optim.SGD, lr=1e-4, weight_decay=0.05, momentum=0.9, nesterov=True),
 }

@@ -11,7 +11,9 @@ last epoch at the end.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -31,13 +33,13 @@ def cnn() -> nn.Module:
 class Images(torch.utils.data.Dataset):
     """PIL images in memory, transformed when asked for."""
 
-    def __init__(self, rows, transform):
+    def __init__(self, rows: list[Any], transform: Callable[[Any], torch.Tensor]):
         self.rows, self.transform = rows, transform
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = self.rows[index]
         return self.transform(image), label
 

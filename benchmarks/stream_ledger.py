@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -27,6 +28,7 @@ from PIL import Image
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig
 from cifar_dist.data import load_training_data
+from cifar_dist.data.stream import StreamSet
 from cifar_dist.plan import Sizes, make_plan
 from cifar_dist.training.stream_batches import StreamBatches
 
@@ -47,13 +49,14 @@ def batches_of(folder: Path, process: int, processes: int) -> tuple[StreamBatche
     """What train.py would give this process, and the steps of two epochs."""
     config = parse_command_line(["--dataset", str(folder), "--cache-dir", str(folder / "cache"), *FLAGS.split()]).config
     train = load_training_data(config.data, 2**40).train
+    assert isinstance(train, StreamSet)
     plan = make_plan(config, Sizes(len(train), 0, None, 10, 0, 0, 0, 0), processes)
     accelerator = SimpleNamespace(process_index=process, device=torch.device("cpu"))
-    parallel = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
+    parallel: Any = SimpleNamespace(accelerator=accelerator, input_dtype=torch.float32)
     return StreamBatches(train, config, plan, PIXELS, parallel), plan.total_steps
 
 
-def keep_ledger(folder: Path, process: int, processes: int, first: int, last: int, answer) -> None:
+def keep_ledger(folder: Path, process: int, processes: int, first: int, last: int, answer: Any) -> None:
     """Send this process's ledger of the steps from `first` to before `last`."""
     torch.set_num_threads(1)
     batches, _ = batches_of(folder, process, processes)

@@ -12,10 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -27,12 +27,13 @@ from cifar_dist.distributed.group import start
 from cifar_dist.distributed.hardware import processor
 from cifar_dist.optim import make_optimizer
 from cifar_dist.parallel import Replicated
-from cifar_dist.recovery import checkpoint, saver
+from cifar_dist.recovery import checkpoint, saver, store
 from cifar_dist.recovery.checkpoint import Trained
 from cifar_dist.recovery.checkpoint_timer import CheckpointTimer
 from cifar_dist.recovery.saver import Saver
 from cifar_dist.recovery.train_state import TrainState
 
+T = TypeVar("T")
 FLAGS = shlex.split(  # two epochs of 7 steps with all that has a state, or draws at random
     "--dataset digits --model test_efficientnet --img-size 32 --wandb disabled --epochs 2 --batch-size 192"
     " --micro-batch-size 48 --lr 2e-3 --warmup-epochs 1 --clip-grad 1 --drop 0.2 --mixup 0.4 --cutout 6"
@@ -110,11 +111,20 @@ class Failures(list[str]):
         self.append(failure)
 
 
-def at_once(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` has returned, done before anything else goes on."""
-    done: Future[Any] = Future()
-    done.set_result(work())
-    return done
+class AtOnce(Executor):
+    """Does in the calling thread what it is given."""
+
+    def __init__(self, max_workers: int = 1):
+        del max_workers
+
+    def submit(self, work: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
+        """What `work` came to, or raised."""
+        done: Future[T] = Future()
+        try:
+            done.set_result(work(*args, **named))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
 
 
 class Small:
@@ -138,7 +148,7 @@ class Small:
         self._trained = Trained(Replicated(accelerator, model, optimizer, None), self._ema)
         self._saver = Saver(run_dir, accelerator, CheckpointTimer(RunConfig()))
         if one_thread:
-            saver.beside = at_once
+            saver.beside, store.ThreadPoolExecutor = AtOnce().submit, AtOnce  # type: ignore[misc,assignment]
 
     def _tensors(self) -> list[torch.Tensor]:
         parallel = self._trained.parallel

@@ -27,6 +27,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
 
 from benchmarks.recovery.common import Failures, Small, campaign, checkpoints_of
@@ -74,7 +75,7 @@ class Training:
     def __init__(self, name: str, folder: Path):
         accelerator = start("bf16" if torch.cuda.is_available() else "fp32", 60)
         model = timm.create_model(name, num_classes=10).to(accelerator.device)
-        size = model.default_cfg["input_size"]
+        size = resolve_model_data_config(model)["input_size"]
         self._parallel = Replicated(accelerator, model, make_optimizer(model, OptimConfig()), None)
         self._trained = Trained(self._parallel, ModelEmaV3(model))
         self._images = torch.randn(BATCH, *size, device=accelerator.device)
