@@ -13,7 +13,8 @@ import torch
 from cifar_dist.errors import UsageError, first_line
 
 CPU_ON_PURPOSE = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where no GPU is to be used; the last is SLURM's
-CURE = "install a torch that fits (pytorch.org), or train on the CPU on purpose, by CUDA_VISIBLE_DEVICES=-1"
+CURE = "install a torch that fits (pytorch.org)"
+ON_CPU = "or take the CPU on purpose, by CUDA_VISIBLE_DEVICES=-1"
 
 
 def processor() -> str:
@@ -64,9 +65,9 @@ def tell_of_idle_gpus() -> None:
         reason = first_line(error).partition(". ")[0]
     text = f"{found or 'the GPUs that SLURM gave'} on {platform.node()}: torch {torch.__version__} cannot use them"
     if given:
-        raise UsageError(f"{text} ({reason}); {CURE}.")
+        raise UsageError(f"{text} ({reason}); {CURE}, or ask for none.")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {text} ({reason}), so it trains on the CPU; {CURE}.", file=sys.stderr, flush=True)
+        print(f"warning: {text} ({reason}), so the CPU does the work; {CURE}, {ON_CPU}.", file=sys.stderr, flush=True)
 
 
 def _nvidia_gpus() -> str:
@@ -97,5 +98,5 @@ def refuse_unknown_gpu(device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         raise UsageError(
             f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, and torch {torch.__version__} is built for"
-            f" {known}; {CURE}."
+            f" {known}; {CURE}, {ON_CPU}."
         ) from None

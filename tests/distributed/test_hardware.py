@@ -56,10 +56,10 @@ def machine(monkeypatch):
             1,
             TOO_OLD,
             "warning: 1 GPU (NVIDIA L4, driver 535.183.01) on gpu07: torch 2.15.0+cu132 cannot use them (The NVIDIA"
-            " driver on your system is too old (found version 12020)), so it trains on the CPU; ",
+            " driver on your system is too old (found version 12020)), so the CPU does the work; ",
         ),
         (2, AssertionError("Torch not compiled with CUDA enabled"), "warning: 2 GPUs (NVIDIA L4, driver 535.183.01)"),
-        (2, None, "(it sees none), so it trains"),
+        (2, None, "(it sees none), so the CPU does the work"),
     ],
 )
 def test_gpus_that_lie_idle_are_named_once(machine, capsys, count, said, expected):
