@@ -36,6 +36,7 @@ from cifar_dist.training.sizes import measure
 from cifar_dist.training.whitening import whiten
 
 HIGHEST_TO_FINE_TUNE = 3e-4  # the learning rate, by AdamW, of all weights of a transformer at once
+MUCH_LARGER = 4  # a side, than images are kept
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def settle(
     first, *further = plan.lines()
     inputs = input_config(model, config.model)
     device = device_lines(accelerator.device, config.run.precision, accelerator.num_processes)
+    device += enlarging_lines(config, inputs, accelerator.device)
     lines = [first, *image_lines(config, inputs), *device, *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
     facts = {
@@ -167,6 +169,15 @@ def device_lines(device: torch.device, precision: str, num_processes: int) -> li
         launcher = f"torchrun --standalone --nproc-per-node {count}"
         lines.append(f"note        one of {count} GPUs: {launcher} train.py … takes all")
     return lines
+
+
+def enlarging_lines(config: Config, inputs: InputConfig, device: torch.device) -> list[str]:
+    """What to say where a CPU is to train on images that are made much larger than they are kept."""
+    seen, kept = inputs.img_size, config.data.pixels
+    if device.type != "cpu" or seen < MUCH_LARGER * kept:
+        return []
+    times = (seen / kept) ** 2
+    return [f"note        {seen} px are {times:.0f} times the work of {kept} px; on a CPU try --img-size 64"]
 
 
 def layer_decay_lines(config: Config, model: nn.Module) -> list[str]:

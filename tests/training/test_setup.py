@@ -6,7 +6,7 @@ import torch
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import InputConfig, ModelConfig
 from cifar_dist.models import build_model
-from cifar_dist.training.setup import device_lines, fine_tuning_lines, image_lines
+from cifar_dist.training.setup import device_lines, enlarging_lines, fine_tuning_lines, image_lines
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,13 @@ def test_gpus_that_no_process_was_started_for_are_named(monkeypatch, count, num_
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     _, *notes = device_lines(torch.device("cuda"), "fp32", num_processes)
     assert notes == ["note        one of 4 GPUs: torchrun --standalone --nproc-per-node 4 train.py … takes all"] * noted
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "said"),
+    [("cpu", 224, "224 px are 49 times the work of 32 px"), ("cpu", 64, ""), ("cuda", 224, "")],
+)
+def test_what_enlarging_costs_a_cpu_is_said(device, seen, said):
+    inputs = InputConfig(seen, (0.5,) * 3, (1.0,) * 3, "bicubic")
+    lines = enlarging_lines(parse_command_line([]).config, inputs, torch.device(device))
+    assert [line[12 : 12 + len(said)] for line in lines] == [said] * bool(said)
