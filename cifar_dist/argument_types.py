@@ -42,20 +42,20 @@ positive_fraction = _number(float, 0, 1, True, False)
 _DURATION = re.compile(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?")
 
 
-def text(given: str) -> str:
+def name_or_path(given: str) -> str:
     """An argparse type for a name or a path, also one with ~ that no shell has seen: of a recipe, or after =."""
     if not given:
-        raise argparse.ArgumentTypeError("it is empty, as by a variable that is not set; leave the flag out instead")
+        raise argparse.ArgumentTypeError("it is empty, as by a variable that is not set; give one, or leave it out")
     return expanduser(given)
 
 
 def path(given: str) -> Path:
-    """`text`, as a path."""
-    return Path(text(given))
+    """`name_or_path`, as a path."""
+    return Path(name_or_path(given))
 
 
 def beta_parameter(given: str) -> float:
-    """An argparse type for the alpha of Beta(alpha, alpha), or 0 for none; beyond these it has no quantiles."""
+    """An argparse type for the alpha of Beta(alpha, alpha), or 0 for none; beyond these nothing is mixed, or halved."""
     alpha = non_negative(given)
     if alpha and not 1e-3 <= alpha <= 1e3:
         raise argparse.ArgumentTypeError(f"{given} is neither 0 nor in [0.001, 1000]")

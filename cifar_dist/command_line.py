@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.argument_types import path, text
+from cifar_dist.argument_types import name_or_path, path
 from cifar_dist.config import Config
 from cifar_dist.distributed.ending import USAGE_STATUS, leave
 from cifar_dist.errors import UsageError
@@ -61,7 +61,9 @@ def _parser() -> OneLineParser:
         description="Train or fine-tune an image classifier. Flags may be spelled with - or _;"
         " none switches off what a recipe sets.",
     )
-    parser.add_argument("--config", type=text, help="recipe: a YAML file of flags, which the command line overrides")
+    parser.add_argument(
+        "--config", type=name_or_path, help="recipe: a YAML file of flags, which the command line overrides"
+    )
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--preview-augment", metavar="FILE", type=path, help="write a PNG sheet of what the model will see, and stop"
@@ -88,7 +90,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: dataclasses.Field[Any], h
     if meta["choices"] is None:
         word = {0: None, 2: ("LOW", "HIGH"), 3: ("R", "G B")}[meta["nargs"]]
         extra["metavar"] = word or setting.name.upper()
-    kind = text if meta["type"] is str else meta["type"]
+    kind = name_or_path if meta["type"] is str else meta["type"]
     if setting.default is None:
         kind = str.lower if meta["choices"] else _or_none(kind)
     group.add_argument(flag, type=kind, choices=meta["choices"], default=setting.default, help=help, **extra)
@@ -192,7 +194,7 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
     """The command line that settings from a file stand for: ``["--lr=5e-5", "--no-compile"]``.
 
     Args:
-        settings: values by the flag's name, with ``_``; None is left out.
+        settings: values by the flag's name, with ``_``; None, and what is empty, is left out.
         source: what to call the file in errors.
 
     Raises:
@@ -204,7 +206,7 @@ def flags_of(settings: dict[str, Any], source: str) -> list[str]:
         raise UsageError(f"{source}: unknown {keys}.{suggestions(unknown, list(defaults))}")
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
-        if value is None:
+        if value is None or value == "":
             continue
         if isinstance(value, bool) != isinstance(defaults[name], bool):
             kind = "true or false" if isinstance(defaults[name], bool) else "a value, not a switch"
@@ -270,7 +272,7 @@ def parse_command_line(argv: Sequence[str] | None = None, source: str = "") -> C
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     only_config = OneLineParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config", type=text)
+    only_config.add_argument("--config", type=name_or_path)
     recipe = only_config.parse_known_args(arguments)[0].config
     if recipe is not None:
         saved = _recipe_argv(Path(recipe))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cifar_dist.argument_types import path, text
+from cifar_dist.argument_types import name_or_path, path
 from cifar_dist.command_line import OneLineParser
 
 DESCRIPTION = "Score a run's best checkpoint on its test split and write its report; of several runs also a comparison."
@@ -20,13 +20,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=path, nargs="+", help="folders of runs that train.py made")
     parser.add_argument(
         "--checkpoint",
-        type=text,
+        type=name_or_path,
         default="best",
         help="weights to score: best, last, or a checkpoint's folder (default: best)",
     )
     parser.add_argument(
         "--data",
-        type=text,
+        type=name_or_path,
         help="score another set with the same classes: a name or path, also CLASS/*.png;"
         " or the path to which the run's own have moved",
     )
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--export", type=path, metavar="DIR", help="write a folder that plain timm loads")
     parser.add_argument("--onnx", action="store_true", help="with --export: also model.onnx")
-    parser.add_argument("--push-to-hub", type=text, metavar="NAME/REPO", help="with --export: upload it to the Hub")
+    parser.add_argument("--push-to-hub", type=name_or_path, metavar="NAME/REPO", help="with --export: to the Hub, too")
     parser.add_argument("--wandb-report", action="store_true", help="of several runs: make a W&B report too")
     arguments = parser.parse_intermixed_args()
     several, plain = len(arguments.run_dirs) > 1, arguments.data is None and arguments.tta == "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
@@ -25,6 +26,8 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.O
     known = [str(name) for name in list_optimizers()]
     if config.opt not in known:
         raise UsageError(f"--opt {config.opt}: timm has no such optimizer.{did_you_mean(config.opt, known)}")
+    if config.opt.startswith("kron") and find_spec("opt_einsum") is None:  # timm only warns
+        raise UsageError(f"--opt {config.opt} takes all memory without opt-einsum: pip install opt-einsum.")
     try:
         return create_optimizer_v2(
             model,

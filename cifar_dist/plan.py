@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -170,16 +169,18 @@ def make_plan(config: Config, sizes: Sizes, num_processes: int, engine: str | No
 
 
 def _rates(config: Config, updates_per_epoch: int, steps: Sequence[int]) -> list[float]:
-    schedule = schedule_without_model(config.optim, config.run.epochs, updates_per_epoch)
+    """The learning rates of some steps."""
+    optim = config.optim
+    schedule = schedule_without_model(optim, config.run.epochs, updates_per_epoch)
     try:
         rates = [schedule.apply(step) for step in steps]
     except OverflowError:
-        rates = [math.inf]
-    if not all(map(math.isfinite, rates)):
         raise UsageError(
-            "the learning rate becomes too large for a number; lower --decay-rate or raise --decay-epochs, and let"
-            " --warmup-epochs be 0 or some."
-        )
+            f"--decay-rate {optim.decay_rate:g} every {optim.decay_epochs:g} epochs makes the learning rate too large"
+            " for a number; lower it, or raise --decay-epochs."
+        ) from None
+    if not all(map(math.isfinite, rates)):
+        raise UsageError(f"--warmup-epochs {optim.warmup_epochs:g} are too few to divide by; take 0 for none.")
     return rates
 
 
@@ -194,9 +195,6 @@ def _refuse_sizes(config: Config, sizes: Sizes) -> None:
 def _refuse_compiling(config: Config, engine: str, accumulation: int) -> None:
     if config.model.compile and engine == "zero3":
         raise UsageError("--compile is not for zero3, whose hooks are compiled anew in every step; leave it out.")
-    for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
-        if config.model.compile and os.environ.get(switch) == "1":
-            raise UsageError(f"--compile: {switch}=1 in the environment turns the compiler off; unset it.")
     if (mode := config.model.compile_mode) == "default":
         return
     if not config.model.compile:

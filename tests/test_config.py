@@ -165,7 +165,10 @@ def test_every_setting_has_one_name_over_all_sections():
         (["--cutmix", "1e-320"], "--cutmix: 1e-320 is neither 0 nor in [0.001, 1000]"),
         (["--time-limit", "9" * 5000 + "h"], "is no time such as 90m"),
         (["--config="], "--config: it is empty"),
-        (["--init-weights="], "--init-weights: it is empty, as by a variable that is not set; leave the flag out"),
+        (
+            ["--init-weights="],
+            "--init-weights: it is empty, as by a variable that is not set; give one, or leave it out",
+        ),
         (["--run-dir", ""], "--run-dir: it is empty"),
         (["--preview-augment="], "--preview-augment: it is empty"),
         (["--hflip", "1.5"], "--hflip: 1.5 is outside"),
@@ -270,3 +273,10 @@ def test_a_recipe_named_without_its_suffix_is_suggested(tmp_path):
         parse_command_line(["--config", str(tmp_path / "mine")])
     with pytest.raises(UsageError, match=r"/other: cannot be read \(.*\)\.$"):
         parse_command_line(["--config", str(tmp_path / "other")])
+
+
+def test_what_is_empty_in_a_file_is_not_given(tmp_path):
+    """As in settings that were saved when an empty flag was passed over."""
+    (tmp_path / "config.yaml").write_text("init_weights: ''\nlr: 0.5\n")
+    found = load_config(tmp_path / "config.yaml")
+    assert found == parse_command_line(["--lr", "0.5"]).config

@@ -1,11 +1,14 @@
 """The optimizer factory against plain PyTorch."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from timm.optim import list_optimizers
+from torch import nn
 
+from cifar_dist import optim
 from cifar_dist.config import ModelConfig, OptimConfig
 from cifar_dist.errors import UsageError
 from cifar_dist.models import build_model, head_parameter_names
@@ -54,6 +57,14 @@ def test_optimizers_that_need_more_are_refused_in_one_line(opt):
         state_per_parameter(OptimConfig(opt=opt))
 
 
+@pytest.mark.parametrize(("found", "said"), [(None, "--opt kron takes all memory without opt-einsum"), ("a spec", "")])
+def test_kron_needs_what_orders_its_products(monkeypatch, found, said):
+    monkeypatch.setattr(optim, "find_spec", lambda name: {"opt_einsum": found}[name])
+    monkeypatch.setattr(optim, "create_optimizer_v2", lambda *_, **__: "built")
+    with pytest.raises(UsageError, match=said) if said else nullcontext():
+        assert make_optimizer(nn.Linear(2, 2), OptimConfig(opt="kron")) == "built"
+
+
 def test_a_rate_that_is_too_large_is_no_fault_of_the_optimizers():
     assert state_per_parameter(OptimConfig(lr=1e38)) == 2
 
@@ -65,12 +76,11 @@ def test_unknown_optimizer_suggests_near_ones():
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(opt="adamx"))
 
 
-@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 def test_torchs_own_are_fused_on_cpus_and_gpus():
     """Only those that torch 2.11 has for both."""
     chosen = set()
     for opt in list_optimizers():
-        if opt.startswith(("bnb", "fused")):
+        if opt.startswith(("bnb", "fused", "kron")):
             continue
         here = fuse(make_optimizer(torch.nn.Linear(5, 3), OptimConfig(opt=opt)))
         if any(group.get("fused") for group in here.param_groups):

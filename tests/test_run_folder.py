@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cifar_dist.command_line import load_config
 from cifar_dist.config import Config
@@ -248,3 +249,12 @@ def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_run(tmp_path, monk
     monkeypatch.setattr("cifar_dist.run_folder.shutil.disk_usage", usage)
     prepare(config(tmp_path, "auto"))
     assert not litter.exists()
+
+
+@pytest.mark.parametrize(("in_use", "device"), [(True, "NVIDIA L4"), (False, "cpu")])
+def test_a_gpu_is_a_runs_device_where_it_is_used(tmp_path, monkeypatch, in_use, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    prepare(config(tmp_path))
+    assert json.loads((tmp_path / "environment.json").read_text())["device"] == device

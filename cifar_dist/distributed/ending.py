@@ -27,7 +27,7 @@ GRACE_SECONDS = 5.0  # for the others, once one process has failed
 LOST_STATUS = 75  # other processes were lost, by no fault of this one: worth a new start (EX_TEMPFAIL of sysexits.h)
 USAGE_STATUS = 2
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # of a path that a user named
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # of a path
 T = TypeVar("T")
 STARTED_TOGETHER = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -163,13 +163,15 @@ def run_main(main: Callable[[], T]) -> T:
 
 
 def _mendable(error: OSError) -> str:
-    """What to say of a full disk, or of a path that cannot be used; nothing of other errors."""
-    where = f"{error.filename!s:.200}" if error.filename else ""
+    """What to say of a full disk, or of a path that cannot be used; nothing of others, as of the system's files."""
+    paths = [f"{path:.200}" for path in (error.filename, error.filename2) if isinstance(path, str)]
+    where = " -> ".join(paths)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         there = f" ({where})" if where else ""
         return f"no room left on the disk{there}; free some and start again (train.py goes on with --resume auto)."
-    if error.errno in UNUSABLE and where:
-        return f"{where} cannot be used ({error.strerror}); get access to it, or name another."
+    if error.errno in UNUSABLE and where and not where.startswith(("/dev/", "/proc/")):
+        cure = "get access to it, or name another (train.py goes on with --resume auto)"
+        return f"{where} cannot be used ({error.strerror}); {cure}."
     return ""
 
 

@@ -27,7 +27,7 @@ from accelerate.utils import (
 
 from cifar_dist.distributed import peers
 from cifar_dist.distributed.ending import FAILURE_STATUS
-from cifar_dist.distributed.hardware import refuse_unknown_gpu, tell_of_idle_gpus
+from cifar_dist.distributed.hardware import refuse_unknown_gpu
 from cifar_dist.distributed.launch import prepare_environment
 from cifar_dist.distributed.node import own_cores, own_memory_bytes
 from cifar_dist.errors import UsageError
@@ -49,8 +49,6 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
             missing, or they would train side by side without sharing gradients.
     """
     launch = prepare_environment(precision)
-    if launch.on_cpu:
-        tell_of_idle_gpus()
     if launch.on_cpu and precision == "fp16" and not launch.deepspeed:
         raise UsageError("--precision fp16 needs a GPU; take bf16 or fp32 on a CPU.")
     sharded = launch.deepspeed or launch.fsdp
@@ -66,8 +64,10 @@ def start(precision: str, timeout_seconds: int = 600) -> Accelerator:
             accelerator = Accelerator(
                 cpu=launch.on_cpu and not launch.deepspeed, mixed_precision=autocast, kwargs_handlers=[group, ddp]
             )
-    except (ValueError, NotImplementedError) as error:  # the latter of GPUs that cannot reach each other
+    except ValueError as error:
         raise UsageError(f"Accelerate does not start (--precision {precision}): {error}") from None
+    except NotImplementedError as error:  # of GPUs that cannot reach each other
+        raise UsageError(f"Accelerate does not start: {error}") from None
     except torch.distributed.DistError as error:
         raise UsageError(launch.absence(str(error), timeout_seconds)) from None
     if launch.on_cpu:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from cifar_dist.errors import UsageError, first_line
 
-CPU_ON_PURPOSE = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where no GPU is to be used; the last is SLURM's
-CURE = "install a torch that fits (pytorch.org)"
-ON_CPU = "or take the CPU on purpose, by CUDA_VISIBLE_DEVICES=-1"
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+NONE_VISIBLE = ("", "-1", "NoDevFiles")  # on purpose; the last is SLURM's
+ANOTHER_TORCH = "install a torch that fits (pytorch.org)"
 
 
 def processor() -> str:
@@ -36,38 +35,46 @@ def cpu_name(name: str, threads: int) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or the CPU's with torch's threads."""
+    """A GPU's name, or the CPU's with torch's threads; of other devices their kind."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return cpu_name(processor(), torch.get_num_threads())
+    return cpu_name(processor(), torch.get_num_threads()) if device.type == "cpu" else device.type
 
 
-@cache
 def tell_of_idle_gpus() -> None:
-    """Say once, on stderr, that GPUs of this machine lie idle since torch cannot use them, if there are any.
+    """Say on stderr that GPUs of this machine lie idle since torch cannot use them, if there are any.
 
-    torch takes the CPU then, such as where the driver is too old for its CUDA, and trains a hundred times slower.
+    torch takes the CPU then, such as where the driver is too old for its CUDA.
 
     Raises:
-        UsageError: SLURM gave the job GPUs, which are paid for.
+        UsageError: SLURM gave the job GPUs, for which others wait.
     """
-    on_purpose = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
-    if on_purpose or os.environ.get("CUDA_VISIBLE_DEVICES") in CPU_ON_PURPOSE:
+    if any(os.environ.get(name) in NONE_VISIBLE for name in VISIBLE):
         return
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-    found = _nvidia_gpus()
-    if not found and not given:
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "") not in ("", "0")
+    found = _nvidia_gpus() or ("GPUs that SLURM gave" if given else "")
+    if not found:
         return
     try:
         torch.cuda.init()
-        reason = "it sees none"
     except (RuntimeError, AssertionError) as error:  # the latter by a torch without CUDA
         reason = first_line(error).partition(". ")[0]
-    text = f"{found or 'the GPUs that SLURM gave'} on {platform.node()}: torch {torch.__version__} cannot use them"
-    if given:
-        raise UsageError(f"{text} ({reason}); {CURE}, or ask for none.")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {text} ({reason}), so the CPU does the work; {CURE}, {ON_CPU}.", file=sys.stderr, flush=True)
+        text = f"{found} on {platform.node()}: torch {torch.__version__} uses none ({reason})"
+        if given:
+            raise UsageError(f"{text}; {_cure(reason)}, or ask SLURM for none.") from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: {text}, so the CPU does the work; {_cure(reason)}.", file=sys.stderr, flush=True)
+
+
+def _cure(reason: str) -> str:
+    """What can be done where CUDA does not start, by torch's words for why."""
+    if "too old" in reason or "not compiled" in reason:
+        return ANOTHER_TORCH
+    if "no NVIDIA driver" in reason:
+        return "install the driver, or start the container with GPUs (--nv, --gpus all)"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible}: name some that there are"
+    return "nvidia-smi may say more"
 
 
 def _nvidia_gpus() -> str:
@@ -78,19 +85,21 @@ def _nvidia_gpus() -> str:
         pynvml.nvmlInit()
         count, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
         name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)) if count else ""
+    except pynvml.NVMLError_LibRmVersionMismatch:
+        return "GPUs whose driver was renewed without a restart"
     except pynvml.NVMLError:
         return ""
     return f"{count} GPU{'s' * (count != 1)} ({name}, driver {driver})" if count else ""
 
 
 def refuse_unknown_gpu(device: torch.device) -> None:
-    """Try a GPU.
+    """Let a GPU add two numbers.
 
     Raises:
-        UsageError: torch was not built for it, as today's no longer are for what is older than an RTX 20 or a T4.
+        UsageError: torch was not built for it, as today's are no longer for what is older than Turing (RTX 20, T4).
     """
     try:
-        torch.zeros(1, device=device)
+        torch.ones(1, device=device) + 1
     except RuntimeError as error:
         if "no kernel image" not in str(error):
             raise
@@ -98,5 +107,5 @@ def refuse_unknown_gpu(device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         raise UsageError(
             f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, and torch {torch.__version__} is built for"
-            f" {known}; {CURE}, {ON_CPU}."
+            f" {known}; {ANOTHER_TORCH}, or take the CPU: CUDA_VISIBLE_DEVICES=-1."
         ) from None

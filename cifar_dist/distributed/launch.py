@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from cifar_dist.distributed import slurm
+from cifar_dist.distributed.hardware import tell_of_idle_gpus
 from cifar_dist.errors import UsageError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -159,12 +161,15 @@ def prepare_environment(precision: str) -> Launch:
         if slurm.in_step():
             os.environ.update(slurm.rank_variables() | slurm.engine_variables())
     world_size = _ranks()
+    by_choice = _flag("ACCELERATE_USE_CPU")
     launch = Launch(
         world_size,
-        on_cpu=not torch.accelerator.is_available() or _flag("ACCELERATE_USE_CPU"),
+        on_cpu=not torch.accelerator.is_available() or by_choice,
         deepspeed=_flag("ACCELERATE_USE_DEEPSPEED"),
         fsdp=_flag("ACCELERATE_USE_FSDP"),
     )
+    if launch.on_cpu and not by_choice and not PartialState._shared_state:  # once, and not when started again
+        tell_of_idle_gpus()
     _refuse_second_homes(precision)
     _check_devices(launch)
     if launch.deepspeed:

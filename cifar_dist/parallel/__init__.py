@@ -15,8 +15,6 @@ from cifar_dist.plan import Plan
 
 __all__ = ["Replicated", "check_engine", "wrap"]
 
-KRON_BYTES = 4 * 2**30  # that timm's Kron may take for one weight
-
 
 def check_engine(config: Config, plan: Plan, model: torch.nn.Module) -> None:
     """Refuse what the plan's engine cannot do, before the run has a folder.
@@ -47,21 +45,12 @@ def check_engine(config: Config, plan: Plan, model: torch.nn.Module) -> None:
             f"--opt {config.optim.opt} draws random numbers, others in each process, whose weights would drift apart;"
             " train with one process, or take another."
         )
-    if config.optim.opt.startswith("kron"):
-        _refuse_wide(config.optim.opt, model)
     single = next((name for name, parameter in model.named_parameters() if not parameter.dim()), "")
     if single and engine not in ("single", "ddp"):
         raise UsageError(
             f"--model {config.model.model}: {engine} cannot cut up a parameter that is one number ({single});"
             f" {elsewhere}."
         )
-
-
-def _refuse_wide(opt: str, model: torch.nn.Module) -> None:
-    """timm's Kron multiplies a convolution's gradient by itself, every number by every other, on its way."""
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and weight.dim() > 2 and (size := 4 * weight.numel() ** 2) > KRON_BYTES:
-            raise UsageError(f"--opt {opt} would take {size / 2**30:,.0f} GiB for {name} alone; take another.")
 
 
 def wrap(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from cifar_dist.argument_types import positive_int
+from cifar_dist.argument_types import path, positive_int
 from cifar_dist.command_line import OneLineParser
 from cifar_dist.distributed.ending import FAILURE_FILE, FAILURE_STATUS
 from cifar_dist.errors import UsageError
@@ -112,7 +112,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         description="Run a study's runs one after another: skip what is finished, go on with what was cut, compare.",
     )
     parser.elsewhere = " Flags of train.py go after --, and are for all runs."
-    parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study: recipes, and a grid over them")
+    parser.add_argument("study", metavar="STUDY.yaml", type=path, help="the study: recipes, and a grid over them")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--list", action="store_true", help="a line a run: number, state, name, command")
     modes.add_argument(

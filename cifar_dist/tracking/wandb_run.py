@@ -44,6 +44,8 @@ def wandb_mode(config: Config) -> str:
 
 def _mode(config: Config) -> tuple[str, str]:
     """`wandb_mode`, and what went wrong where a login that should have worked did not."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # some, W&B would take for a value, and refuse
     asked = _asked(config)
     if asked in ("offline", "disabled"):
         return asked, ""
@@ -154,8 +156,6 @@ class Mirror:
 def _init(run_dir: Path, config: Config, mode: str) -> Any:
     import wandb
 
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # W&B takes an empty one for a value, and refuses it
     return wandb.init(
         project=config.run.wandb_project,
         name=os.environ.get("WANDB_NAME") or run_dir.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def settle(
     check_engine(config, plan, model)
     first, *further = plan.lines()
     inputs = input_config(model, config.model)
-    device = device_lines(accelerator.device, config.run.precision, accelerator.num_processes)
+    device = device_lines(config, accelerator.device, accelerator.num_processes)
     device += enlarging_lines(config, inputs, accelerator.device)
     lines = [first, *image_lines(config, inputs), *device, *further]
     lines += data.lines() + features.lines() + zero_gain(config, sizes, plan, device_bytes(accelerator))
@@ -157,17 +158,21 @@ def settle(
     return Setup(config, plan, accelerator, data, model, features)
 
 
-def device_lines(device: torch.device, precision: str, num_processes: int) -> list[str]:
-    """What each process computes on, and what to say of a GPU that is older than bf16, or one of several."""
-    name = device_name(device)
+def device_lines(config: Config, device: torch.device, num_processes: int) -> list[str]:
+    """What the first process computes on, and what to say of a GPU that is older than bf16, or one of several."""
+    name, precision = device_name(device), config.run.precision
     lines = [f"device      {name}, {precision}"]
+    if config.model.compile:
+        off = [switch for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE") if os.environ.get(switch) == "1"]
+        lines += [f"note        --compile does nothing: {switch} is 1" for switch in off]
     if device.type != "cuda":
         return lines
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        lines.append(f"note        {name} has no bf16 of its own, so it is slow; --precision fp16 suits it better")
-    if num_processes == 1 and (count := torch.cuda.device_count()) > 1:
-        launcher = f"torchrun --standalone --nproc-per-node {count}"
-        lines.append(f"note        one of {count} GPUs: {launcher} train.py … takes all")
+        lines.append(f"note        {name} has no bf16 of its own, and emulates it; --precision fp16 may be faster")
+    alike = [torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())].count(name)
+    if num_processes == 1 and alike > 1 and config.run.batch_size % alike == 0:
+        launcher = f"torchrun --standalone --nproc-per-node {alike}"
+        lines.append(f"note        one of {alike} such GPUs: {launcher} train.py … takes all")
     return lines
 
 

@@ -104,8 +104,17 @@ def test_a_path_that_cannot_be_used_is_named(number, capsys):
     assert left.value.code == 2
     assert capsys.readouterr().err == (
         f"train.py: error: /home/another/weights.pth cannot be used ({os.strerror(number)}); get access to it, or name"
-        " another.\n"
+        " another (train.py goes on with --resume auto).\n"
     )
+
+
+@pytest.mark.parametrize("named", [(), (7,), ("/dev/shm/psm_1",), ("/proc/self/mem",)])
+def test_what_nobody_named_keeps_its_traceback(named):
+    def look():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), *named)
+
+    with pytest.raises(PermissionError):
+        run_main(look)
 
 
 # What a job script learns of a failure

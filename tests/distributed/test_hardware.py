@@ -2,12 +2,20 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 
-from cifar_dist.distributed.hardware import cpu_name, device_name, processor, refuse_unknown_gpu, tell_of_idle_gpus
+from cifar_dist.distributed.group import restart, start
+from cifar_dist.distributed.hardware import (
+    VISIBLE,
+    cpu_name,
+    device_name,
+    processor,
+    refuse_unknown_gpu,
+    tell_of_idle_gpus,
+)
 from cifar_dist.errors import UsageError
 
 TOO_OLD = RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it.\nmore")
@@ -17,23 +25,30 @@ class NVMLError(Exception):
     pass
 
 
+class NVMLError_LibRmVersionMismatch(NVMLError):
+    pass
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Make one with so many GPUs as NVIDIA's library sees (an error: without it), and with torch's word on them."""
-    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "LOCAL_RANK"):
+    for name in ("ACCELERATE_USE_CPU", *VISIBLE, "SLURM_GPUS_ON_NODE", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
-    def make(count, said):
+    def make(count, said, environment=MappingProxyType({})):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
         def initialise():
             if isinstance(count, Exception):
                 raise count
 
         def refuse():
-            if said is not None:
-                raise said
+            raise said
 
         library = SimpleNamespace(
             NVMLError=NVMLError,
+            NVMLError_LibRmVersionMismatch=NVMLError_LibRmVersionMismatch,
             nvmlInit=initialise,
             nvmlDeviceGetCount=lambda: count,
             nvmlSystemGetDriverVersion=lambda: "535.183.01",
@@ -41,33 +56,45 @@ def machine(monkeypatch):
             nvmlDeviceGetName=lambda handle: ["NVIDIA L4", "another"][handle],
         )
         monkeypatch.setitem(sys.modules, "pynvml", library)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "init", refuse)
         monkeypatch.setattr(torch, "__version__", "2.15.0+cu132")
         monkeypatch.setattr("platform.node", lambda: "gpu07")
 
-    yield make
-    tell_of_idle_gpus.cache_clear()
+    return make
+
+
+NONE_SEEN = RuntimeError("No CUDA GPUs are available")
 
 
 @pytest.mark.parametrize(
-    ("count", "said", "expected"),
+    ("count", "said", "environment", "expected"),
     [
         (
             1,
             TOO_OLD,
-            "warning: 1 GPU (NVIDIA L4, driver 535.183.01) on gpu07: torch 2.15.0+cu132 cannot use them (The NVIDIA"
-            " driver on your system is too old (found version 12020)), so the CPU does the work; ",
+            {},
+            "1 GPU (NVIDIA L4, driver 535.183.01) on gpu07: torch 2.15.0+cu132 uses none (The NVIDIA driver on your"
+            " system is too old (found version 12020)), so the CPU does the work; install a torch that fits"
+            " (pytorch.org).",
         ),
-        (2, AssertionError("Torch not compiled with CUDA enabled"), "warning: 2 GPUs (NVIDIA L4, driver 535.183.01)"),
-        (2, None, "(it sees none), so the CPU does the work"),
+        (2, AssertionError("Torch not compiled with CUDA enabled"), {}, "2 GPUs (NVIDIA L4, driver 535.183.01) on"),
+        (2, AssertionError("Torch not compiled with CUDA enabled"), {}, "; install a torch that fits (pytorch.org)."),
+        (
+            2,
+            NONE_SEEN,
+            {"CUDA_VISIBLE_DEVICES": "2"},
+            "(No CUDA GPUs are available), so the CPU does the work; CUDA_VISIBLE_DEVICES is 2: name",
+        ),
+        (2, NONE_SEEN, {}, "; nvidia-smi may say more."),
+        (NVMLError_LibRmVersionMismatch(), NONE_SEEN, {}, "GPUs whose driver was renewed without a restart on gpu07"),
     ],
 )
-def test_gpus_that_lie_idle_are_named_once(machine, capsys, count, said, expected):
-    machine(count, said)
-    tell_of_idle_gpus()
+def test_gpus_that_lie_idle_are_named(machine, capsys, count, said, environment, expected):
+    machine(count, said, environment)
     tell_of_idle_gpus()
     (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line and line.endswith("on purpose, by CUDA_VISIBLE_DEVICES=-1.")
+    assert line.startswith("warning: ") and expected in line
 
 
 @pytest.mark.parametrize(
@@ -76,36 +103,48 @@ def test_gpus_that_lie_idle_are_named_once(machine, capsys, count, said, expecte
         (0, {}),
         (NVMLError("no library"), {}),
         (NVMLError("no library"), {"SLURM_GPUS_ON_NODE": "0"}),
+        (NVMLError("no library"), {"SLURM_GPUS_ON_NODE": ""}),
         (2, {"CUDA_VISIBLE_DEVICES": ""}),
         (2, {"CUDA_VISIBLE_DEVICES": "-1"}),
-        (2, {"ACCELERATE_USE_CPU": "true", "SLURM_GPUS_ON_NODE": "2"}),
+        (2, {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS_ON_NODE": "2"}),
+        (NVMLError("no library"), {"HIP_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "2"}),
         (2, {"LOCAL_RANK": "1"}),  # the first of the node has said it
     ],
 )
-def test_a_cpu_on_purpose_needs_no_word(machine, monkeypatch, capsys, count, environment):
-    machine(count, TOO_OLD)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_cpu_on_purpose_needs_no_word(machine, capsys, count, environment):
+    machine(count, TOO_OLD, environment)
     tell_of_idle_gpus()
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("count", "named"), [(2, "2 GPUs (NVIDIA L4, driver 535.183.01)"), (NVMLError("-"), "the GPUs that SLURM gave")]
+    ("count", "said", "named", "cure"),
+    [
+        (2, TOO_OLD, "2 GPUs (NVIDIA L4, driver 535.183.01) on gpu07", "; install a torch that fits (pytorch.org), or"),
+        (NVMLError("-"), RuntimeError("Found no NVIDIA driver on your system"), "GPUs that SLURM gave on", "--nv, --"),
+    ],
 )
-def test_gpus_that_slurm_gave_are_not_left_idle(machine, monkeypatch, count, named):
-    machine(count, TOO_OLD)
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+def test_gpus_that_slurm_gave_are_not_left_idle(machine, count, said, named, cure):
+    machine(count, said, {"SLURM_GPUS_ON_NODE": "2"})
     with pytest.raises(UsageError) as error:
         tell_of_idle_gpus()
-    assert str(error.value).startswith(f"{named} on gpu07: torch 2.15.0+cu132 cannot use them (The NVIDIA driver")
+    assert str(error.value).startswith(named) and cure in str(error.value)
+    assert str(error.value).endswith("or ask SLURM for none.")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("by_choice", "lines"), [("false", 1), ("true", 0)])
+def test_a_start_says_it_once(machine, capsys, by_choice, lines):
+    machine(2, TOO_OLD, {"ACCELERATE_USE_CPU": by_choice})
+    restart(start("fp32"), "bf16", 600)
+    assert capsys.readouterr().err.count("so the CPU does the work") == lines
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_refused(monkeypatch):
-    def zeros(*_, **__):
+    def ones(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch, "ones", ones)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
@@ -114,12 +153,12 @@ def test_a_gpu_that_torch_was_not_built_for_is_refused(monkeypatch):
 
 
 def test_another_error_of_a_gpu_is_its_own(monkeypatch):
-    def zeros(*_, **__):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def ones(*_, **__):
+        raise RuntimeError("CUDA error: unspecified launch failure")
 
     refuse_unknown_gpu(torch.device("cpu"))
-    monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(RuntimeError, match="launch failure"):
         refuse_unknown_gpu(torch.device("cuda"))
 
 

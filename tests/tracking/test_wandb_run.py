@@ -161,7 +161,7 @@ FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     ("given", "flags", "named"),
     [
         ({}, [], ("cifar-dist", "folder")),
-        ({"WANDB_NAME": "first", "WANDB_MODE": "", "WANDB_CONSOLE": ""}, [], ("cifar-dist", "first")),
+        ({"WANDB_NAME": "first", "WANDB_MODE": ""}, [], ("cifar-dist", "first")),
         ({}, ["--wandb-project", "other"], ("other", "folder")),
     ],
 )
@@ -173,7 +173,19 @@ def test_project_and_name_reach_w_and_b(monkeypatch, fake, tmp_path, given, flag
     (tmp_path / "folder").mkdir()
     Mirror(tmp_path / "folder", config).close()
     assert (module.named["project"], module.named["name"]) == named
-    assert "" not in (os.environ.get("WANDB_MODE"), os.environ.get("WANDB_CONSOLE"))  # which W&B would refuse
+    assert os.environ.get("WANDB_MODE") != ""  # which W&B would refuse
+
+
+@pytest.mark.parametrize("name", ["WANDB_CONSOLE", "WANDB_BASE_URL", "WANDB_TAGS", "WANDB_MODE"])
+def test_an_empty_variable_does_not_keep_w_and_b_from_going_online(name):
+    """By W&B itself, in a process of its own, since it reads variables once."""
+    program = (
+        "from cifar_dist.config import Config; from cifar_dist.tracking.wandb_run import _mode; print(_mode(Config()))"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"WANDB_API_KEY": "0" * 40, name: ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "('online', '')\n"
 
 
 def test_the_environments_project_is_the_default():

@@ -53,25 +53,64 @@ def test_a_rate_by_which_a_transformer_forgets_is_said(model, flags, said):
     assert lines == [note if said else [], []]
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Make a machine with GPUs of these names, which know bf16 or emulate it."""
+
+    def make(names, own_bf16=True):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: names[getattr(at, "index", at) or 0])
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation: own_bf16 or including_emulation
+        )
+
+    return make
+
+
+def config_of(*flags):
+    return parse_command_line(list(flags)).config
+
+
 @pytest.mark.parametrize(
-    ("device", "precision", "own", "noted"),
-    [("cuda", "bf16", False, True), ("cuda", "bf16", True, False), ("cuda", "fp16", False, False)],
+    ("precision", "own", "noted"), [("bf16", False, True), ("bf16", True, False), ("fp16", False, False)]
 )
-def test_a_gpu_older_than_bf16_is_said_to_be_slow_in_it(monkeypatch, device, precision, own, noted):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: own or including_emulation)
-    first, *notes = device_lines(torch.device(device), precision, 2)
+def test_a_gpu_older_than_bf16_is_said_to_emulate_it(gpus, precision, own, noted):
+    gpus(["Tesla T4"], own)
+    first, *notes = device_lines(config_of("--precision", precision), torch.device("cuda"), 1)
     assert first == f"device      Tesla T4, {precision}"
-    slow = "note        Tesla T4 has no bf16 of its own, so it is slow; --precision fp16 suits it better"
+    slow = "note        Tesla T4 has no bf16 of its own, and emulates it; --precision fp16 may be faster"
     assert notes == [slow] * noted
 
 
-@pytest.mark.parametrize(("count", "num_processes", "noted"), [(1, 1, False), (4, 1, True), (4, 4, False)])
-def test_gpus_that_no_process_was_started_for_are_named(monkeypatch, count, num_processes, noted):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    _, *notes = device_lines(torch.device("cuda"), "fp32", num_processes)
-    assert notes == ["note        one of 4 GPUs: torchrun --standalone --nproc-per-node 4 train.py … takes all"] * noted
+@pytest.mark.parametrize(
+    ("names", "num_processes", "batch", "noted"),
+    [
+        (["L4"], 1, 128, False),
+        (["L4"] * 4, 1, 128, True),
+        (["L4"] * 4, 4, 128, False),
+        (["L4"] * 4, 1, 129, False),
+        (["L4", "T400"], 1, 128, False),
+        (["L4", "T400", "L4", "L4", "L4"], 1, 128, True),
+    ],
+)
+def test_gpus_that_no_process_was_started_for_are_named(gpus, names, num_processes, batch, noted):
+    gpus(names)
+    _, *notes = device_lines(config_of("--batch-size", str(batch)), torch.device("cuda"), num_processes)
+    said = "note        one of 4 such GPUs: torchrun --standalone --nproc-per-node 4 train.py … takes all"
+    assert notes == [said] * noted
+
+
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compiling_that_is_switched_off_is_said_to_do_nothing(monkeypatch, switch):
+    asked, cpu = config_of("--compile"), torch.device("cpu")
+    assert len(device_lines(asked, cpu, 1)) == 1
+    monkeypatch.setenv(switch, "1")
+    assert len(device_lines(config_of(), cpu, 1)) == 1
+    assert device_lines(asked, cpu, 1)[1:] == [f"note        --compile does nothing: {switch} is 1"]
+
+
+def test_devices_are_called_what_they_are():
+    assert device_lines(config_of(), torch.device("xpu"), 1) == ["device      xpu, fp32"]
 
 
 @pytest.mark.parametrize(
