@@ -55,7 +55,10 @@ def path(given: str) -> Path:
 
 
 def beta_parameter(given: str) -> float:
-    """An argparse type for the alpha of Beta(alpha, alpha), or 0 for none; beyond these nothing is mixed, or halved."""
+    """An argparse type for the alpha of Beta(alpha, alpha), or 0 for none.
+
+    With less than 0.001 an image stays as it is, with more than 1000 it is half of each.
+    """
     alpha = non_negative(given)
     if alpha and not 1e-3 <= alpha <= 1e3:
         raise argparse.ArgumentTypeError(f"{given} is neither 0 nor in [0.001, 1000]")
