@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -171,7 +172,17 @@ def _mendable(error: OSError) -> str:
         return f"no room left on the disk{there}; free some and start again (train.py goes on with --resume auto)."
     if error.errno in UNUSABLE and where and not where.startswith(("/dev/", "/proc/")):
         cure = "get access to it, or name another (train.py goes on with --resume auto)"
-        return f"{where} cannot be used ({error.strerror}); {cure}."
+        return f"{_flag_of(paths[0])}{where} cannot be used ({error.strerror}); {cure}."
+    return ""
+
+
+def _flag_of(path: str) -> str:
+    """``--init-weights: ``, or what flag else of this command line names a path or a folder above it; or nothing."""
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in pairwise(words):
+        named = os.path.abspath(os.path.expanduser(value))
+        if flag.startswith("--") and value and f"{os.path.abspath(path)}/".startswith(f"{named}/"):
+            return f"{flag}: "
     return ""
 
 

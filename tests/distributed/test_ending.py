@@ -108,6 +108,27 @@ def test_a_path_that_cannot_be_used_is_named(number, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--init-weights", "private/w.pth"], "--init-weights: "),
+        (["--lr", "1", "--init_weights=private"], "--init_weights: "),
+        (["--init-weights", "private/w"], ""),
+        (["private"], ""),
+        ([], ""),
+    ],
+)
+def test_the_flag_of_a_path_that_cannot_be_used_is_named(monkeypatch, capsys, words, flag):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+
+    def look():
+        raise PermissionError(errno.EACCES, "Permission denied", os.path.abspath("private/w.pth"))
+
+    with pytest.raises(SystemExit):
+        run_main(look)
+    assert capsys.readouterr().err.startswith(f"train.py: error: {flag}{os.path.abspath('private/w.pth')} cannot be")
+
+
 @pytest.mark.parametrize("named", [(), (7,), ("/dev/shm/psm_1",), ("/proc/self/mem",)])
 def test_what_nobody_named_keeps_its_traceback(named):
     def look():
