@@ -54,6 +54,7 @@ def test_deepspeed_waits_as_long_as_the_run_does():
         deepspeed.init_distributed("gloo")
         zero._share_a_timeout(45)
         group = deepspeed.utils.groups._get_data_parallel_group()
+        torch.distributed.barrier()  # rank 0 keeps the store by which the other joins
         return group._get_backend(accelerator.device).options._timeout.total_seconds()
 
     assert Ranks(work, 2).check().results == [45.0] * 2
