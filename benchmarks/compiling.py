@@ -30,8 +30,8 @@ from benchmarks.machine import facts
 from cifar_dist.config import ModelConfig
 from cifar_dist.durable import replace_text
 from cifar_dist.models import build_model
-from cifar_dist.models.attention import use_plain_attention
 from cifar_dist.models.compilation import compile_model, transformer_blocks
+from cifar_dist.models.cpu_layers import use_cpu_layers
 
 MODELS = ("vit_tiny_patch16_224:224:8", "swin_tiny_patch4_window7_224:224:4", "resnet18_cifar:32:32")
 WAYS = ("uncompiled", "whole", "blocks", "train.py")
@@ -72,7 +72,7 @@ def measure(word: str, way: str, backend: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = build_model(ModelConfig(model=name, img_size=int(pixels)), 10).to(device).train()
-    use_plain_attention(model, device, "bf16")
+    use_cpu_layers(model, device, "bf16")
     images = torch.randn(int(batch_size), 3, int(pixels), int(pixels), device=device)
     if not transformer_blocks(model):
         model = model.to(memory_format=torch.channels_last)

@@ -35,7 +35,9 @@ from cifar_dist.distributed.hardware import processor
 from cifar_dist.models import build_model
 from cifar_dist.training.precision import measure_formats
 
-MODELS = ("cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32")
+MODELS = (
+    "cnn4:32:64", "resnet18_cifar:32:128", "vit_tiny_patch16_224:224:32", "resnet18:224:32", "efficientnet_b0:64:64",
+)  # fmt: skip
 WORKERS = (0, 1, 2)
 NOISE = 10_000  # images, without --data
 T = TypeVar("T")

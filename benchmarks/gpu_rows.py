@@ -25,7 +25,7 @@ from cifar_dist.cost.speed import durations
 from cifar_dist.data import TrainingData
 from cifar_dist.distributed.group import peak_memory_bytes
 from cifar_dist.models import build_model, input_config
-from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.cpu_layers import use_cpu_layers
 from cifar_dist.models.packed_attention import PackedAttention, PackedWindowAttention
 from cifar_dist.plan import make_plan
 from cifar_dist.schedule import Schedule
@@ -186,7 +186,7 @@ class Ours:
                 if isinstance(layer, PackedAttention | PackedWindowAttention):
                     layer.__class__ = type(layer).__base__  # type: ignore[assignment]  # timm's
         plan = make_plan(config, measure(config, bench.data, model), 1)
-        use_plain_attention(model, bench.device, PRECISION)
+        use_cpu_layers(model, bench.device, PRECISION)
         parallel = prepare(Setup(config, plan, bench.accelerator, bench.data, model, Features())).parallel
         parallel.model.train()
         self._batches = make_batches(bench.data.train, config, plan, input_config(model, config.model), parallel)

@@ -28,7 +28,7 @@ from cifar_dist.cost.peak import device_peak
 from cifar_dist.distributed.ending import run_main
 from cifar_dist.distributed.group import autocast, start
 from cifar_dist.models import build_model, input_config
-from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.cpu_layers import use_cpu_layers
 from cifar_dist.optim import fuse, make_optimizer
 
 MODELS = ("cnn4:8", "cnn4:64", "cnn4:256", "resnet18_cifar:32", "vit_tiny_patch16_224:16")
@@ -42,7 +42,7 @@ class Bare:
         self._device = device
         model = build_model(ModelConfig(model=name), 10)
         size = input_config(model, ModelConfig(model=name)).img_size
-        use_plain_attention(model, device, PRECISION)
+        use_cpu_layers(model, device, PRECISION)
         self._model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._optimizer = fuse(make_optimizer(self._model, OptimConfig(lr=float(LR))))
         images = torch.randn(batch_size, 3, size, size, device=device)

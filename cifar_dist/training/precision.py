@@ -16,7 +16,7 @@ from cifar_dist.distributed.control import Snapshot, any_of
 from cifar_dist.distributed.group import gather, restart, say, wait_for
 from cifar_dist.errors import UsageError
 from cifar_dist.models import input_config
-from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.cpu_layers import use_cpu_layers
 from cifar_dist.training.micro_batch import forward_and_backward, is_out_of_memory
 
 MIN_SPEEDUP = 1.05  # over fp32 in the usual layout, to be taken instead
@@ -143,7 +143,7 @@ def _seconds(
     """Seconds of a forward and backward pass of `count` images; infinite where they do not fit into memory."""
     layout = torch.channels_last if each.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
-    changed = use_plain_attention(model, device, each.precision)
+    undo = use_cpu_layers(model, device, each.precision)
     try:
         images = torch.zeros(count, 3, inputs.img_size, inputs.img_size, device=device).contiguous(memory_format=layout)
         wait_for(device)
@@ -155,6 +155,5 @@ def _seconds(
             raise
         return math.inf
     finally:
-        for module in changed:
-            module.fused_attn = True  # type: ignore[assignment]
+        undo()
     return time.perf_counter() - began

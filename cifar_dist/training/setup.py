@@ -19,7 +19,7 @@ from cifar_dist.distributed.hardware import device_name
 from cifar_dist.errors import UsageError
 from cifar_dist.idle_flags import has_effect, idle_flags
 from cifar_dist.models import build_model, head_parameter_names, input_config, resolve_name
-from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.cpu_layers import use_cpu_layers
 from cifar_dist.models.factory import drops_paths
 from cifar_dist.models.sync_bn import synchronise
 from cifar_dist.optim import full_rate_share, has_momentum
@@ -131,7 +131,7 @@ def settle(
     features = decide(command.config, data, model, accelerator)
     config, accelerator = resolve_precision(command.config, model, accelerator, run_dir)
     config = replace(config, data=replace(config.data, data_size=config.data.pixels))
-    use_plain_attention(model, accelerator.device, config.run.precision)
+    use_cpu_layers(model, accelerator.device, config.run.precision)
     sizes = measure(config, data, model)
     sizes = replace(sizes, data_bytes=sizes.data_bytes + features.nbytes)
     plan = make_plan(config, sizes, accelerator.num_processes, engine_name(accelerator))

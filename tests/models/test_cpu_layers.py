@@ -1,14 +1,17 @@
-"""Attention in bf16 on a CPU: plain products that give what the fused kernel gives."""
+"""In bf16 on a CPU: attention by plain products, which give what the fused kernel gives, and other convolutions."""
 
 import pytest
 import torch
 from accelerate import Accelerator
+from timm.layers import Conv2dSame, StdConv2d
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cifar_dist.command_line import parse_command_line
 from cifar_dist.config import ModelConfig
 from cifar_dist.models import build_model
-from cifar_dist.models.attention import use_plain_attention
+from cifar_dist.models.cpu_convolution import CpuConv2d, CpuConv2dSame
+from cifar_dist.models.cpu_layers import use_cpu_layers
 from cifar_dist.training import setup
 from cifar_dist.training.precision import ComputeFormat, measure_formats
 from tests.test_same_training import run
@@ -30,11 +33,28 @@ def fused(model):
 def test_only_in_bf16_and_only_on_a_cpu(vit):
     layers = len(fused(vit))
     assert fused(vit) == [True] * layers
-    assert use_plain_attention(vit, CPU, "fp32") == use_plain_attention(vit, CUDA, "bf16") == []
-    assert fused(vit) == [True] * layers
-    assert len(use_plain_attention(vit, CPU, "bf16")) == layers > 0
+    for other in ((CPU, "fp32"), (CUDA, "bf16")):
+        use_cpu_layers(vit, *other)
+        assert fused(vit) == [True] * layers
+    undo = use_cpu_layers(vit, CPU, "bf16")
     assert fused(vit) == [False] * layers
-    assert use_plain_attention(vit, CPU, "bf16") == []
+    use_cpu_layers(vit, CPU, "bf16")()  # nothing is left to set back
+    assert fused(vit) == [False] * layers
+    undo()
+    assert fused(vit) == [True] * layers
+
+
+def test_convolutions_are_changed_and_set_back():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Conv2dSame(8, 8, 3, stride=2), StdConv2d(8, 8, 3))
+    keys, before = list(model.state_dict()), [type(layer) for layer in model]
+    for other in ((CPU, "fp32"), (CUDA, "bf16")):
+        use_cpu_layers(model, *other)
+        assert [type(layer) for layer in model] == before
+    undo = use_cpu_layers(model, CPU, "bf16")
+    assert [type(layer) for layer in model] == [CpuConv2d, CpuConv2dSame, StdConv2d]
+    assert list(model.state_dict()) == keys
+    undo()
+    assert [type(layer) for layer in model] == before
 
 
 def gradient(vit, images, bf16):
@@ -48,7 +68,7 @@ def gradient(vit, images, bf16):
 def test_the_gradient_is_as_near_to_that_in_fp32(vit):
     images = torch.randn(16, 3, 64, 64)
     exact, fused_one = gradient(vit, images, bf16=False), gradient(vit, images, bf16=True)
-    use_plain_attention(vit, CPU, "bf16")
+    use_cpu_layers(vit, CPU, "bf16")
     plain = gradient(vit, images, bf16=True)
     assert not torch.equal(plain, fused_one)
     assert 0 < (plain - exact).norm() < 1.2 * (fused_one - exact).norm() < 0.02 * exact.norm()
