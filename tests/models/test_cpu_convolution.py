@@ -83,7 +83,7 @@ def test_gradients(shape, layout, called):
     bound = max([FARTHER[name] for name in ours.split()], default=1)
     for gradient, tensor, their, right in zip(gradients, tensors, theirs, exact, strict=True):
         assert gradient.shape == tensor.shape and gradient.dtype == torch.bfloat16
-        assert far(gradient, right) < max(bound * far(their, right), 0.003), (far(gradient, right), far(their, right))
+        assert far(gradient, right) <= max(bound * far(their, right), 0.003), (far(gradient, right), far(their, right))
     for gradient, tensor in zip(gradients[1:], tensors[1:], strict=True):
         assert gradient.stride() == tensor.stride()  # as DDP wants it
 
@@ -209,7 +209,10 @@ def test_a_models_gradient_is_torchs_but_for_rounding(name, called):
     assert len(called) == before
     assert all(map(torch.equal, ours_in_fp32, in_fp32))  # torch's own
     assert torch.equal(logits, their_logits)
-    assert 0 < far(ours, theirs.double()) < 0.005, far(theirs, in_fp32[1].double())
+    exact = in_fp32[1].double()
+    assert not torch.equal(ours, theirs)
+    # On a CPU without AVX-512 torch's own are rounded in between.
+    assert far(ours, theirs.double()) < 0.005 or far(ours, exact) < 1.01 * far(theirs, exact)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
