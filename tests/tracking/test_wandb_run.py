@@ -103,7 +103,7 @@ class WandbError(Exception):
 
 
 class Fake:
-    """A wandb module and its run, in which the calls named fail (with an exception) or last (a number of seconds)."""
+    """A wandb module and its run, in which the calls named fail (with an exception) or hang (until an event)."""
 
     Error, Settings = WandbError, SimpleNamespace
 
@@ -115,7 +115,15 @@ class Fake:
         fault = self.faults.get(name)
         if isinstance(fault, BaseException):
             raise fault
-        time.sleep(fault or 0)
+        if fault is not None:
+            fault.wait(60)
+
+    def wait_for(self, call):
+        """Return once `call` has been made, by W&B's thread."""
+        deadline = time.monotonic() + 60
+        while call not in self.calls:
+            assert time.monotonic() < deadline, f"{call} is not called: {self.calls}"
+            time.sleep(0.01)
 
     def login(self, **_):
         self._call("login")
@@ -142,9 +150,8 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Put a `Fake` in wandb's place; limits are short."""
-    for name, value in (("INIT_SECONDS", 0.2), ("FINISH_SECONDS", 0.5), ("QUEUE_LENGTH", 50)):
-        monkeypatch.setattr(wandb_run, name, value)
+    """Put a `Fake` in wandb's place; the queue is short."""
+    monkeypatch.setattr(wandb_run, "QUEUE_LENGTH", 50)
 
     def put(**faults):
         module = Fake(**faults)
@@ -219,15 +226,15 @@ def test_an_installation_that_is_broken_is_a_warning(monkeypatch, tmp_path, caps
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
-def test_whatever_hangs_is_waited_for_a_little_and_given_up(call, fake, tmp_path, capsys):
-    fake(**{call: 30})
+def test_whatever_hangs_is_waited_for_a_little_and_given_up(call, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.5)
+    fake(**{call: threading.Event()})
     mirror = Mirror(tmp_path, config("offline"))
     start = time.monotonic()
     for step in range(5):
         mirror.log({"train/loss": 1.0}, step)
-    assert time.monotonic() - start < 0.2  # logging waits for nothing
     mirror.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30  # what hangs does so for 60 s
     (warning,) = capsys.readouterr().err.splitlines()
     assert "left out from here on (it does not finish within 0.5 s)" in warning
     (left,) = [thread for thread in threading.enumerate() if thread is mirror._thread]
@@ -302,17 +309,20 @@ def test_a_service_that_stands_still_does_not_keep_the_process(tmp_path):
 
 
 def test_a_w_and_b_that_does_not_keep_up_is_left_out(fake, tmp_path, capsys):
-    module = fake(log=0.05)
+    goes_on = threading.Event()
+    module = fake(log=goes_on)
     mirror = Mirror(tmp_path, config("offline"))
-    for step in range(200):
+    mirror.log({"train/loss": 1.0}, 0)
+    module.wait_for("log")
+    for step in range(1, 200):
         mirror.log({"train/loss": 1.0}, step)
-    start = time.monotonic()
     mirror.close()
-    mirror._thread.join(5)
-    assert time.monotonic() - start < 1
+    goes_on.set()
+    mirror._thread.join(60)
+    assert not mirror._thread.is_alive()
     (warning,) = capsys.readouterr().err.splitlines()
     assert "it is 50 records behind" in warning
-    assert len(module.logged) < 5 and "finish" not in module.calls
+    assert module.logged == [0] and "finish" not in module.calls
 
 
 def test_online_out_of_reach_is_kept_offline(fake, tmp_path, capsys):
@@ -324,7 +334,7 @@ def test_online_out_of_reach_is_kept_offline(fake, tmp_path, capsys):
     assert module.modes == ["online", "offline"] and module.logged == [7]
     (warning,) = capsys.readouterr().err.splitlines()
     assert "(no such host)" in warning and warning.endswith(command)
-    assert module.settings.init_timeout == 0.2
+    assert module.settings.init_timeout == wandb_run.INIT_SECONDS
 
 
 def test_offline_and_then_broken_is_still_one_warning(fake, tmp_path, capsys):
