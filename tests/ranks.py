@@ -1,5 +1,6 @@
 """Several real processes within a test: forked, each with a rank of its own, joined over gloo."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,13 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _import_deepspeed():
+    """Once for all processes that are forked, each of which would take seconds for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # torch's compiler, for an optimizer
 
 
 def _rank(work, rank, count, port, engine, folder):
@@ -63,6 +71,8 @@ class Ranks:
     """
 
     def __init__(self, work, count, engine="ddp", seconds=90):
+        if engine.startswith("zero"):
+            _import_deepspeed()
         with tempfile.TemporaryDirectory() as name:
             folder, port, fork = Path(name), free_port(), multiprocessing.get_context("fork")
             processes = [fork.Process(target=_rank, args=(work, r, count, port, engine, folder)) for r in range(count)]

@@ -23,8 +23,8 @@ from tests.test_same_training import run
 from tests.test_train import assert_same_state, records
 
 SHORT = [
-    "--dataset", "digits", "--model", "cnn4", "--wandb", "disabled", "--epochs", 2, "--batch-size", 240, "--mixup", 0.2,
-    "--log-every", 1, "--resume", "auto",
+    "--dataset", "digits", "--data-size", 16, "--model", "cnn4", "--img-size", 16, "--wandb", "disabled",
+    "--epochs", 2, "--batch-size", 240, "--mixup", 0.2, "--log-every", 1, "--resume", "auto",
 ]  # fmt: skip
 STEPS_PER_EPOCH = 6
 

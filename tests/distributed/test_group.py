@@ -48,6 +48,13 @@ def test_precision_is_what_was_asked_for(precision, found):
     assert torch.backends.cudnn.deterministic  # or a GPU's fp32 convolutions would be others in every run
 
 
+def test_on_a_cpu_freed_memory_is_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr(group, "keep_freed_memory", lambda: calls.append(0))
+    start("fp32")
+    assert calls
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
 @pytest.mark.parametrize("asked, least, most", [(False, 19, 21), (True, 1, 3)])
 def test_freed_memory_is_not_faulted_in_again(asked, least, most):
