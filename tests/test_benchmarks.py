@@ -93,9 +93,9 @@ def difference(connection, number):
 
 
 def test_all_others_stand_still_while_one_is_measured():
-    spawn, turns = multiprocessing.get_context("spawn"), gpu_turns.Turns(None, time.monotonic() + 60)
-    (here, there), number = spawn.Pipe(), spawn.Value("q", 0, lock=False)
-    other, one = spawn.Process(target=counting, args=(number,)), spawn.Process(target=difference, args=(there, number))
+    fork, turns = multiprocessing.get_context("fork"), gpu_turns.Turns(None, time.monotonic() + 60)
+    (here, there), number = fork.Pipe(), fork.Value("q", 0, lock=False)
+    other, one = fork.Process(target=counting, args=(number,)), fork.Process(target=difference, args=(there, number))
     turns._processes = {other, one}
     for process in (other, one):
         process.start()

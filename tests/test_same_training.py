@@ -22,7 +22,6 @@ RECIPE = shlex.split(
     "--dataset digits --model test_vit --img-size 32 --wandb disabled --epochs 2 --batch-size 48 --lr 2e-3"
     " --warmup-epochs 1 --clip-grad 1 --layer-decay 0.8 --smoothing 0.1 --cutout 6 --log-every 1 --max-steps 50"
 )  # an epoch has 27 steps: 50 are nearly two, and an epoch's last batch is partly filled up
-ZERO = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
 class Recorder:
@@ -132,11 +131,11 @@ def test_every_augmentation_is_the_same_on_any_number_of_processes(tmp_path, fla
         np.testing.assert_allclose(of(run_dir, "train/loss"), of(tmp_path / "one", "train/loss"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ZERO)
-def test_zero_changes_nothing(one, tmp_path, engine):
+@pytest.mark.parametrize("engine, micro", [("zero1", 12), ("zero2", 12), ("zero3", 24), ("zero3_offload", 24)])
+def test_zero_changes_nothing(one, tmp_path, engine, micro):
     """Cut and resumed on the way."""
     pytest.importorskip("deepspeed")
-    flags, seen = [*RECIPE, "--micro-batch-size", 12, "--resume", "auto", "--run-dir", tmp_path], []
+    flags, seen = [*RECIPE, "--micro-batch-size", micro, "--resume", "auto", "--run-dir", tmp_path], []
     for steps in (31, 50):
         found = Ranks(lambda steps=steps: run(*flags, "--max-steps", steps), 2, engine).check()
         seen += [sample for results in found.results for sample in results]

@@ -90,7 +90,7 @@ def work(rank, processes, folder):
 def found(request, tmp_path_factory):
     """Results of every process, in order."""
     folder = tmp_path_factory.mktemp(f"processes-{request.param}")
-    torch.multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+    torch.multiprocessing.start_processes(work, (request.param, folder), nprocs=request.param, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -250,7 +250,7 @@ def test_data_that_have_moved_are_in_nobodys_way(here, main, scripts):
         assert state.startswith(f"in the way: runs/s/small has {said}")
 
 
-def test_a_run_of_another_version_is_in_the_way(here, main):
+def test_a_run_of_another_version_is_in_the_way(here, main, scripts):
     text = "recipes: [small.yaml]\n"
     assert main(text, "--", "--max-steps", 1)[0] == 0
     (here / "runs/s/small/plan.json").write_text('{"steps": 3}')
