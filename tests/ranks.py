@@ -70,7 +70,7 @@ class Ranks:
         said: what each printed.
     """
 
-    def __init__(self, work, count, engine="ddp", seconds=90):
+    def __init__(self, work, count, engine="ddp", seconds=300):
         if engine.startswith("zero"):
             _import_deepspeed()
         with tempfile.TemporaryDirectory() as name:

@@ -143,7 +143,7 @@ def test_tricks_with_arrays_and_opcodes_are_refused(trick, cifar10_pickles, conf
     start = time.monotonic()
     message = refusal(rows_of, cifar10_pickles, config)
     assert "test_batch is refused" in message and said in message
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert plain_pickle._latin1.__defaults__ == ("latin1",)
 
 
@@ -268,7 +268,7 @@ def test_a_bomb_is_one_line_of_a_process(image_folder, config, tmp_path):  # noq
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
-        [sys.executable, "-c", code, image_folder], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, image_folder], env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "row 1 of train" in done.stderr and "100,000,000 pixels" in done.stderr

@@ -135,7 +135,7 @@ failed = len(loaded) != 8 or any(os.waitpid(pid, 0)[1] for pid in children)
 raise SystemExit(3 if failed else 0)
 """
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode
+    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=180).returncode
 
 
 def test_several_processes_decode_once(image_folder, config, tmp_path):

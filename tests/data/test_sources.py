@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -432,14 +431,16 @@ def test_silent_hub_is_given_up_quickly(tmp_path):
         code = (
             "from cifar_dist.data.sources import open_source; from cifar_dist.config import DataConfig\n"
             "from cifar_dist.distributed.ending import run_main\n"
+            "import atexit, time; began = time.monotonic(); atexit.register(lambda: print(time.monotonic() - began))\n"
             "run_main(lambda: open_source(DataConfig(dataset='cifar100')))"
         )
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
         environment.pop("HF_HUB_OFFLINE", None)
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180
+        )
     assert done.returncode == 2 and "use `digits`" in done.stderr and done.stderr.count("\n") == 1
-    assert time.monotonic() - start < 20  # 15 of them at most in the Hub's client, the rest imports
+    assert float(done.stdout) < 30  # 15 of them at most in the Hub's client
 
 
 def refusal(dataset, config, split="train", **settings):

@@ -652,7 +652,7 @@ def test_a_program_ends_though_a_file_hangs(tmp_path):
         said = "".join(iter(program.stdout.readline, "hangs\n"))
         program.terminate()
         try:
-            said += program.communicate(timeout=60)[0]
+            said += program.communicate(timeout=180)[0]
         finally:
             program.kill()
     assert program.returncode == 0 and "--resume auto" in said, said

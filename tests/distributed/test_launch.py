@@ -398,7 +398,7 @@ def test_who_waits_for_processes_says_so_and_hears_signals(rank, tmp_path):
         said = waits.stdout.readline()
         assert f"rank {rank} waits for the others of 2 processes at 127.0.0.1:" in said, said
         waits.terminate()
-        assert waits.wait(timeout=10) == -signal.SIGTERM
+        assert waits.wait(timeout=60) == -signal.SIGTERM
     finally:
         waits.kill()
         waits.stdout.close()

@@ -320,7 +320,7 @@ def unreachable(monkeypatch, tmp_path):
 def test_hub_that_does_not_answer(unreachable, name):
     start = time.monotonic()
     message = _error(model=name, pretrained=True)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert "could not be fetched" in message and "on a machine with network" in message
     assert name.startswith("hf-hub") or ("weights of resnet18" in message and "use --init-weights FILE" in message)
 

@@ -176,7 +176,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, whole, monkeyp
     expected = {name: tensor.detach().clone() for name, tensor in live.items()}
 
     def late(*arguments):
-        assert may_write.wait(10)
+        assert may_write.wait(60)
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint.Contents, "write", late)
@@ -272,7 +272,7 @@ def test_all_processes_take_the_same_one(tmp_path):
         store.Stored.verify = fails
         return checkpoint.resume_point(whole.parallel.accelerator, tmp_path).step
 
-    found = Ranks(work, 2, seconds=30).check()
+    found = Ranks(work, 2).check()
     assert found.results == [1, 1]
     assert "step-00000002 is damaged (on process 1: it reads otherwise here)" in found.said[0]
 
@@ -293,6 +293,6 @@ def test_a_process_that_sees_another_manifest_does_not_go_on_with_it(tmp_path):
             store.read_manifest = stale
         return checkpoint.resume_point(accelerator, tmp_path).step
 
-    found = Ranks(work, 2, seconds=30).check()
+    found = Ranks(work, 2).check()
     assert found.results == [1, 1]
     assert "step-00000002 is damaged (on process 1: another manifest than the first process's)" in found.said[0]

@@ -61,7 +61,7 @@ def test_every_process_writes_what_it_was_at_the_time(tmp_path):
         may_write, write = threading.Event(), checkpoint.Contents.write
 
         def late(*arguments):
-            assert may_write.wait(20)
+            assert may_write.wait(60)
             return write(*arguments)
 
         checkpoint.Contents.write = late
@@ -195,4 +195,4 @@ def at_once(work):
 def test_a_process_that_is_still_writing_does_not_keep_the_program(tmp_path):
     """A second Ctrl-C ends it at once: what is written then is of no use."""
     program = "import threading; from cifar_dist.recovery.saver import beside; beside(threading.Event().wait)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=180).returncode == 0

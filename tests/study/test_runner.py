@@ -421,7 +421,7 @@ def test_a_signal_reaches_train_once_and_ends_the_study(here, number):
             assert process.poll() is None
             time.sleep(0.02)
         os.killpg(process.pid, number)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=180)
     assert process.returncode == 0
     assert f"stopped by {number.name}; the same command goes on" in out
     assert (here / "asked").read_text() == f"{number.name}\n"  # once, and the second run did not begin
