@@ -1,9 +1,10 @@
 """Gradients of convolutions in bf16 on a CPU, where torch's own take many times as long as the forward pass.
 
-Three are slow there, and are computed here by what torch is fast at (benchmarks/results/speed.md): a depthwise
-convolution's weight gradient for kernels above 3 × 3, by products of image rows; its input gradient with a stride, by a
-convolution without one; any weight gradient at few positions, by products of patches laid out side by side (im2col,
-Chellapilla et al. 2006). For a while that takes memory for copies of the input. The forward pass is torch's.
+Four are slow there, and are computed here by what torch is fast at (benchmarks/results/speed.md): a depthwise
+convolution's weight gradient for kernels above 3 × 3, by products of image rows, and for smaller ones on the lowest of
+images, by torch's own on padded images; its input gradient with a stride, by a convolution without one; a dense weight
+gradient at few positions, by products of patches laid out side by side (im2col, Chellapilla et al. 2006). For a while
+that takes memory for copies of the input. The forward pass is torch's.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class CpuConv2d(nn.Conv2d):
             return False
         if self.groups > 1:
             depthwise = self.groups == self.in_channels == self.out_channels
-            return depthwise and (stride[0] > 1 or kernel[0] > SMALL_KERNEL)
+            given = x, kernel[0], stride[0], zeros[0]
+            return depthwise and (stride[0] > 1 or kernel[0] > SMALL_KERNEL or _is_low(*given))
         positions = math.prod((side + 2 * zeros[0] - kernel[0]) // stride[0] + 1 for side in x.shape[2:])
         channels = min(self.in_channels, self.out_channels)
         return channels >= CHANNELS and positions <= (FEW_FOR_MANY if channels >= MANY_CHANNELS else FEW_POSITIONS)
@@ -71,6 +73,14 @@ def _in_bf16(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.bfloat16
 
 
+def _is_low(x: Tensor, kernel: int, stride: int, padding: int) -> bool:
+    """Whether an image has so few rows that oneDNN 3.13 does without its depthwise kernel for the weight gradient.
+
+    Measured: with zeros around it, fewer than kernel + stride - 1.
+    """
+    return padding > 0 and x.shape[2] < kernel + stride - 1
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -88,6 +98,8 @@ class _Convolution(torch.autograd.Function):
             found[0] = depthwise_input_gradient(*given)
         if of_weight and ctx.groups > 1 and weight.shape[-1] > SMALL_KERNEL:
             found[1] = depthwise_weight_gradient(*given)
+        elif of_weight and ctx.groups > 1 and _is_low(x, weight.shape[-1], ctx.stride, ctx.padding):
+            found[1] = low_depthwise_weight_gradient(*given)
         elif of_weight and ctx.groups == 1:
             found[1] = dense_weight_gradient(*given)
         if of_bias and found[1] is not None:  # torch would compute the weight's with it
@@ -138,6 +150,12 @@ def depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: i
         diagonals = products.as_strided((channels, kernel, columns), (columns * width, 1, stride + width))
         found[:, 0, row] = diagonals.sum(2)
     return found
+
+
+def low_depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """Of a depthwise convolution, (C, 1, K, K): torch's, of images to which the zeros around belong."""
+    settings = [stride] * 2, [0, 0], [1, 1], False, [0, 0], len(weight), [False, True, False]
+    return torch.ops.aten.convolution_backward(grad, pad(x, [padding] * 4), weight, None, *settings)[1]
 
 
 def depthwise_input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
