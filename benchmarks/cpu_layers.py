@@ -34,8 +34,9 @@ MODELS = {
     ),
     "convolution": (
         "cnn4:32:64", "airbench94:32:64", "resnet18_cifar:32:64", "resnet18:64:64", "resnet18:224:16", "resnet50:64:64",
-        "dla34:64:64", "mobilenetv3_large_100:64:64", "efficientnet_b0:64:64", "efficientnet_b0:128:16",
-        "tf_efficientnet_lite0:64:64", "convnext_atto:64:64", "convnext_tiny:64:64", "convmixer_768_32:32:32",
+        "dla34:64:64", "mobilenetv2_100:32:64", "mobilenetv2_100:64:64", "mobilenetv3_large_100:64:64",
+        "efficientnet_b0:64:64", "efficientnet_b0:128:16", "tf_efficientnet_lite0:64:64", "efficientnetv2_rw_t:64:32",
+        "convnext_atto:64:64", "convnext_tiny:64:64", "convmixer_768_32:32:32",
     ),
 }  # fmt: skip
 Switch = Callable[[bool], None]
