@@ -1,10 +1,10 @@
 """Gradients of convolutions in bf16 on a CPU, where torch's own take many times as long as the forward pass.
 
-Four are slow there, and are computed here by what torch is fast at (benchmarks/results/speed.md): a depthwise
-convolution's weight gradient for kernels above 3 × 3, by products of image rows, and for smaller ones on the lowest of
-images, by torch's own on padded images; its input gradient with a stride, by a convolution without one; a dense weight
-gradient at few positions, by products of patches laid out side by side (im2col, Chellapilla et al. 2006). For a while
-that takes memory for copies of the input. The forward pass is torch's.
+Four are slow there, and are computed here by what torch is fast at (benchmarks/results/speed.md). Of a depthwise
+convolution, the weight gradient for kernels above 3 × 3, by products of image rows, and for smaller ones on a few rows
+of pixels, by torch's own after padding; the input gradient with a stride, by a convolution without one. Of a dense one,
+the weight gradient at few positions, by products of patches laid out side by side (im2col, Chellapilla et al. 2006).
+For a while that takes memory for copies of the input. The forward pass is torch's.
 """
 
 from __future__ import annotations
