@@ -108,20 +108,30 @@ def test_only_what_is_asked_for_is_computed(called):
     layer.requires_grad_(False)
     layer(images.requires_grad_()).sum().backward()
     assert called[1:] == ["depthwise_input_gradient"] and images.grad is not None
+    layer.bias.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.aten, "convolution_backward", lambda *_: pytest.fail("computes the weight's, too"))
+        layer(images).sum().backward()
+    assert called[2:] == ["depthwise_input_gradient"]
+    torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 2 * 4 * 16))
     dense = CpuConv2d(128, 128, 3, padding=1).bfloat16().requires_grad_(False)
     dense(torch.randn(2, 128, 4, 4, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    assert len(called) == 2
+    assert len(called) == 3
 
 
-def test_the_gradient_has_a_gradient(called):
+@pytest.mark.parametrize(
+    "kernel, size, ours", [(5, 8, "depthwise_weight_gradient"), (3, 3, "low_depthwise_weight_gradient")]
+)
+def test_the_gradient_has_a_gradient(called, kernel, size, ours):
     """That of its square, as torch has it."""
-    layer, images = CpuConv2d(6, 6, 5, 2, 2, groups=6).bfloat16(), torch.rand(4, 6, 8, 8, dtype=torch.bfloat16)
+    layer = CpuConv2d(6, 6, kernel, 2, kernel // 2, groups=6).bfloat16()
+    images = torch.rand(4, 6, size, size, dtype=torch.bfloat16)
     found = []
     for kind in (CpuConv2d, nn.Conv2d):
         layer.__class__ = kind
         (gradient,) = torch.autograd.grad(layer(images).square().sum(), layer.weight, create_graph=True)
         found.append(torch.autograd.grad(gradient.square().sum(), layer.weight)[0])
-    assert called == ["depthwise_weight_gradient"] * 2
+    assert called == [ours] * 2
     assert far(found[0], found[1].double()) < 0.01
 
 

@@ -317,10 +317,9 @@ def unreachable(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "hf-hub:someone/something"])
-def test_hub_that_does_not_answer(unreachable, name):
-    start = time.monotonic()
+def test_hub_that_does_not_answer(unreachable, monkeypatch, name):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the Hub is to be asked once"))  # as its client would
     message = _error(model=name, pretrained=True)
-    assert time.monotonic() - start < 60
     assert "could not be fetched" in message and "on a machine with network" in message
     assert name.startswith("hf-hub") or ("weights of resnet18" in message and "use --init-weights FILE" in message)
 

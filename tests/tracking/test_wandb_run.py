@@ -211,6 +211,7 @@ def test_whatever_fails_is_one_warning_and_the_end_of_w_and_b(call, error, fake,
     for step in range(5):
         mirror.log({"train/loss": 1.0}, step)
     mirror.close()
+    mirror._thread.join()
     (warning,) = capsys.readouterr().err.splitlines()
     reason = str(error) or "TimeoutError"
     assert warning == f"warning: W&B is left out from here on ({reason}); log.jsonl has everything."
@@ -228,7 +229,8 @@ def test_an_installation_that_is_broken_is_a_warning(monkeypatch, tmp_path, caps
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 def test_whatever_hangs_is_waited_for_a_little_and_given_up(call, fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 0.5)
-    fake(**{call: threading.Event()})
+    goes_on = threading.Event()
+    fake(**{call: goes_on})
     mirror = Mirror(tmp_path, config("offline"))
     start = time.monotonic()
     for step in range(5):
@@ -239,6 +241,8 @@ def test_whatever_hangs_is_waited_for_a_little_and_given_up(call, fake, tmp_path
     assert "left out from here on (it does not finish within 0.5 s)" in warning
     (left,) = [thread for thread in threading.enumerate() if thread is mirror._thread]
     assert left.daemon  # does not keep the process
+    goes_on.set()
+    left.join()
 
 
 STOPPED_SERVICE = """
@@ -316,7 +320,9 @@ def test_a_w_and_b_that_does_not_keep_up_is_left_out(fake, tmp_path, capsys):
     module.wait_for("log")
     for step in range(1, 200):
         mirror.log({"train/loss": 1.0}, step)
+    began = time.monotonic()
     mirror.close()
+    assert time.monotonic() - began < wandb_run.FINISH_SECONDS / 2  # which what is left out is not waited for
     goes_on.set()
     mirror._thread.join(60)
     assert not mirror._thread.is_alive()
