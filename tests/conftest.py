@@ -45,12 +45,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
-@pytest.fixture(autouse=True)
-def freed_memory_goes_back(monkeypatch):
-    """A process of hundreds of tests does not keep what each has freed, as one that trains does."""
-    monkeypatch.setattr("cifar_dist.distributed.group.keep_freed_memory", lambda: None)
-
-
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate as at the start of a program, for tests that call a script's main, and for those after them."""

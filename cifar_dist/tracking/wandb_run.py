@@ -139,8 +139,8 @@ class Mirror:
         return run
 
     def _leave_out(self, reason: str) -> None:
-        self._left_out = True
         self._warn(f"W&B is left out from here on ({reason}); log.jsonl has everything.")
+        self._left_out = True  # from here on the end of the program does not wait for the thread that says so
         with suppress(Exception):
             _do_not_wait_at_exit()
 

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 from pathlib import Path
-from threading import Event
 
 import pytest
 
@@ -134,7 +133,7 @@ def written(run_dir, wandb, before_closing=lambda: None):
 def test_the_log_is_the_same_whatever_becomes_of_w_and_b(call, fault, tmp_path, monkeypatch, capsys):
     expected = written(tmp_path / "without", "disabled")
     assert expected.count(b"\n") == 21
-    goes_on = Event()
+    goes_on = threading.Event()
     module = Fake(**{call: fault or goes_on})
     monkeypatch.setitem(sys.modules, "wandb", module)
     if fault is None:

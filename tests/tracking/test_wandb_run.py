@@ -211,7 +211,6 @@ def test_whatever_fails_is_one_warning_and_the_end_of_w_and_b(call, error, fake,
     for step in range(5):
         mirror.log({"train/loss": 1.0}, step)
     mirror.close()
-    mirror._thread.join()
     (warning,) = capsys.readouterr().err.splitlines()
     reason = str(error) or "TimeoutError"
     assert warning == f"warning: W&B is left out from here on ({reason}); log.jsonl has everything."
