@@ -1,5 +1,6 @@
 """Several real processes within a test: forked, each with a rank of its own, joined over gloo."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -22,11 +23,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def _import_deepspeed():
-    """Once for all processes that are forked, each of which would take seconds for it."""
+# What each forked process would import for itself, which takes it longer than its few steps.
+NEEDED = ["datasets", "sklearn.datasets"]
+NEEDED_BY_ZERO = ["deepspeed.runtime.zero.muon.muon_optimizer", "transformers.integrations", "setuptools"]
+
+
+def _import_once(engine):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # torch's compiler, for an optimizer
+        for name in NEEDED + (NEEDED_BY_ZERO if engine.startswith("zero") else []):
+            importlib.import_module(name)
 
 
 def _rank(work, rank, count, port, engine, folder):
@@ -40,6 +46,7 @@ def _rank(work, rank, count, port, engine, folder):
             ACCELERATE_DEEPSPEED_CONFIG_FILE=str(ROOT / "ds_configs" / f"{engine}.json"),
             ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
         )
+    gc.freeze()  # what the test's process holds is shared with it, and would be copied by looking it through
     warnings.simplefilter("ignore")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -71,8 +78,7 @@ class Ranks:
     """
 
     def __init__(self, work, count, engine="ddp", seconds=300):
-        if engine.startswith("zero"):
-            _import_deepspeed()
+        _import_once(engine)
         with tempfile.TemporaryDirectory() as name:
             folder, port, fork = Path(name), free_port(), multiprocessing.get_context("fork")
             processes = [fork.Process(target=_rank, args=(work, r, count, port, engine, folder)) for r in range(count)]

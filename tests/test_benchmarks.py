@@ -48,6 +48,18 @@ def test_the_plain_loop_trains_epochs_and_lets_go_of_its_workers(workers):
     assert not multiprocessing.active_children()
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Rows in forks of this process, which has imported what they need; a GPU allows none."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+
+
+FORK_OF_THREADS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@FORK_OF_THREADS
+@pytest.mark.usefixtures("forked")
 def test_the_gpu_benchmark_measures_and_says_what_failed(monkeypatch, tmp_path, capsys):
     eager, no_such = Way("eager"), Case("no_such_model", 32, 4)
     monkeypatch.setattr(gpu, "ROWS", [(no_such, eager), (TINY, PLAIN), (TINY, eager)])
@@ -125,6 +137,8 @@ def waiting(row, turn):
     time.sleep(600)
 
 
+@FORK_OF_THREADS
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("measure", "seconds", "error"),
     [(dying, 60, "its process died"), (waiting, 1, "not done in time"), (waiting, 0, "no time left")],

@@ -157,7 +157,7 @@ def spoiler(what, rank, steps):
     return spoil
 
 
-SHORT = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--micro-batch-size", 12, "--drop", 0.1, "--resume", "auto"]
+SHORT = [*RECIPE, "--epochs", 1, "--warmup-epochs", 0, "--micro-batch-size", 36, "--drop", 0.1, "--resume", "auto"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_bad_loss_on_one_process_stops_all_with_the_last_good_state(tmp_path, 
     assert said.count("not finite in step 5 (counted from 0; lr ") == 1
     assert "Traceback" not in said
     note = json.loads((bad / "not-finite-00000005.json").read_text())
-    assert len(note["sample_ids"]) == len(set(note["sample_ids"])) == 48
+    assert len(note["sample_ids"]) == len(set(note["sample_ids"])) == 144
     Ranks(lambda: run(*SHORT, "--run-dir", good, "--max-steps", 5), 2, engine).check()
     for file in ("model", "optimizer", "process-0", "process-1"):
         mine, expected = (load_file(d / "checkpoints" / "last" / f"{file}.safetensors") for d in (bad, good))
@@ -197,7 +197,7 @@ def test_a_bad_batch_can_be_skipped(tmp_path, engine):
 
 
 def test_skipping_has_an_end(tmp_path):
-    settings = [*SHORT, "--on-nan", "skip", "--run-dir", tmp_path]
+    settings = [*SHORT, "--epochs", 2, "--on-nan", "skip", "--run-dir", tmp_path]
     found = Ranks(lambda: run(*settings, spoil=spoiler("loss", 1, range(4, 99))), 2)
     assert found.statuses == [1, 1]
     assert found.said[0].count("skipped     ") == 10
@@ -310,7 +310,7 @@ def test_a_process_whose_stream_breaks_off_stops_all_with_a_checkpoint(tmp_path,
 
     def breaks_off(self, number, image):
         decoded.append(number)
-        if os.environ["RANK"] == "1" and len(decoded) > 4 * 24:
+        if os.environ["RANK"] == "1" and len(decoded) > 4 * 72:
             raise UsageError(f"row {number} cannot be decoded.")
         return decode(self, number, image)
 
