@@ -137,15 +137,13 @@ def test_the_compiler_never_chooses_by_the_clock(monkeypatch, tmp_path, mode, de
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = VisionTransformer(32, 16, num_classes=10, embed_dim=16, depth=depth, num_heads=2, drop_path_rate=0.3)
     images = torch.randn(2, 3, 32, 32)
-    plain_loops = config.patch({"cpp.vec_isa_ok": False})  # for a compiler of C++ that has half as much to do
     try:
-        with plain_loops:
-            compile_model(model, mode)
-            backward = threading.Thread(target=model(images).sum().backward)
-            backward.start()
-            backward.join()
-            with torch.no_grad():
-                model.eval()(images)
+        compile_model(model, mode)
+        backward = threading.Thread(target=model(images).sum().backward)
+        backward.start()
+        backward.join()
+        with torch.no_grad():
+            model.eval()(images)
     finally:
         torch.compiler.reset()
     # Forward, backward and evaluation; of the first block, without stochastic depth, the first two are another graph.
