@@ -19,7 +19,7 @@ TEST = "def test_probe(capsys):\n    import evaluate\n    with capsys.disabled()
 def outputs(tmp_path_factory):
     """What each way of starting Python printed; all run side by side."""
     folder = tmp_path_factory.mktemp("probe")
-    (folder / "transformers.py").write_text("raise ImportError")  # the library does without, in half the time
+    (folder / "transformers.py").write_text("raise ImportError")  # the library does without, and starts sooner
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     beside_script = folder / "beside.py"  # as train.py, whose folder, the root, is first on the path
     beside_script.write_text(f"import sys; sys.path[0] = {str(ROOT)!r}; {PROBE}\n")
