@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from contextlib import ExitStack, closing
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -52,7 +54,13 @@ def test_the_plain_loop_trains_epochs_and_lets_go_of_its_workers(workers):
 def forked(monkeypatch):
     """Rows in forks of this process, which has imported what they need; a GPU allows none."""
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+
+    def process(target, args):
+        pickle.dumps((target, *args[:2]))  # as for a process that is spawned; the last is its pipe
+        return fork.Process(target=target, args=args)
+
+    context = SimpleNamespace(Pipe=fork.Pipe, Process=process)
+    monkeypatch.setattr(gpu_turns, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
 
 
 FORK_OF_THREADS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
